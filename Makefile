@@ -1,0 +1,75 @@
+# make                 train_gpt2 and test_gpt2
+# make run             trains a small model for a minute, on this repository's own text, and lets it write
+# make run TEXT=FILE   the same on your text; several names, and the shell's quotes, as in TEXT="'my novel.txt' b.txt"
+# make test            all tests that need no PyTorch; packages for them go into .venv
+# make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-peers      the tests against PyTorch, which is installed into .venv-peers (3 GB)
+# make reference       writes dev/reference anew, with PyTorch
+# make clean           removes what was built; data/, run/ and the environments stay
+# Variables: CXX=clang++, OPENMP= (do without it), ARCH=-march=x86-64-v3 (for other machines than this one)
+
+# Whether a program can be built with some flags; the answer is "yes" or nothing.
+builds = $(shell echo 'int main() {}' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
+
+# OpenMP runs the loops on all cores. clang++ takes the flag even where it has no library for it, hence the trial.
+OPENMP := $(if $(call builds,-fopenmp -include omp.h),-fopenmp)
+# The instruction set is this machine's. Some compilers would use only half of an AVX-512 register.
+WIDE := -mprefer-vector-width=512
+ARCH := -march=native $(if $(call builds,$(WIDE)),$(WIDE))
+# In place of -ffast-math, which also reorders sums and forgets NaN, only what leaves every result well defined:
+# no errno after sqrt, so that it is one instruction; no floating-point traps, so that both sides of a condition may
+# be computed, in vectors; a * b + c rounded once. -fopenmp-simd heeds `omp simd` where there is no OpenMP, too.
+MATH = -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd
+CXXFLAGS = -std=c++20 -O3 $(ARCH) $(MATH) -Wall -Wextra -pthread $(OPENMP)
+# Stops at the first error, whatever kind it is.
+SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+all: train_gpt2 test_gpt2
+
+train_gpt2: train_gpt2.cpp .flags | found
+	$(CXX) $(CXXFLAGS) $< -o $@
+test_gpt2: test_gpt2.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(CXXFLAGS) $< -o $@
+train_gpt2_sanitized: train_gpt2.cpp .flags | found
+	$(CXX) $(CXXFLAGS) $(SANITIZE) $< -o $@
+test_gpt2_sanitized: test_gpt2.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(CXXFLAGS) $(SANITIZE) $< -o $@
+
+found:
+	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"
+# Other flags than at the last call build everything again.
+.flags: always
+	@echo '$(CXX) $(CXXFLAGS)' | cmp -s - $@ || echo '$(CXX) $(CXXFLAGS)' > $@
+always:
+
+# The C++ stands last, and so is also what the model is validated on.
+TEXT = $(wildcard README.md Makefile data_prep/*.py dev/*.py dev/test/*.py) $(wildcard test_*.cpp) train_gpt2.cpp
+run: train_gpt2
+	python3 data_prep/prepare.py --tokenizer bytes --out data/demo --overwrite $(TEXT)
+	./train_gpt2 train --train 'data/demo/train_*.bin' --val 'data/demo/val_*.bin' --out run/demo --overwrite
+
+test: all train_gpt2_sanitized test_gpt2_sanitized .venv/ready
+	@python3 dev/test/run.py
+test-sanitized: test_gpt2_sanitized
+	./test_gpt2_sanitized
+test-peers: all .venv-peers/ready
+	@python3 dev/test/run.py --peers
+reference: .venv-peers/ready
+	.venv-peers/bin/python dev/reference.py all
+
+# `ready` marks an environment that is complete; one left half-made is mended at the next call. Tests run without .venv
+# as far as they can, so that one may fail.
+.venv/ready: dev/test/requirements.txt
+	@echo "installing pytest, numpy and tiktoken into .venv"
+	@$(call install,.venv,requirements.txt) || echo "no .venv: no network, or Python's venv is missing"
+.venv-peers/ready: dev/test/requirements.txt dev/test/requirements-peers.txt
+	@echo "installing PyTorch into .venv-peers: about 3 GB to download, 6 GB on disk"
+	@$(call install,.venv-peers,requirements-peers.txt)
+install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-binary :all: -r dev/test/$(2) && touch $@
+
+clean:
+	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized .flags
+help:
+	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
+
+.PHONY: all found always run test test-sanitized test-peers reference clean help

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Can the tests fail? Breaks the program on purpose, one line at a time, and shows which tests notice.
+
+    dev/test/breaks.py [WORD ...]      all breaks, or those whose names contain one of the words
+
+Each break is made in a copy; `worst` is by how many times the worst of the dumps misses its tolerance.
+Exit status 1 if a break goes unnoticed or misses by less than ten times.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# name: (line as it is, line as broken)
+BREAKS = {
+    "depth: δ dropped from ds": ("(dot(dv, v_j, HS) - delta)", "(dot(dv, v_j, HS))"),
+    "depth: own ds forgotten": ("ds_own -= ds_j;", "ds_own -= 0 * ds_j;"),
+    "depth: dv not passed on to the first source": ("dv[i] += a_ml * dv_m[i]", "dv[i] += (reader.n ? a_ml : 0) * dv_m[i]"),
+    "depth: dk not passed on to the last source": (
+        "dk[i] += ds_ml * q_m[i]", "dk[i] += (reader.n + 1 < reader.sources ? ds_ml : 0) * q_m[i]"),
+    "depth: mixes v, not ṽ, of the source": ("v_of[n] = k_of[n] + C;", "v_of[n] = k_of[n];"),
+    "skip: dk, dv overwrite the layer's own": ("bool own = l < c.skip_distance;", "bool own = false;"),
+    "skip: dk, dv added where they should be written": ("bool own = l < c.skip_distance;", "bool own = true;"),
+    "skip: dk, dv taken from the wrong layer": (
+        "skip_backward(m->dqkv, m->qkv[l + c.skip_distance]", "skip_backward(m->dqkv, m->qkv[l + c.skip_distance - 1]"),
+    "skip: one head too many": ("h < c.skip_heads && l", "h <= c.skip_heads && l"),
+    "LayerNorm: mean term of backward": ("s * (g - g_mean - n * gn_mean)", "s * (g - n * gn_mean)"),
+    "LayerNorm: variance term of backward": ("s * (g - g_mean - n * gn_mean)", "s * (g - g_mean)"),
+    "GELU: derivative without its second term": ("return s + x * s * (1.0f - s) * dz;", "return s;"),
+    "GELU: derivative of x³ without the 3": ("(1.0f + 3.0f * 0.044715f", "(1.0f + 0.044715f"),
+    "embedding: its share of the tied gradient": (
+        "dwte[tokens[bt] * C + c + i] += dx[bt * C + c + i];", "dwte[tokens[bt] * C + c + i] += 0 * dx[bt * C + c + i];"),
+    "classifier: a padded column takes probability": (
+        "softmax_cross_entropy(logits + i * Vp, V,", "softmax_cross_entropy(logits + i * Vp, (logits[i * Vp + V] = 0, V + 1),"),
+    "AdamW: no bias correction": ("(float)(1.0 / (1.0 - pow(a.beta1, step)))", "1.0f"),
+    "AdamW: decay on a bias": ("t.decays ? a.weight_decay : 0.0f", "t.decays || t.cols == 1 ? a.weight_decay : 0.0f"),
+    "attention: last partial tile of queries, forward": (
+        "for (size_t i0 = 0; i0 < queries; i0 += NR) {", "for (size_t i0 = 0; i0 + NR <= queries; i0 += NR) {"),
+    "attention: last partial tile of queries, backward": (
+        "for (size_t i0 = 0; i0 < T; i0 += NR) {", "for (size_t i0 = 0; i0 + NR <= T; i0 += NR) {"),
+    "attention: last partial tile of keys": (
+        "size_t keys = std::min(visible - j0, KEYS);\n            scores_tile(s,",
+        "size_t keys = KEYS; if (j0 + keys > visible) break;\n            scores_tile(s,"),
+    "attention: sum not rescaled": ("sum[lane] *= rescale[lane];", "sum[lane] *= 1;"),
+    "attention: sees one key ahead": ("std::min<size_t>(j0 + r - i0, NR)", "std::min<size_t>(j0 + r - i0 - (j0 + r > i0), NR)"),
+    "matmul: the last block of k forgotten": ("k0 < K; k0 += KC", "k0 < (K > KC ? K - K % KC : K); k0 += KC"),
+    "gradients: the second micro-batch overwrites": ("bool add = m->accumulated > 0;", "bool add = false;"),
+    "positions: gradient of the last sequence only": ("bool add = accumulate || bt >= T;", "bool add = accumulate;"),
+}
+
+
+def main():
+    source = (ROOT / "train_gpt2.cpp").read_text()
+    unnoticed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name in ("test_gpt2.cpp", "Makefile"):
+            shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "dev/reference", folder / "dev/reference")
+        for name, (line, broken) in BREAKS.items():
+            if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
+                continue
+            if source.count(line) != 1:
+                sys.exit(f"error: {name}: the line stands {source.count(line)} times in train_gpt2.cpp")
+            (folder / "train_gpt2.cpp").write_text(source.replace(line, broken))
+            build = subprocess.run(["make", "-s", "test_gpt2"], cwd=folder, capture_output=True, text=True)
+            if build.returncode:
+                sys.exit(f"error: {name}: does not build\n{build.stderr}")
+            run = subprocess.run(["./test_gpt2"], cwd=folder, capture_output=True, text=True)
+            failed = re.findall(r"^FAILED +(.*)", run.stdout, re.MULTILINE)
+            ratios = [float(r) for r in re.findall(r"worst error (\S+) of its tolerance", run.stdout)]
+            worst = max(ratios, default=0)
+            tests = sorted({re.split(r"[:/]", f)[0] if "dev/reference" not in f else "dumps" for f in failed})
+            noticed = run.returncode != 0 and failed and (worst >= 10 or "dumps" not in tests)
+            unnoticed += not noticed
+            print(f"{'' if noticed else 'UNNOTICED '}{name}: {len(failed)} tests failed, worst {worst:.3g}: {', '.join(tests)}",
+                  flush=True)
+    sys.exit(1 if unnoticed else 0)
+
+
+if __name__ == "__main__":
+    main()

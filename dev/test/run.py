@@ -1,0 +1,73 @@
+"""What `make test` runs once everything is built: test_gpt2 over dev/reference, then pytest over dev/test. Its last
+line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PEERS = ["dev/test/test_reference.py"]
+
+
+def run_program(command):
+    """Counts of a program whose last line is `N passed, N failed`. That it says so and exits 0 only without a failure
+    is part of the test: one that crashed counts as failed."""
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        for last in process.stdout:
+            print(last, end="", flush=True)
+    words = last.replace(",", "").split()
+    counts = Counter({name: int(n) for n, name in zip(words[::2], words[1::2]) if n.isdigit()})
+    if process.returncode != 0 and counts["failed"] == 0 or "passed" not in counts:
+        print(f"{command[0]} ended with exit status {process.returncode} and without its counts", flush=True)
+        counts["failed"] += 1
+    return counts
+
+
+def run_pytest(python, tests):
+    with tempfile.TemporaryDirectory() as folder:
+        report = os.path.join(folder, "report.xml")
+        status = subprocess.run([python, "-m", "pytest", "-q", "-rs", f"--junitxml={report}", *tests]).returncode
+        if not os.path.exists(report):
+            return Counter(failed=1)
+        total = Counter()
+        for suite in ElementTree.parse(report).iter("testsuite"):
+            total.update({name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")})
+    failed = total["failures"] + total["errors"]
+    if status not in (0, 5) and failed == 0:  # 5: no test was collected
+        failed = 1
+    return Counter(passed=total["tests"] - failed - total["skipped"], failed=failed, skipped=total["skipped"])
+
+
+def has_pytest(python):
+    try:
+        return subprocess.run([python, "-c", "import pytest"], stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
+
+
+def main():
+    os.chdir(ROOT)
+    peers = "--peers" in sys.argv[1:]
+    counts = Counter()
+    if not peers:
+        for program in "./test_gpt2", "./test_gpt2_sanitized":
+            print(f"== {program}", flush=True)
+            counts += run_program([program])
+    environment = ".venv-peers" if peers else ".venv"
+    python = next(filter(has_pytest, [f"{environment}/bin/python", sys.executable]), None)
+    if python:
+        print(f"== pytest, {python}", flush=True)
+        counts += run_pytest(python, PEERS if peers else ["dev/test"])
+    else:
+        print(f"left out: dev/test, since neither {environment} nor {sys.executable} has pytest")
+    skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+    print(f"{counts['passed']} passed, {counts['failed']} failed{skipped}")
+    sys.exit(counts["failed"] > 0)
+
+
+if __name__ == "__main__":
+    main()

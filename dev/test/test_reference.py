@@ -1,0 +1,270 @@
+"""dev/reference.py against its own formulas written a second time, and the programs against fresh dumps of it."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: make test-peers")
+
+import numpy as np  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "dev"))
+import reference  # noqa: E402
+from reference import Config  # noqa: E402
+
+torch.set_num_threads(1)  # all is small
+ADAMW = list(reference.ADAMW.values())
+TINY = [  # maxT, V, L, NH, C
+    Config(9, 11, 2, 2, 6),
+    Config(9, 11, 3, 3, 6, "skip", 1, 2),
+    Config(9, 11, 4, 2, 6, "skip", 2, 2),
+    Config(9, 11, 4, 2, 6, "depth", None, None, 1, 0),
+    Config(9, 11, 5, 1, 4, "depth", None, None, 3, 0),
+    Config(9, 11, 5, 2, 6, "depth", None, None, 3, 2),
+]
+
+
+def label(c):
+    return f"{c.attention}-L{c.L}-{c.skip_distance}.{c.skip_heads}-{c.depth_stride}.{c.depth_window}"
+
+
+def random_case(c, B, T, seed):
+    rng = np.random.default_rng(seed)
+    p = reference.promote(reference.random_parameters(c, rng))
+    return p, torch.tensor(rng.integers(0, c.V, (B, T))), torch.tensor(rng.integers(0, c.V, (B, T)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reference itself
+
+
+def slow_logits(c, p, tokens):
+    """One token, layer and head after the other, with a KV cache, in plain numbers."""
+    p = {name: t.detach().numpy() for name, t in p.items()}
+    HS = c.C // c.NH
+    key, value, rows = {}, {}, []  # key[l, h, t], value[l, h, t]: (HS,)
+
+    def softmax(s):
+        e = [math.exp(x - max(s)) for x in s]
+        return [x / sum(e) for x in e]
+
+    def normalise(x, w, b):
+        return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * w + b
+
+    for t, token in enumerate(tokens):
+        x = p["wte"][token] + p["wpe"][t]
+        for l in range(c.L):
+            q, k, v = np.split(p["qkvw"][l] @ normalise(x, p["ln1w"][l], p["ln1b"][l]) + p["qkvb"][l], 3)
+            out = np.zeros(c.C)
+            for h in range(c.NH):
+                own = slice(h * HS, (h + 1) * HS)
+                key[l, h, t], value[l, h, t] = k[own], v[own]
+                if c.attention == "depth":
+                    read = {l} | {j for j in range(l - c.depth_window, l) if j >= 0} | set(range(0, l, c.depth_stride))
+                    read = sorted(read)
+                    a = softmax([q[own] @ key[j, h, t] / math.sqrt(HS) for j in read])
+                    value[l, h, t] = sum(a_j * value[j, h, t] for a_j, j in zip(a, read))
+                m = l
+                if c.attention == "skip" and h + 1 <= c.skip_heads and l >= c.skip_distance:
+                    m = l - c.skip_distance
+                a = softmax([q[own] @ key[m, h, u] / math.sqrt(HS) for u in range(t + 1)])
+                out[own] = sum(a[u] * value[m, h, u] for u in range(t + 1))
+            x = x + p["attprojw"][l] @ out + p["attprojb"][l]
+            f = p["fcw"][l] @ normalise(x, p["ln2w"][l], p["ln2b"][l]) + p["fcb"][l]
+            f = f / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (f + 0.044715 * f**3)))
+            x = x + p["fcprojw"][l] @ f + p["fcprojb"][l]
+        rows.append([p["wte"][i] @ normalise(x, p["lnfw"], p["lnfb"]) for i in range(c.V)])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("c", TINY, ids=label)
+def test_logits_token_by_token(c):
+    p, x, _ = random_case(c, 2, 9, seed=1)
+    logits = reference.forward(c, p, x).detach().numpy()
+    for b in range(2):
+        assert np.abs(logits[b] - slow_logits(c, p, x[b].tolist())).max() < 1e-12
+
+
+@pytest.mark.parametrize("c", TINY, ids=label)
+def test_gradients_by_finite_differences(c):
+    p, x, y = random_case(c, 2, 7, seed=2)
+    result = reference.compute(c, p, x, y, ADAMW, 0)
+    for name, t in p.items():
+        direction, h = torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(3)), 2e-6
+        with torch.no_grad():
+            here = t.clone()
+            up = reference.cross_entropy(reference.forward(c, {**p, name: here + h * direction}, x), y)
+            down = reference.cross_entropy(reference.forward(c, {**p, name: here - h * direction}, x), y)
+        expected = (result[f"d{name}"] * direction).sum()
+        assert abs((up - down) / (2 * h) - expected) <= 1e-7 * max(1, abs(expected)), name
+
+
+def test_vanilla_from_pytorch_layers(monkeypatch):
+    c = Config(9, 11, 2, 2, 6)
+    p, x, y = random_case(c, 2, 9, seed=4)
+    ours = reference.compute(c, p, x, y, ADAMW, 0)
+    for name, theirs in {
+        "causal_attention": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "layernorm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+        "gelu": lambda x: F.gelu(x, approximate="tanh"),
+        "cross_entropy": lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()),
+    }.items():
+        monkeypatch.setattr(reference, name, theirs)
+    for t in p.values():
+        t.grad = None
+    theirs = reference.compute(c, p, x, y, ADAMW, 0)
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() < 1e-12, name
+
+
+def test_what_equals_vanilla():
+    for L, variant in [(3, ("skip", 1, 0)), (3, ("skip", 3, 2)), (1, ("depth", None, None, 1, 2))]:
+        p, x, _ = random_case(Config(9, 11, L, 2, 6), 2, 9, seed=5)
+        vanilla = reference.forward(Config(9, 11, L, 2, 6), p, x)
+        assert (reference.forward(Config(9, 11, L, 2, 6, *variant), p, x) - vanilla).abs().max() < 1e-13
+
+
+def test_adamw_from_its_formula():
+    c = Config(9, 11, 3, 2, 6, "skip", 1, 1)
+    p, x, y = random_case(c, 2, 9, seed=6)
+    w = {name: t.detach().clone().requires_grad_() for name, t in p.items()}
+    m, v = ({name: torch.zeros_like(t) for name, t in w.items()} for _ in range(2))
+    lr, beta1, beta2, eps, decay = ADAMW
+    losses = []
+    for step in range(1, 5):
+        loss = reference.cross_entropy(reference.forward(c, w, x), y)
+        losses.append(loss.item())
+        for name, g in zip(w, torch.autograd.grad(loss, list(w.values()))):
+            m[name] = beta1 * m[name] + (1 - beta1) * g
+            v[name] = beta2 * v[name] + (1 - beta2) * g * g
+            step_size = m[name] / (1 - beta1**step) / ((v[name] / (1 - beta2**step)).sqrt() + eps)
+            decays = name in ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
+            w[name] = (w[name] - lr * (step_size + decays * decay * w[name])).detach().requires_grad_()
+    assert np.abs(reference.compute(c, p, x, y, ADAMW, 4)["losses"].numpy() - losses).max() < 1e-12
+    assert not w["wte"][c.V :].any() and not p["wte"][c.V :].any()
+
+
+def test_kept_dumps():
+    kept = ROOT / "dev" / "reference"
+    names = reference.DUMPS.split()
+    assert {f.name for f in kept.iterdir()} >= {f"{n}.{kind}.bin" for n in names for kind in ("model", "state")}
+    for n in names:
+        reference.check(SimpleNamespace(model=kept / f"{n}.model.bin", state=kept / f"{n}.state.bin"))
+    assert sum(f.stat().st_size for f in kept.iterdir()) <= 6e6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The programs against fresh dumps
+
+FRESH = [  # seeds and shapes that no kept dump has
+    "--attention vanilla --layers 3 --heads 2 --channels 128 --vocab 200 --sequence 70 --context 71 --seed 91",
+    "--attention skip --layers 4 --heads 2 --channels 128 --vocab 200 --batch 1 --sequence 70 --context 71 --seed 92 "
+    "--skip-distance 1 --skip-heads 1",
+    "--attention skip --layers 7 --heads 5 --channels 20 --vocab 300 --batch 3 --sequence 29 --context 29 --seed 93 "
+    "--skip-distance 2 --skip-heads 3",
+    "--attention depth --layers 3 --heads 2 --channels 128 --vocab 200 --batch 1 --sequence 70 --context 71 --seed 94 "
+    "--depth-stride 1",
+    "--attention depth --layers 7 --heads 3 --channels 33 --vocab 130 --batch 2 --sequence 41 --context 50 --seed 95 "
+    "--depth-stride 4 --depth-window 2",
+]
+SMALL = {
+    "vanilla": "--layers 2 --heads 2 --channels 24 --context 30 --sequence 19",
+    "skip": "--layers 3 --heads 3 --channels 24 --context 30 --sequence 19 --skip-distance 1 --skip-heads 2",
+    "depth": "--layers 4 --heads 2 --channels 24 --context 30 --sequence 19 --depth-stride 2 --depth-window 1",
+}
+
+
+def run(program, *args):
+    path = ROOT / program
+    assert path.exists(), f"{path} is missing: run make"
+    return subprocess.run([path, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+
+
+def attention_of(options):
+    return options.split()[1]
+
+
+def make_dump(prefix, options):
+    reference.main(["dump", "--out", str(prefix), *options.split()])
+    return f"{prefix}.model.bin", f"{prefix}.state.bin"
+
+
+@pytest.mark.parametrize("options", FRESH, ids=attention_of)
+def test_fresh_dump_passes(options, tmp_path):
+    result = run("test_gpt2", *make_dump(tmp_path / "fresh", options))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("attention", SMALL)
+@pytest.mark.parametrize("change", [0.01, math.nan])
+def test_one_changed_gradient_is_named(attention, change, tmp_path):
+    model, state = make_dump(tmp_path / "fresh", f"--attention {attention} {SMALL[attention]} --seed 96")
+    c, _ = reference.read_model(model, {})
+    header, data = reference.read(state, reference.STATE_MAGIC)
+    content = Path(state).read_bytes()
+    broken = tmp_path / "broken.state.bin"
+    rng = np.random.default_rng(97)
+    for name, gradient in reference.cut(state, data, reference.state_shapes(c, *header[2:5]), exact=True).items():
+        if name[1:] not in c.shapes():
+            continue
+        entry = rng.integers(gradient.size)
+        value = np.float32(gradient.flat[entry] + change * np.abs(gradient).max())
+        at = len(content) - len(data) + gradient.ctypes.data - data.ctypes.data + 4 * entry
+        broken.write_bytes(content[:at] + value.tobytes() + content[at + 4 :])
+        result = run("test_gpt2", model, broken)
+        blamed = set(re.findall(r"^ +(\w+),? .*(?:error|tolerance)", result.stdout, re.MULTILINE))
+        assert result.returncode == 1 and blamed == {name}, f"{name}[{entry}]\n{result.stdout}{result.stderr}"
+
+
+def assert_same_text(model, count, *options, prompt=(1, 2, 3)):
+    """Greedy text, up to where the reference's best two logits are too close to tell. Returns how much was compared."""
+    result = run("train_gpt2", "generate", "--model", model, "--prompt-tokens", ",".join(map(str, prompt)),
+                 "--tokens", count, "--temperature", 0, *options)
+    assert result.returncode == 0, result.stderr
+    ours = [int(t) for t in re.findall(r"\d+", result.stdout)][-count:]
+    assert len(ours) == count, result.stdout
+    c, p = reference.read_model(model, dict(zip([o[2:].replace("-", "_") for o in options[::2]], options[1::2])))
+    compared = 0
+    for token, lead in reference.greedy(c, p, prompt, count):
+        if lead < 1e-4:
+            break
+        assert ours[compared] == token, f"token {compared}, where the best logit leads by {lead}"
+        compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("options", FRESH[::2], ids=attention_of)
+def test_greedy_text_across_the_end_of_the_context(options, tmp_path):
+    model, _ = make_dump(tmp_path / "fresh", options + " --steps 0")
+    assert assert_same_text(model, 200) == 200
+
+
+@pytest.mark.parametrize("attention", SMALL)
+@pytest.mark.parametrize("length", [1, 29, 30, 31, 45, 100])
+def test_greedy_text_after_short_and_long_prompts(attention, length, tmp_path):
+    model, _ = make_dump(tmp_path / "fresh", f"--attention {attention} {SMALL[attention]} --seed 98 --steps 0")
+    assert assert_same_text(model, 20, prompt=np.random.default_rng(99).integers(0, 61, length)) > 0
+
+
+def test_greedy_text_under_another_attention(tmp_path):
+    model, _ = make_dump(tmp_path / "fresh", FRESH[0] + " --steps 0")
+    assert assert_same_text(model, 100, "--attention", "skip", "--skip-distance", 1, "--skip-heads", 2) == 100
+    assert assert_same_text(model, 100, "--attention", "depth", "--depth-stride", 1, "--depth-window", 1) == 100
+
+
+@pytest.mark.parametrize("attention", SMALL)
+def test_greedy_text_of_a_checkpoint(attention, tmp_path):
+    np.random.default_rng(98).integers(0, 200, 5000).astype("<u2").tofile(tmp_path / "shard.bin")  # without a header
+    shard = tmp_path / "shard.bin"
+    options = SMALL[attention].replace("--sequence 19", "").split()
+    result = run("train_gpt2", "train", "--train", shard, "--val", shard, "--out", tmp_path / "run", "--attention",
+                 attention, *options, "--vocab", 200, "--batch", 2, "--sequence", 19, "--steps", 20, "--lr", 0.01)
+    assert result.returncode == 0, result.stderr
+    assert assert_same_text(tmp_path / "run" / "model.bin", 60) > 0

@@ -1,0 +1,637 @@
+/*
+test_gpt2.cpp: is every gradient right?
+
+    ./test_gpt2                               the dumps in dev/reference, and all tests below
+    ./test_gpt2 [-v] MODEL DEBUG_STATE ...    any pairs in the formats of the README, llm.c's included; -v: a line per tensor
+
+Exit status 0 if all is well, else 1. It tests through the model interface of train_gpt2.cpp, so the same tests serve
+every backend; only the parts that a backend does not export (matmul, one head's attention) are held against plain
+loops where they are compiled in.
+*/
+
+#define GPT2_NO_MAIN
+#ifdef GPT2_CUDA
+#include "train_gpt2.cu"
+#else
+#include "train_gpt2.cpp"
+#endif
+
+static int passed = 0, failed = 0;
+
+static void report(bool ok, const std::string& name, const std::string& detail = "") {
+    (ok ? passed : failed)++;
+    printf("%s  %s%s%s\n", ok ? "ok    " : "FAILED", name.c_str(), detail.empty() ? "" : ": ", detail.c_str());
+    fflush(stdout);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Comparing with the reference
+
+// What one comparison found: the worst error as a share of its tolerance. NaN counts as worse than anything.
+struct Worst {
+    double ratio = 0, error = 0, tolerance = 0;
+
+    void see(double difference, double tolerated) {
+        double r = difference == 0 ? 0 : difference / tolerated;
+        if (!(r <= ratio)) ratio = r, error = difference, tolerance = tolerated;
+        if (std::isnan(r)) ratio = INFINITY;
+    }
+    bool ok() const { return ratio <= 1; }
+};
+
+static double largest(const float* p, size_t n) {
+    double max = 0;
+    for (size_t i = 0; i < n; i++) max = std::max(max, (double)fabsf(p[i]));
+    return max;
+}
+
+// One block: a layer of a tensor, or the queries', keys' or values' share of qkv. A gradient that is mathematically 0,
+// like vanilla's key bias, has rounding errors of the size of its neighbours'; hence the second term.
+static Worst compare_block(const float* ours, const float* theirs, size_t n, double tensor_max, double factor) {
+    Worst worst;
+    double tolerance = factor * (5e-5 * largest(theirs, n) + 1e-6 * tensor_max);
+    for (size_t i = 0; i < n; i++) worst.see(fabs((double)ours[i] - theirs[i]), tolerance);
+    return worst;
+}
+
+// All blocks of one tensor: the worst, after a line for each that is off.
+static Worst compare_tensor(const Tensor& t, const float* ours, const float* theirs, double factor) {
+    double tensor_max = largest(theirs, t.size());
+    bool qkv = strncmp(t.name, "qkv", 3) == 0;
+    size_t parts = qkv ? 3 : 1, n = t.layer_size() / parts;
+    Worst worst;
+    for (size_t l = 0; l < t.layers; l++) {
+        for (size_t part = 0; part < parts; part++) {
+            size_t at = l * t.layer_size() + part * n;
+            Worst w = compare_block(ours + at, theirs + at, n, tensor_max, factor);
+            if (!w.ok())
+                printf("    d%s, layer %zu%s: error %.3g, tolerance %.3g\n", t.name, l,
+                       !qkv ? "" : part == 0 ? ", queries" : part == 1 ? ", keys" : ", values", w.error, w.tolerance);
+            if (!(w.ratio <= worst.ratio)) worst = w;
+        }
+    }
+    return worst;
+}
+
+// Compares the model of one file with what a dump says of it: logits, loss, every gradient, the losses of AdamW steps.
+static bool check_dump(const std::string& model_path, const std::string& state_path, bool verbose) {
+    ModelFile file = open_model(model_path);
+    InputFile state = open_file(state_path);
+    Header header;
+    if (state.size < HEADER_BYTES) die("%s: only %zu bytes, too short for a header", state_path.c_str(), state.size);
+    must_read_at(state, 0, header.data(), HEADER_BYTES);
+    if (header[0] != DUMP_MAGIC) die("%s: not a debug state (magic %d, not %d)", state_path.c_str(), header[0], DUMP_MAGIC);
+    if (header[1] != 2) die("%s: debug state of version %d, not 2", state_path.c_str(), header[1]);
+    const Config& c = file.config;
+    int B = header[2], T = header[3], steps = header[4];
+    double factor = header[5] == 64 ? 1 : 10;  // a dump made in fp32 has rounding errors of its own
+    if (B < 1 || T < 1 || T > c.maxT || B > 1 << 20 || steps < 0)
+        die("%s: B %d, T %d, %d steps do not fit a context of %d", state_path.c_str(), B, T, steps, c.maxT);
+    size_t BT = (size_t)B * T, V = c.V, P = parameter_count(c);
+    size_t size = HEADER_BYTES + 4 * (2 * BT + BT * V + 1 + P + (steps > 0 ? 5 + (size_t)steps : 0));
+    if (state.size != size)
+        die("%s: %zu bytes, not the %zu of B %d, T %d and this model", state_path.c_str(), state.size, size, B, T);
+
+    size_t offset = HEADER_BYTES;
+    auto read = [&](void* out, size_t n) {
+        must_read_at(state, offset, out, n * 4);
+        offset += n * 4;
+    };
+    std::vector<int> x(BT), y(BT);
+    std::vector<float> logits(BT * V), our_logits(BT * V), gradients(P), our_gradients(P), step_losses(steps);
+    float loss, adamw[5];
+    read(x.data(), BT);
+    read(y.data(), BT);
+    for (size_t i = 0; i < 2 * BT; i++) {
+        int token = i < BT ? x[i] : y[i - BT];
+        if (token < 0 || token >= c.V) die("%s: token %d, outside the vocabulary of %d", state_path.c_str(), token, c.V);
+    }
+    read(logits.data(), BT * V);
+    read(&loss, 1);
+    read(gradients.data(), P);
+    if (steps > 0) {
+        read(adamw, 5);
+        read(step_losses.data(), steps);
+    }
+
+    Model* m = model_create(c, FP32, {.B = B, .T = T, .train = true});
+    read_parameters(file, m);
+    model_set_inputs(m, x.data(), y.data());
+    model_forward(m, true, 1);
+    model_logits(m, our_logits.data());
+    model_backward(m);
+    double our_loss = model_loss(m);
+    model_get(m, GRADIENTS, 0, P, our_gradients.data());
+
+    double worst = 0;
+    auto see = [&](const char* name, const Worst& w) {
+        if (!(w.ratio <= worst)) worst = w.ratio;
+        if (verbose || !w.ok())
+            printf("    %-10s largest error %9.3g, tolerance %9.3g  %s\n", name, w.error, w.tolerance, w.ok() ? "ok" : "OFF");
+    };
+    see("logits", compare_block(our_logits.data(), logits.data(), BT * V, 0, factor));
+    Worst loss_error;
+    loss_error.see(fabs(our_loss - loss), factor * 1e-5 * fabs(loss));
+    see("loss", loss_error);
+    for (const Tensor& t : tensor_table(c)) {
+        std::string name = std::string("d") + t.name;
+        see(name.c_str(), compare_tensor(t, our_gradients.data() + t.offset, gradients.data() + t.offset, factor));
+    }
+    for (int step = 0; step < steps; step++) {
+        if (step > 0) {
+            model_set_inputs(m, x.data(), y.data());
+            model_forward(m, true, 1);
+            model_backward(m);
+            our_loss = model_loss(m);
+        }
+        model_update(m, {adamw[0], adamw[1], adamw[2], adamw[3], adamw[4]}, 0, step + 1);
+        Worst w;
+        w.see(fabs(our_loss - step_losses[step]), factor * 2e-5 * fabs(step_losses[step]));
+        see(format("step %d", step).c_str(), w);
+    }
+    model_free(m);
+    close(state.fd);
+    close(file.file.fd);
+    report(worst <= 1, model_path, format("worst error %.3g of its tolerance", worst));
+    return worst <= 1;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Models made at random, as wide as the dumps': every source's share in skip and depth counts
+
+static Config small_config(int attention, int L = 5, int NH = 3, int HS = 12) {
+    Config c;
+    c.maxT = 40, c.V = 61, c.Vp = 128, c.L = L, c.NH = NH, c.C = NH * HS;
+    c.attention = attention, c.skip_distance = 2, c.skip_heads = 2, c.depth_stride = 2, c.depth_window = 1;
+    return c;
+}
+
+static std::string name_of(const Config& c) {
+    if (c.attention == SKIP) return format("skip, L %d, distance %d, %d of %d heads", c.L, c.skip_distance, c.skip_heads, c.NH);
+    if (c.attention == DEPTH) return format("depth, L %d, stride %d, window %d", c.L, c.depth_stride, c.depth_window);
+    return "vanilla";
+}
+
+static std::vector<float> random_parameters(const Config& c, uint64_t seed) {
+    std::vector<float> p(parameter_count(c), 0.0f);
+    Random random = {seed};
+    for (const Tensor& t : tensor_table(c)) {
+        size_t n = t.offset == 0 ? (size_t)c.V * c.C : t.size();  // wte's padding stays 0
+        for (size_t i = 0; i < n; i++)
+            p[t.offset + i] = (float)(t.decays ? 1.2 / sqrt(t.cols) * random.normal() : t.mean + 0.3 * random.normal());
+    }
+    return p;
+}
+
+static std::vector<int> random_tokens(size_t n, int V, uint64_t seed) {
+    std::vector<int> tokens(n);
+    Random random = {seed};
+    for (int& t : tokens) t = (int)random.below(V);
+    return tokens;
+}
+
+struct Batch {
+    int B, T;
+    std::vector<int> x, y;
+    Batch(const Config& c, int b, int t) : B(b), T(t), x(random_tokens(b * t, c.V, 1)), y(random_tokens(b * t, c.V, 2)) {}
+};
+
+static Model* random_model(const Config& c, const Workload& work, uint64_t seed = 3) {
+    Model* m = model_create(c, FP32, work);
+    std::vector<float> p = random_parameters(c, seed);
+    model_put(m, PARAMETERS, 0, p.size(), p.data());
+    return m;
+}
+
+static const AdamW test_adamw = {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f};
+
+// All that a few training steps leave behind: logits, losses, gradients, parameters, moments.
+static std::vector<float> everything(const Config& c, const Batch& batch, int steps = 2) {
+    size_t P = parameter_count(c), BT = batch.x.size();
+    Model* m = random_model(c, {.B = batch.B, .T = batch.T, .train = true});
+    std::vector<float> all(BT * c.V + BT + 4 * P);
+    for (int step = 1; step <= steps; step++) {
+        model_set_inputs(m, batch.x.data(), batch.y.data());
+        model_forward(m, true, 1);
+        model_logits(m, all.data());
+        model_token_losses(m, all.data() + BT * c.V);
+        model_backward(m);
+        model_update(m, test_adamw, 1, step);
+    }
+    int i = 0;
+    for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, all.data() + BT * c.V + BT + P * i++);
+    model_free(m);
+    return all;
+}
+
+static bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// The settings that the tests below go through.
+static std::vector<Config> settings() {
+    std::vector<Config> all = {small_config(VANILLA)};
+    for (int distance : {1, 2, 4})
+        for (int heads : {1, 2, 3}) {
+            Config c = small_config(SKIP);
+            c.skip_distance = distance, c.skip_heads = heads;
+            all.push_back(c);
+        }
+    for (int stride : {1, 2, 3})
+        for (int window : {0, 1, 2}) {
+            Config c = small_config(DEPTH);
+            c.depth_stride = stride, c.depth_window = window;
+            all.push_back(c);
+        }
+    return all;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Tests through the model interface
+
+// Where skip or depth has nothing to read elsewhere, it is vanilla to the bit.
+static void test_identities() {
+    Config c = small_config(VANILLA), one_layer = small_config(VANILLA, 1);
+    Batch batch(c, 2, 37);
+    std::vector<float> vanilla = everything(c, batch), vanilla_one_layer = everything(one_layer, batch);
+    c.attention = SKIP, c.skip_heads = 0;
+    report(same_bits(everything(c, batch), vanilla), "skip with no heads equals vanilla to the bit");
+    c.skip_heads = 2, c.skip_distance = c.L;
+    report(same_bits(everything(c, batch), vanilla), "skip as far as the depth equals vanilla to the bit");
+    one_layer.attention = DEPTH;
+    report(same_bits(everything(one_layer, batch), vanilla_one_layer), "depth with one layer equals vanilla to the bit");
+    c.skip_distance = 2;
+    report(!same_bits(everything(c, batch), vanilla), "skip with heads does not equal vanilla");
+}
+
+static void test_threads() {
+#ifdef _OPENMP
+    int threads = omp_get_max_threads();
+    for (int attention : {VANILLA, SKIP, DEPTH}) {
+        Config c = small_config(attention, 4, 3, 24);
+        Batch batch(c, 3, 37);
+        omp_set_num_threads(1);
+        std::vector<float> one = everything(c, batch);
+        bool same = true;
+        for (int n : {2, 3, 7}) {
+            omp_set_num_threads(n);
+            same = same && same_bits(everything(c, batch), one);
+        }
+        report(same, format("1, 2, 3 and 7 threads give the same bits: %s", attention_names[attention]));
+    }
+    omp_set_num_threads(threads);
+#endif
+}
+
+// Along a random direction u, for each layer of each tensor: (loss(w + h u) - loss(w - h u))/2h = dw·u, up to h² and
+// the rounding of the loss, which is why h is not small.
+static void test_finite_differences() {
+    for (const Config& c : settings()) {
+        size_t P = parameter_count(c);
+        Batch batch(c, 2, 21);
+        Model* m = random_model(c, {.B = 2, .T = 21, .train = true});
+        std::vector<float> gradients(P), w = random_parameters(c, 3), moved;
+        model_set_inputs(m, batch.x.data(), batch.y.data());
+        model_forward(m, true, 1);
+        model_backward(m);
+        model_loss(m);
+        model_get(m, GRADIENTS, 0, P, gradients.data());
+        double worst = 0;
+        std::string where;
+        Random random = {5};
+        for (const Tensor& t : tensor_table(c)) {
+            size_t parts = strncmp(t.name, "qkv", 3) == 0 ? 3 : 1, n = t.layer_size() / parts;
+            for (size_t block = 0; block < t.layers * parts; block++) {
+                size_t begin = t.offset + block * n;
+                std::vector<float> u(n);
+                double expected = 0, gradient2 = 0, u2 = 0;
+                for (size_t i = 0; i < n; i++) {
+                    u[i] = t.offset == 0 && i >= (size_t)c.V * c.C ? 0 : (float)random.normal();
+                    gradient2 += (double)gradients[begin + i] * gradients[begin + i];
+                    u2 += (double)u[i] * u[i];
+                }
+                if (gradient2 == 0) continue;  // what nobody reads; the dumps check that it is 0
+                // Half at random, half along the gradient, so that there is a slope to measure.
+                for (size_t i = 0; i < n; i++) u[i] = (float)(u[i] / sqrt(u2) + gradients[begin + i] / sqrt(gradient2));
+                for (size_t i = 0; i < n; i++) expected += (double)u[i] * gradients[begin + i];
+                double h = 2e-2, losses[2];
+                for (int side = 0; side < 2; side++) {
+                    moved = w;
+                    for (size_t i = 0; i < n; i++) moved[begin + i] += (float)((side ? -h : h) * u[i]);
+                    model_put(m, PARAMETERS, 0, P, moved.data());
+                    model_forward(m, false, 0);
+                    losses[side] = model_loss(m);
+                }
+                double difference = (losses[0] - losses[1]) / (2 * h);
+                double error = fabs(difference - expected) / (0.02 * fabs(expected) + 1e-4);
+                if (!(error <= worst)) worst = error, where = format("%s, block %zu: %.5g, not %.5g", t.name, block, expected, difference);
+            }
+        }
+        model_free(m);
+        report(worst <= 1, "finite differences, each tensor of each layer: " + name_of(c), format("worst %.2f of its tolerance, in ", worst) + where);
+    }
+}
+
+// Two micro-batches at half the scale each are one batch.
+static void test_accumulation() {
+    for (int attention : {VANILLA, SKIP, DEPTH}) {
+        Config c = small_config(attention);
+        size_t P = parameter_count(c), half = 2 * 23;
+        Batch batch(c, 4, 23);
+        std::vector<float> whole(P), halves(P);
+        Model* m = random_model(c, {.B = 4, .T = 23, .train = true});
+        model_set_inputs(m, batch.x.data(), batch.y.data());
+        model_forward(m, true, 1);
+        model_backward(m);
+        double loss = model_loss(m);
+        model_get(m, GRADIENTS, 0, P, whole.data());
+        model_free(m);
+        m = random_model(c, {.B = 2, .T = 23, .train = true});
+        for (size_t i = 0; i < 2; i++) {
+            model_set_inputs(m, batch.x.data() + i * half, batch.y.data() + i * half);
+            model_forward(m, true, 0.5f);
+            model_backward(m);
+        }
+        double loss_of_halves = model_loss(m);
+        model_get(m, GRADIENTS, 0, P, halves.data());
+        Worst worst;
+        worst.see(fabs(loss - loss_of_halves), 1e-6 * loss);
+        for (const Tensor& t : tensor_table(c)) {
+            Worst w = compare_tensor(t, halves.data() + t.offset, whole.data() + t.offset, 1);
+            if (!(w.ratio <= worst.ratio)) worst = w;
+        }
+        // After an update, gradients begin anew.
+        model_update(m, {0, 0.9f, 0.95f, 1e-8f, 0}, 0, 1);
+        for (size_t i = 0; i < 2; i++) {
+            model_set_inputs(m, batch.x.data() + i * half, batch.y.data() + i * half);
+            model_forward(m, true, 0.5f);
+            model_backward(m);
+        }
+        std::vector<float> again(P);
+        model_get(m, GRADIENTS, 0, P, again.data());
+        model_free(m);
+        report(worst.ok() && same_bits(again, halves), format("gradients accumulate: %s", attention_names[attention]));
+    }
+}
+
+// AdamW and clipping against their definition in double; what must not change does not.
+static void test_update() {
+    Config c = small_config(SKIP);
+    c.skip_distance = 3;  // layers 3 and 4 have keys and values that nobody reads
+    size_t P = parameter_count(c);
+    Batch batch(c, 2, 17);
+    Model* m = random_model(c, {.B = 2, .T = 17, .train = true});
+    std::vector<double> w(P), first(P, 0.0), second(P, 0.0);
+    std::vector<float> ours(P), gradients(P);
+    model_get(m, PARAMETERS, 0, P, ours.data());
+    std::copy(ours.begin(), ours.end(), w.begin());
+    const double lr = 1e-2, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.3, clip = 0.7;
+    bool norms_ok = true;
+    for (int step = 1; step <= 3; step++) {
+        model_set_inputs(m, batch.x.data(), batch.y.data());
+        model_forward(m, true, 1);
+        model_backward(m);
+        model_get(m, GRADIENTS, 0, P, gradients.data());
+        double norm = 0;
+        for (float g : gradients) norm += (double)g * g;
+        norm = sqrt(norm);
+        double our_norm = model_update(m, {(float)lr, (float)beta1, (float)beta2, (float)eps, (float)decay}, (float)clip, step);
+        norms_ok = norms_ok && fabs(our_norm - norm) <= 1e-6 * norm && norm > clip;
+        for (const Tensor& t : tensor_table(c))
+            for (size_t i = t.offset; i < t.offset + t.size(); i++) {
+                double g = gradients[i] * std::min(1.0, clip / norm);
+                first[i] = beta1 * first[i] + (1 - beta1) * g;
+                second[i] = beta2 * second[i] + (1 - beta2) * g * g;
+                double m_hat = first[i] / (1 - pow(beta1, step)), v_hat = second[i] / (1 - pow(beta2, step));
+                bool matrix = t.cols > 1;  // vectors do not decay
+                w[i] -= lr * (m_hat / (sqrt(v_hat) + eps) + (matrix ? decay : 0) * w[i]);
+            }
+    }
+    model_get(m, PARAMETERS, 0, P, ours.data());
+    Worst worst;
+    for (size_t i = 0; i < P; i++) worst.see(fabs(ours[i] - w[i]), 3e-6 * (1 + fabs(w[i])));
+    report(worst.ok() && norms_ok, "AdamW, decay and clipping equal their definition", format("worst %.2f of its tolerance", worst.ratio));
+
+    bool padding = true;
+    for (size_t i = (size_t)c.V * c.C; i < (size_t)c.Vp * c.C; i++) padding = padding && gradients[i] == 0 && ours[i] == 0;
+    report(padding, "padded rows of wte get no gradient and no update");
+    model_free(m);
+}
+
+// A sequence decoded from a cache, in pieces of several lengths, against all at once. Sums run in another order where a
+// piece is a single token, so logits agree to rounding.
+static void test_decoding() {
+    for (Config c : settings()) {
+        c.maxT = 150;
+        int T = c.maxT;
+        size_t V = c.V;
+        Batch batch(c, 2, T);
+        Model* whole = random_model(c, {.B = 2, .T = T});
+        model_set_inputs(whole, batch.x.data(), batch.y.data());
+        model_forward(whole, false, 0);
+        std::vector<float> expected(2 * T * V), logits(2 * V);
+        model_logits(whole, expected.data());
+        model_free(whole);
+
+        Model* m = random_model(c, {.sequences = 2});
+        double scale = largest(expected.data(), expected.size()), worst = 0;
+        for (int piece : {1, 2, 3, 31, 32, 33, 149, 150}) {
+            model_reset_cache(m);
+            std::vector<int> tokens(2 * (size_t)piece);
+            for (int t = 0, n; t < T; t += n) {
+                n = t == 0 || (t < 3 * piece && t + piece <= T) ? piece : 1;  // three pieces, then single tokens
+                for (int b = 0; b < 2; b++) std::copy_n(batch.x.data() + b * T + t, n, tokens.data() + b * n);
+                if (n == 1) model_decode(m, tokens.data(), logits.data());
+                else model_prompt(m, tokens.data(), n, logits.data());
+                for (int b = 0; b < 2; b++)
+                    for (size_t v = 0; v < V; v++) {
+                        double error = fabs(logits[b * V + v] - expected[(b * T + t + n - 1) * V + v]) / (1e-5 * scale);
+                        if (!(error <= worst)) worst = error;
+                    }
+            }
+        }
+        model_free(m);
+        report(worst <= 1, "cached decoding equals the forward pass: " + name_of(c), format("largest error %.2g of the largest logit", 1e-5 * worst));
+    }
+}
+
+// model_memory says what model_create allocates, and skip's cache is smaller by its unread heads.
+static void test_memory() {
+    Config c = small_config(SKIP, 12, 12, 8);
+    c.skip_distance = 9, c.skip_heads = 9;
+    Memory skip = model_memory(c, FP32, {.sequences = 2});
+    c.attention = VANILLA;
+    Memory vanilla = model_memory(c, FP32, {.sequences = 2});
+    c.attention = DEPTH;
+    Memory depth = model_memory(c, FP32, {.sequences = 2});
+    size_t expected = 2ul * c.L * c.maxT * 2 * c.C * sizeof(float);
+    report(vanilla.cache == expected && depth.cache == expected && skip.cache == expected - expected * 27 / 144,
+           "KV cache: depth's as large as vanilla's, skip's smaller by its unread heads");
+}
+
+#ifndef GPT2_CUDA
+// --------------------------------------------------------------------------------------------------------------------
+// The CPU's inner parts against plain loops
+
+static std::vector<float> random_floats(size_t n, uint64_t seed) {
+    std::vector<float> v(n);
+    Random random = {seed};
+    for (float& f : v) f = (float)random.normal();
+    return v;
+}
+
+struct TestWorkspace {
+    std::vector<float> packed, local;
+    Workspace ws;
+    TestWorkspace(size_t packed_size, size_t local_size) : packed(packed_size, NAN), local(thread_count() * local_size, NAN) {
+        ws = {packed.data(), packed_size, local.data(), local_size};
+    }
+};
+
+// The triple loop: what matmul must equal for either order of either operand.
+static void test_matmul() {
+    double worst = 0;
+    std::string where;
+    auto check = [&](size_t M, size_t N, size_t K, Workspace& ws) {
+        std::vector<float> a = random_floats(M * K, M), b = random_floats(N * K, N + 1), c(M * N);
+        for (int layout = 0; layout < 4; layout++) {
+            Operand<float> A = layout & 1 ? along_k(a.data(), K) : across_k(a.data(), M);
+            Operand<float> B = layout & 2 ? along_k(b.data(), K) : across_k(b.data(), N);
+            std::fill(c.begin(), c.end(), NAN);
+            matmul(ws, M, N, K, A, B, [&](size_t m, size_t n, size_t count, const float* row) { std::copy_n(row, count, &c[m * N + n]); });
+            for (size_t m = 0; m < M; m++)
+                for (size_t n = 0; n < N; n++) {
+                    double sum = 0, absolute = 0;
+                    for (size_t k = 0; k < K; k++) {
+                        double product = (double)*A.at(m, k).data * *B.at(n, k).data;
+                        sum += product;
+                        absolute += fabs(product);
+                    }
+                    // Each of K additions rounds by at most 2^-24 of a partial sum; half of the bound is never reached.
+                    double error = fabs(c[m * N + n] - sum) / ((K + 2.0) * 0x1p-25 * absolute + 1e-30);
+                    if (!(error <= worst)) worst = error, where = format("%zu x %zu x %zu, layout %d", M, N, K, layout);
+                }
+        }
+    };
+    TestWorkspace large(1 << 20, KC * NC + MC * NC);
+    for (size_t n : {1, 2, 3, 5, 7, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 47, 63, 64, 65, 70})
+        for (size_t other : {1, 17, 33}) {
+            check(n, other, 33, large.ws);
+            check(17, n, other, large.ws);
+            check(other, 33, n, large.ws);
+        }
+    check(2 * MC + 3, NC + 5, 19, large.ws);
+    check(29, 2 * NC + 1, KC + 1, large.ws);
+    check(3, 130, 2 * KC + 7, large.ws);
+    TestWorkspace small(3 * MR * (KC + 9), KC * NC + MC * NC);  // three panels of A at once
+    check(10 * MR + 1, 40, KC + 9, small.ws);
+    report(worst <= 1, "matmul equals the triple loop", format("worst %.2f of the error bound, at ", worst) + where);
+}
+
+// softmax(causal(q kᵀ/√HS)) v and its derivatives, in double, from the definition.
+static void test_attention_head() {
+    double worst = 0;
+    std::string where;
+    for (size_t HS : {1, 3, 8, 12, 17, 32, 64, 80})
+        for (size_t T : {1, 2, 7, NR - 1, NR, NR + 1, (int)KEYS, (int)KEYS + 1, 2 * (int)KEYS + 5}) {
+            size_t ld = HS + 3;  // rows lie further apart than they are long
+            std::vector<float> q = random_floats(T * ld, 1), k = random_floats(T * ld, 2), v = random_floats(T * ld, 3),
+                               dout = random_floats(T * ld, 4), o(T * ld, NAN), lse(T, NAN), dq(o), dk(o), dv(o);
+            std::vector<float> local(HeadScratch<float>(nullptr, T, HS).size, NAN);
+            attention_head_forward(local.data(), o.data(), lse.data(), q.data(), k.data(), v.data(), T, 0, HS, ld, ld, ld);
+            std::fill(local.begin(), local.end(), NAN);
+            attention_head_backward(local.data(), dq.data(), dk.data(), dv.data(), ld, ld, dout.data(), o.data(), lse.data(),
+                                    q.data(), k.data(), v.data(), T, HS, ld, ld);
+            std::vector<double> rdq(T * HS, 0.0), rdk(rdq), rdv(rdq), p(T), dp(T);
+            auto see = [&](double ours, double expected, const char* what) {
+                double error = fabs(ours - expected) / (1e-5 * (1 + fabs(expected)) * sqrt(T));
+                if (!(error <= worst)) worst = error, where = format("%s, T %zu, HS %zu", what, T, HS);
+            };
+            for (size_t i = 0; i < T; i++) {
+                double sum = 0, weighted = 0;
+                for (size_t j = 0; j <= i; j++) {
+                    double s = 0;
+                    for (size_t d = 0; d < HS; d++) s += (double)q[i * ld + d] * k[j * ld + d];
+                    sum += p[j] = exp(s / sqrt(HS));
+                }
+                for (size_t j = 0; j <= i; j++) {
+                    p[j] /= sum;
+                    dp[j] = 0;
+                    for (size_t d = 0; d < HS; d++) dp[j] += (double)dout[i * ld + d] * v[j * ld + d];
+                    weighted += p[j] * dp[j];
+                }
+                for (size_t d = 0; d < HS; d++) {
+                    double o_id = 0;
+                    for (size_t j = 0; j <= i; j++) {
+                        double ds = p[j] * (dp[j] - weighted) / sqrt(HS);
+                        o_id += p[j] * v[j * ld + d];
+                        rdv[j * HS + d] += p[j] * dout[i * ld + d];
+                        rdq[i * HS + d] += ds * k[j * ld + d];
+                        rdk[j * HS + d] += ds * q[i * ld + d];
+                    }
+                    see(o[i * ld + d], o_id, "o");
+                }
+                see(lse[i], log(sum), "log-sum-exp");
+                // A few positions decoded, given those before as cached
+                if (i % 5 == 4) {
+                    std::vector<float> one(HS), few(2 * ld);
+                    attention_head_decode(local.data(), one.data(), &q[i * ld], k.data(), v.data(), i + 1, HS, ld);
+                    attention_head_forward(local.data(), few.data(), nullptr, &q[(i - 1) * ld], k.data(), v.data(), 2, i - 1, HS, ld, ld, ld);
+                    for (size_t d = 0; d < HS; d++) see(one[d], o[i * ld + d], "decode"), see(few[ld + d], o[i * ld + d], "prompt");
+                }
+            }
+            for (size_t t = 0; t < T; t++)
+                for (size_t d = 0; d < HS; d++) {
+                    see(dq[t * ld + d], rdq[t * HS + d], "dq");
+                    see(dk[t * ld + d], rdk[t * HS + d], "dk");
+                    see(dv[t * ld + d], rdv[t * HS + d], "dv");
+                }
+        }
+    report(worst <= 1, "attention in tiles equals its definition", format("worst %.2f of its tolerance: ", worst) + where);
+}
+
+static void test_exp() {
+    double worst = 0;
+    for (double x = -87; x <= 88; x += 1.7e-5) {
+        double expected = exp((double)(float)x);
+        worst = std::max(worst, fabs(exp_approx((float)x) - expected) / expected);
+    }
+    report(worst < 2e-7, "exp_approx", format("relative error up to %.3g", worst));
+    report(exp_approx(-INFINITY) == 0 && exp_approx(-88) == 0 && exp_approx(0) == 1 && std::isnan(exp_approx(NAN)),
+           "exp_approx of -inf, 0 and NaN");
+}
+#endif
+
+int main(int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    poison_memory = true;
+    device_init();
+    std::vector<std::string> paths(argv + 1, argv + argc);
+    bool verbose = !paths.empty() && paths[0] == "-v";
+    if (verbose) paths.erase(paths.begin());
+    if (paths.size() % 2 || (!paths.empty() && paths[0][0] == '-')) {
+        fprintf(stderr, "usage: test_gpt2 [-v] [MODEL DEBUG_STATE] ...\n");
+        return 1;
+    }
+    if (!paths.empty()) {
+        for (size_t i = 0; i < paths.size(); i += 2) check_dump(paths[i], paths[i + 1], verbose);
+    } else {
+        const std::string ending = ".state.bin";
+        for (std::string state : expand_glob("dumps", "dev/reference/*" + ending))
+            check_dump(state.substr(0, state.size() - ending.size()) + ".model.bin", state, verbose);
+#ifndef GPT2_CUDA
+        test_exp();
+        test_matmul();
+        test_attention_head();
+#endif
+        test_identities();
+        test_threads();
+        test_finite_differences();
+        test_accumulation();
+        test_update();
+        test_decoding();
+        test_memory();
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}

@@ -1,0 +1,3724 @@
+/*
+train_gpt2.cpp: GPT-2 from scratch, in one file that reads from top to bottom.
+
+It trains, evaluates and samples GPT-2 on a CPU, with every layer's forward and backward pass written out by hand and
+three attentions that share the same sixteen parameter tensors:
+
+    vanilla   a layer's queries read the keys and values of their own layer                        GPT-2
+    skip      some heads read the keys and values of an earlier layer instead                      arXiv 2406.11274
+    depth     each value is first mixed with the values of earlier layers at the same token        arXiv 2606.05014
+
+It is not a framework: no automatic differentiation, no tensor class, no dependency but OpenMP. It does not tokenize
+text for training (data_prep/prepare.py does), and one process runs on one machine.
+
+    make && ./train_gpt2 --help                          what it can do
+    ./train_gpt2 train --train 'data/train_*.bin' --val 'data/val_*.bin' --out run
+
+Contents
+     1  utilities         errors, time, random numbers
+     2  model interface   Config, the table of tensors, what a backend provides
+     3  CPU model         vector mathematics · matmul · layers forward and backward · attention, skip and depth ·
+                          classifier · AdamW · decoding
+     4  program           options · files · tokenizer · data loader · checkpoints · schedule · train, eval, generate,
+                          describe · main
+
+train_gpt2.cu is the same program with section 3 on a GPU: it includes this file and implements section 2 anew.
+
+Dimensions, the same letters everywhere:
+    B batch   T time (tokens in a sequence)   C channels   NH heads   HS = C/NH head size   L layers
+    V vocabulary   Vp = V padded to a multiple of 128   maxT context: the longest sequence
+A comment like (B, T, C) is a row-major array; a `d` in front of a name is the gradient of the loss by it.
+*/
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <charconv>
+#include <chrono>
+#include <climits>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <future>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+#include <fcntl.h>
+#include <glob.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// ====================================================================================================================
+// 1 · Utilities
+
+// Ends the program over something its user can mend: one line that says what, where and what to do; exit status 1.
+[[noreturn]] __attribute__((format(printf, 1, 2))) static void die(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fprintf(stderr, "%serror: ", isatty(STDERR_FILENO) ? "\r\x1b[K" : "");  // over a line that is being redrawn
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+    exit(1);
+}
+
+static double seconds() {  // since some fixed moment
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+static size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
+
+// Random numbers: splitmix64, a counter passed through a mixing function (Steele, Lea and Flood 2014). Its whole state
+// is one integer, so a checkpoint holds it as it is.
+struct Random {
+    uint64_t state;
+
+    uint64_t next() {
+        uint64_t z = (state += 0x9e3779b97f4a7c15);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+        return z ^ (z >> 31);
+    }
+    double uniform() { return (double)(next() >> 11) * 0x1p-53; }                            // [0, 1)
+    uint64_t below(uint64_t n) { return (uint64_t)(((unsigned __int128)next() * n) >> 64); }  // 0 .. n-1
+    double normal() {                                                                        // N(0, 1), Box-Muller
+        double radius = sqrt(-2.0 * log(1.0 - uniform()));
+        return radius * cos(2.0 * M_PI * uniform());
+    }
+};
+
+// ====================================================================================================================
+// 2 · The model interface
+//
+// All that the program knows of a model. Section 3 implements it on a CPU, train_gpt2.cu on a GPU; train, eval,
+// generate and the tests are written once, against what follows. Values cross it as fp32, whatever the backend computes in.
+
+enum Attention { VANILLA, SKIP, DEPTH };
+static const char* const attention_names[] = {"vanilla", "skip", "depth"};
+
+struct Config {
+    int maxT = 1024;
+    int V = 50257;
+    int Vp = 50304;
+    int L = 12;
+    int NH = 12;
+    int C = 768;
+    int attention = VANILLA;
+    int skip_distance = 9;  // n_l: a skipping head reads the layer so many below
+    int skip_heads = 9;     // n_h: the heads 0 .. n_h-1 skip
+    int depth_stride = 6;   // s: every s-th layer is a source ...
+    int depth_window = 0;   // w: ... and so are the w layers just below
+
+    int head_size() const { return C / NH; }
+};
+
+// Whether head h of layer l reads the keys and values of layer l - skip_distance in place of its own.
+static bool skips(const Config& c, int l, int h) {
+    return c.attention == SKIP && h < c.skip_heads && l >= c.skip_distance;
+}
+
+// Whether anybody reads the keys and values that head h of layer l would make: its own layer, or the one that skips to it.
+static bool has_reader(const Config& c, int l, int h) {
+    return !skips(c, l, h) || l + c.skip_distance < c.L;
+}
+
+// Whether layer l mixes the values of layer j < l into its own.
+static bool is_source(const Config& c, int j, int l) {
+    return c.attention == DEPTH && j < l && (j % c.depth_stride == 0 || j >= l - c.depth_window);
+}
+
+// One parameter tensor: `layers` matrices of rows × cols, or one vector a layer where cols is 1.
+struct Tensor {
+    const char* name;
+    size_t layers, rows, cols;
+    double mean, deviation;  // initial values: N(mean, deviation)
+    bool decays;             // weight decay applies
+    size_t offset = 0;       // of its first element among all parameters
+
+    size_t layer_size() const { return rows * cols; }
+    size_t size() const { return layers * rows * cols; }
+};
+
+enum { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB,
+       TENSORS };
+using TensorTable = std::array<Tensor, TENSORS>;
+
+// The sixteen tensors, in the order of every file. Sizes, offsets, initial values, decay and tests all come from here.
+static TensorTable tensor_table(const Config& c) {
+    size_t L = c.L, C = c.C, one = 1;
+    double w = 0.02, residual = 0.02 / sqrt(2.0 * c.L);  // the 2L projections into the residual stream start smaller
+    TensorTable t = {{
+        {"wte", one, (size_t)c.Vp, C, 0, w, true},       // token embedding and, transposed, the classifier
+        {"wpe", one, (size_t)c.maxT, C, 0, w, true},     // position embedding
+        {"ln1w", L, C, one, 1, 0, false},
+        {"ln1b", L, C, one, 0, 0, false},
+        {"qkvw", L, 3 * C, C, 0, w, true},               // rows: C of queries, C of keys, C of values
+        {"qkvb", L, 3 * C, one, 0, 0, false},
+        {"attprojw", L, C, C, 0, residual, true},
+        {"attprojb", L, C, one, 0, 0, false},
+        {"ln2w", L, C, one, 1, 0, false},
+        {"ln2b", L, C, one, 0, 0, false},
+        {"fcw", L, 4 * C, C, 0, w, true},
+        {"fcb", L, 4 * C, one, 0, 0, false},
+        {"fcprojw", L, C, 4 * C, 0, residual, true},
+        {"fcprojb", L, C, one, 0, 0, false},
+        {"lnfw", one, C, one, 1, 0, false},
+        {"lnfb", one, C, one, 0, 0, false},
+    }};
+    for (int i = 1; i < TENSORS; i++) t[i].offset = t[i - 1].offset + t[i - 1].size();
+    return t;
+}
+
+static size_t parameter_count(const Config& c) {
+    const Tensor last = tensor_table(c)[TENSORS - 1];
+    return last.offset + last.size();
+}
+
+enum Precision { FP32, BF16 };
+static const char* const precision_names[] = {"fp32", "bf16"};
+
+// What a model is made to do, which decides what is allocated.
+struct Workload {
+    int B = 0, T = 0;    // batches that model_forward takes; 0: none
+    bool train = false;  // gradients and AdamW's moments too
+    int sequences = 0;   // KV caches, each for maxT tokens, that model_prompt and model_decode fill; 0: none
+};
+
+struct Memory {  // bytes
+    size_t parameters, gradients, moments, activations, cache, scratch;
+    size_t total() const { return parameters + gradients + moments + activations + cache + scratch; }
+};
+
+struct AdamW {
+    float lr, beta1, beta2, eps, weight_decay;
+};
+
+// The tests set it: fresh memory is NaN, so that a value used before it is written shows.
+static bool poison_memory = false;
+
+// Where the time of a step goes, since the start: a kind of work, and the operations or bytes that are its least.
+struct Share {
+    const char* name;
+    double seconds = 0, flops = 0, bytes = 0;
+};
+static std::vector<Share> model_profile();
+
+struct Model;  // parameters, gradients, moments, activations, KV cache: the backend's own
+
+// The machine. device_init goes first; it dies where the machine lacks what this binary was built for.
+static void device_init();
+static std::string device_name();              // "2 threads, AVX-512"
+static size_t device_free_memory();            // bytes that can still be allocated
+static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
+
+// What model_create will allocate, to the byte. Parameters are not initialised, gradients and moments are zero.
+static Memory model_memory(const Config&, Precision, const Workload&);
+static Model* model_create(const Config&, Precision, const Workload&);
+static void model_free(Model*);
+
+// Copies n values, from element `begin` of all parameters in file order (tensor_table's offsets).
+enum Quantity { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };
+static void model_get(const Model*, Quantity, size_t begin, size_t n, float* out);
+static void model_put(Model*, Quantity, size_t begin, size_t n, const float* in);
+
+// A training step is: for each micro-batch set_inputs, forward(train), backward; then update; then loss.
+// The tokens x and targets y (B, T) are < V; they are copied.
+static void model_set_inputs(Model*, const int* x, const int* y);
+// Cross-entropy of the inputs. With `train`, what backward needs stays behind, and gradients are those of
+// loss_scale · (mean loss of this micro-batch).
+static void model_forward(Model*, bool train, float loss_scale);
+static void model_backward(Model*);  // gradients = (first since update or create) or +=
+// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are. Returns the norm before clipping.
+static double model_update(Model*, const AdamW&, float clip, int step);
+// Mean cross-entropy, in nats a token, over the forwards since the last call.
+static double model_loss(Model*);
+static void model_token_losses(const Model*, float* out);  // (B, T), of the last forward
+[[maybe_unused]] static void model_logits(Model*, float* out);              // (B, T, V), of the last forward
+
+// Decoding, one cache a sequence. Prompt appends n tokens to each, decode one; both give the logits (sequences, V)
+// that follow the last. The caller keeps the length within maxT.
+static void model_prompt(Model*, const int* tokens, int n, float* logits);
+static void model_decode(Model*, const int* tokens, float* logits);
+static void model_reset_cache(Model*);
+
+#ifndef GPT2_CUDA
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+// ====================================================================================================================
+// 3 · The CPU model
+//
+// Every result is the same to the bit for any number of threads: threads share out output elements, never the terms of
+// a sum, so each element is summed in one fixed order.
+//
+// Layers are templates over X, the type that weights and activations are kept in: float, or bf16 (--precision bf16).
+// Either way arithmetic is in float: a bf16 converts when it is read, and rounds when it is written.
+
+// --------------------------------------------------------------------------------------------------------------------
+// Numbers
+
+// The upper half of a float: its range, with 8 bits of precision.
+struct bf16 {
+    uint16_t bits;
+
+    bf16() = default;
+    bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
+        uint32_t b = std::bit_cast<uint32_t>(x), rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+        bits = (uint16_t)(x != x ? 0x7fc0 : rounded);
+    }
+    operator float() const { return std::bit_cast<float>((uint32_t)bits << 16); }
+};
+
+// A register of floats: GCC's and Clang's vector extension works lane by lane. MR × NR is the tile of a product that
+// matmul's inner loop keeps in registers: MR rows of NV vectors. MR·NV sums, NV vectors of B and one broadcast element
+// of A fill the register file, and MR·NV is more than latency times throughput of a fused multiply-add.
+#if defined(__AVX512F__)                     // 32 registers of 16 floats
+constexpr int LANES = 16, MR = 14, NV = 2;
+#elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
+constexpr int LANES = 8, MR = 6, NV = 2;
+#elif defined(__ARM_NEON)                    // 32 registers of 4
+constexpr int LANES = 4, MR = 8, NV = 3;
+#else                                        // x86-64 at its plainest: 16 registers of 4
+constexpr int LANES = 4, MR = 4, NV = 2;
+#endif
+constexpr int NR = NV * LANES;
+constexpr size_t CACHE_LINE = 16;  // floats
+typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
+typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t bits_vec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t half_vec __attribute__((vector_size(LANES * 2)));
+
+static inline vec load(const float* p) { return *(const unaligned_vec*)p; }
+static inline vec load(const bf16* p) {
+    half_vec halves;
+    memcpy(&halves, p, sizeof halves);
+    return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
+}
+static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
+
+// e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r, in plain arithmetic that compilers
+// vectorise. Relative error below 1e-7 for -87 ≤ x ≤ 88; 0 below, the value at 88 above; NaN stays NaN.
+static inline float exp_approx(float x) {
+    float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
+    float n = shifted - 0x1.8p23f;
+    float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, so that n·ln 2 loses nothing
+    float p = 1.9875691500e-4f;  // Cephes' minimax coefficients for (e^r - 1 - r)/r²
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);  // 2^n: n+127 in the exponent
+    return x < -87.0f ? 0.0f : p * power;
+}
+
+template <class X, class Y>
+static float dot(const X* a, const Y* b, size_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
+    return sum;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Threads, and where the time goes
+
+static int thread_id() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+static int thread_count() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// Every layer function counts its time, and the operations or the bytes that are its least, under one of these.
+enum Part { EMBEDDING, LAYERNORM, MATMUL, ATTENTION, DEPTH_MIXING, SOFTMAX, ADAMW, PARTS };
+static Share profile[PARTS] = {{"embedding"}, {"LayerNorm"}, {"matmul"}, {"attention"}, {"depth mixing"}, {"softmax"}, {"AdamW"}};
+
+static std::vector<Share> model_profile() { return {profile, profile + PARTS}; }
+
+struct Timed {
+    Part part;
+    double start = seconds();
+
+    Timed(Part p, double flops, double bytes) : part(p) {
+        profile[p].flops += flops;
+        profile[p].bytes += bytes;
+    }
+    ~Timed() { profile[part].seconds += seconds() - start; }
+};
+
+// --------------------------------------------------------------------------------------------------------------------
+// Matmul: C (M, N) = A (M, K) B (K, N)
+//
+// One routine serves all three products of a linear layer y = x wᵀ:
+//     forward    y (rows, OC)  = x (rows, C)       wᵀ (C, OC)
+//     backward   dx (rows, C)  = dy (rows, OC)     w (OC, C)
+//                dw (OC, C)   += dyᵀ (OC, rows)    x (rows, C)
+// The operands differ only in which index is contiguous, and packing evens that out. After "Anatomy of High-Performance
+// Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
+//     - A is packed into panels of MR rows, [panel][step][MR], once, by all threads together;
+//     - C is cut into blocks of MC × NC, which threads take one by one. A block stays in its thread's L2 cache while K
+//       goes by, KC steps at a time: pack KC × NC of B into panels [panel][step][NR], then, tile by tile, the microkernel.
+//     - The finished block goes through `store_row` while in cache: bias, GELU, residual and the like cost no pass over
+//       memory.
+// Every element is summed over k in the same order, whatever the sizes and the number of threads.
+
+// What a microkernel multiplies in a step, four bytes of a packed panel: one k, or a pair of k where the processor
+// multiplies pairs of bf16. Elsewhere bf16 becomes float as it is packed.
+struct Pair {
+    bf16 low, high;
+};
+#ifdef __AVX512BF16__
+template <class X> using Cell = std::conditional_t<std::is_same_v<X, bf16>, Pair, float>;
+#else
+template <class X> using Cell = float;
+#endif
+template <class X> constexpr size_t K_PER_STEP = std::is_same_v<Cell<X>, Pair> ? 2 : 1;
+template <class X> static constexpr size_t steps(size_t K) { return ceil_div(K, K_PER_STEP<X>); }
+
+constexpr size_t KC = 384;             // an A panel of MR × KC cells (21 KB) stays in L1 while a block's B panels pass by
+constexpr size_t NC = 128 / NR * NR;   // KC × NC cells of B take 196 KB of L2; narrow, so that small N feeds all threads
+constexpr size_t MC = 504 / MR * MR;   // MC × NC floats of C take 258 KB of L2; tall, so that packing B is a small part
+
+// An operand's element (i, k) is data[i·stride + k] where k is the contiguous index, else data[k·stride + i];
+// i is a row of A or a column of B, k is what the product sums over.
+template <class X>
+struct Operand {
+    const X* data;
+    size_t stride;
+    bool along_k;
+
+    Operand at(size_t i, size_t k) const { return {data + (along_k ? i * stride + k : k * stride + i), stride, along_k}; }
+};
+template <class X> static Operand<X> along_k(const X* data, size_t stride) { return {data, stride, true}; }
+template <class X> static Operand<X> across_k(const X* data, size_t stride) { return {data, stride, false}; }
+
+// Scratch memory of matmul and attention, in cells.
+struct Workspace {
+    float* packed;      // (packed_size) the A operand, shared by all threads
+    size_t packed_size;
+    float* local;       // (threads, local_size) each thread's own
+    size_t local_size;
+
+    float* mine() const { return local + thread_id() * local_size; }
+};
+
+template <size_t... I>
+static vec interleave_low(vec a, vec b, std::index_sequence<I...>) {  // a0 b0 a1 b1 ...
+    return __builtin_shufflevector(a, b, (I / 2 + I % 2 * LANES)...);
+}
+template <size_t... I>
+static vec interleave_high(vec a, vec b, std::index_sequence<I...>) {  // the same of the upper halves
+    return __builtin_shufflevector(a, b, (LANES / 2 + I / 2 + I % 2 * LANES)...);
+}
+
+// Transposes LANES × LANES cells in registers. Interleaving row i with row i + LANES/2, log2(LANES) times, rotates the
+// bits of (row, column) until the two have changed places.
+static inline void transpose(vec (&rows)[LANES]) {
+    constexpr auto lanes = std::make_index_sequence<LANES>();
+    vec other[LANES];
+#pragma GCC unroll 4
+    for (int stage = 1; stage < LANES; stage *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            other[2 * i] = interleave_low(rows[i], rows[i + LANES / 2], lanes);
+            other[2 * i + 1] = interleave_high(rows[i], rows[i + LANES / 2], lanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = other[i];
+    }
+}
+
+// The first n of `count` values at p, zeros after them, where reading them all would run past the end.
+template <int count, class X>
+static inline const X* padded(X (&buffer)[count], const X* p, size_t n) {
+    if (n >= count) return p;
+    memset(buffer, 0, sizeof buffer);
+    memcpy(buffer, p, n * sizeof(X));
+    return buffer;
+}
+
+// LANES cells of one row: `left` values of k are left.
+template <class X>
+static inline vec cells_along_k(const X* row, size_t left) {
+    constexpr int count = LANES * K_PER_STEP<X>;
+    X buffer[count];
+    row = padded<count>(buffer, row, left);
+    return K_PER_STEP<X> == 2 ? load((const float*)row) : load(row);  // a pair is two neighbours as they lie
+}
+
+// One cell of LANES rows, of which n exist: k, and k + 1 unless it is the last.
+template <class X>
+static inline vec cells_across_k(const X* k, const X* next_k, size_t n) {
+    X buffer[LANES];
+    if constexpr (K_PER_STEP<X> == 1) return load(padded<LANES>(buffer, k, n));
+    else {
+        vec low = load(padded<LANES>(buffer, k, n)), high = {};  // bf16 as float: the upper half of each lane
+        if (next_k) high = load(padded<LANES>(buffer, next_k, n));
+        return (vec)((bits_vec)low >> 16 | (bits_vec)high);
+    }
+}
+
+// Packs one panel, `width` being MR or NR: panel[step][i] from a(i, k) for k < K and i < n; cells past n are 0.
+template <int width, class X>
+static void pack(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
+    constexpr size_t PER = K_PER_STEP<X>;
+    size_t S = steps<X>(K);
+    for (size_t i0 = 0; i0 < width; i0 += LANES) {
+        size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0;
+        // Where a panel is narrower than a vector, a store runs into the next step, which is yet to be written; the last
+        // step has no next.
+        auto put = [&](size_t step, vec cells) {
+            float* out = (float*)(panel + step * width + i0);
+            if (i0 + LANES <= width || step + 1 < S) store(out, cells);
+            else memcpy(out, &cells, (width - i0) * sizeof(float));
+        };
+        if (a.along_k) {
+            for (size_t step = 0; step < S; step += LANES) {
+                vec block[LANES] = {};
+                for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER).data, K - step * PER);
+                transpose(block);
+                for (size_t j = 0; j < std::min<size_t>(LANES, S - step); j++) put(step + j, block[j]);
+            }
+        } else {
+            for (size_t step = 0; step < S; step++) {
+                size_t k = step * PER;
+                put(step, rows ? cells_across_k(a.at(i0, k).data, k + 1 < K ? a.at(i0, k + 1).data : nullptr, rows) : vec{});
+            }
+        }
+    }
+}
+
+// [panel][step][MR], the A operand of a microkernel
+template <class X>
+static void pack_panels(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
+    for (size_t i = 0; i < n; i += MR) pack<MR>(panels + i * steps<X>(K), a.at(i, 0), n - i, K);
+}
+
+static inline void multiply_add(vec& sum, float a, const float* b) { sum += a * load(b); }
+#ifdef __AVX512BF16__
+static inline void multiply_add(vec& sum, Pair a, const Pair* b) {  // sum += a.low b.low + a.high b.high
+    sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(std::bit_cast<int>(a)), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+// The microkernel: c (MR, NR) = or += Σ over steps of a[step][MR] ⊗ b[step][NR], all of c in registers meanwhile.
+template <class Cell>
+static inline void microkernel(float* c, size_t ldc, const Cell* a, const Cell* b, size_t steps, bool accumulate) {
+    vec sum[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * LANES) : vec{};
+    for (size_t step = 0; step < steps; step++, a += MR, b += NR) {
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) multiply_add(sum[i][j], a[i], b + j * LANES);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES, sum[i][j]);
+}
+
+// A few rows, as in decoding: nothing is used often enough to be worth packing, and reading B (k contiguous: weights)
+// is all the time it takes. Eight columns at once keep eight streams from memory going.
+template <class X, class Store>
+static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
+    constexpr size_t COLUMNS = 8, AHEAD = 2048 / sizeof(X);  // prefetch 2 KB ahead, which is further than hardware does
+#pragma omp parallel for schedule(static)
+    for (size_t n0 = 0; n0 < N; n0 += COLUMNS) {
+        size_t columns = std::min(N - n0, COLUMNS);
+        const X* b[COLUMNS];
+        for (size_t j = 0; j < COLUMNS; j++) b[j] = B.data + (n0 + std::min(j, columns - 1)) * B.stride;
+        for (size_t m = 0; m < M; m++) {
+            const X* a = A.data + m * A.stride;
+            vec sums[COLUMNS] = {};
+            size_t k = 0;
+            for (; k + LANES <= K; k += LANES) {
+                vec a_k = load(a + k);
+#pragma GCC unroll 8
+                for (size_t j = 0; j < COLUMNS; j++) {
+                    __builtin_prefetch(b[j] + k + AHEAD);
+                    sums[j] += a_k * load(b[j] + k);
+                }
+            }
+            float c[COLUMNS] = {};
+            for (size_t j = 0; j < COLUMNS; j++) {
+                for (int i = 0; i < LANES; i++) c[j] += sums[j][i];
+                for (size_t rest = k; rest < K; rest++) c[j] += (float)a[rest] * (float)b[j][rest];
+            }
+            store_row(m, n0, columns, c);
+        }
+    }
+}
+
+// store_row(m, n, count, c) receives C's finished elements (m, n .. n+count-1).
+template <class X, class Store>
+static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
+    Timed timed(MATMUL, 2.0 * M * N * K, 0);
+    if (M <= 4 && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store_row);
+    const size_t S = steps<X>(K);
+    Cell<X>* packed = (Cell<X>*)ws.packed;
+    // As many rows of A at once as fit the packed buffer; blocks of C small enough to go round.
+    size_t rows_at_once = std::min(round_up(M, MR), ws.packed_size / S / MR * MR);
+    size_t column_blocks = ceil_div(N, NC), row_blocks = ceil_div(rows_at_once, MC);
+    while (column_blocks * row_blocks < 3 * (size_t)thread_count() && rows_at_once / row_blocks > 6 * MR) row_blocks++;
+    size_t block_rows = round_up(ceil_div(rows_at_once, row_blocks), MR);
+#pragma omp parallel
+    for (size_t first = 0; first < M; first += rows_at_once) {
+        size_t rows = std::min(rows_at_once, M - first);
+#pragma omp for schedule(static)
+        for (size_t m = 0; m < rows; m += MR) pack<MR>(packed + m * S, A.at(first + m, 0), M - first - m, K);
+
+        Cell<X>* b_block = (Cell<X>*)ws.mine();  // [NC/NR][KC][NR]
+        float* c_block = ws.mine() + KC * NC;    // (block_rows, NC)
+#pragma omp for collapse(2) schedule(dynamic)
+        for (size_t n0 = 0; n0 < N; n0 += NC) {
+            for (size_t m0 = 0; m0 < rows; m0 += block_rows) {
+                size_t columns = std::min(N - n0, NC), block = std::min(rows - m0, block_rows);
+                for (size_t step = 0; step < S; step += KC) {
+                    size_t depth = std::min(S - step, KC), k = step * K_PER_STEP<X>;
+                    for (size_t n = 0; n < columns; n += NR)
+                        pack<NR>(b_block + n * depth, B.at(n0 + n, k), N - n0 - n, std::min(K - k, depth * K_PER_STEP<X>));
+                    for (size_t m = 0; m < block; m += MR)
+                        for (size_t n = 0; n < columns; n += NR)
+                            microkernel(c_block + m * NC + n, NC, packed + (m0 + m) * S + step * MR, b_block + n * depth,
+                                        depth, step > 0);
+                }
+                for (size_t m = 0; m < block; m++) store_row(first + m0 + m, n0, columns, c_block + m * NC);
+            }
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Linear layers: y = x wᵀ + b, with w (OC, C) and `rows` tokens
+//
+// The three forward variants differ in what happens to a finished row of the product while it is in cache. ldy is the
+// distance between rows of y: a layer may write some columns of a wider array.
+
+template <class X>
+static void linear_forward(Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C, size_t OC,
+                           size_t ldy) {
+    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, size_t count, const float* xw) {
+        X* y_m = y + m * ldy + n;
+        for (size_t i = 0; i < count; i++) y_m[i] = xw[i] + b[n + i];
+    });
+}
+
+// y = residual + (x wᵀ + b)
+template <class X>
+static void linear_residual_forward(Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
+                                    size_t rows, size_t C, size_t OC) {
+    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, size_t count, const float* xw) {
+        X* y_m = y + m * OC + n;
+        const X* residual_m = residual + m * OC + n;
+        for (size_t i = 0; i < count; i++) y_m[i] = residual_m[i] + (xw[i] + b[n + i]);
+    });
+}
+
+// GELU, in the tanh form of GPT-2: ½ x (1 + tanh u), u = √(2/π) (x + 0.044715 x³). As ½ (1 + tanh u) = σ(2u), the
+// logistic function, that is x σ(2u) with σ(z) = 1/(1 + e^-z): one exponential.
+static inline float gelu(float x) {
+    float z = 2.0f * 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + exp_approx(-z));
+}
+
+// d(x σ(z))/dx = σ + x σ' z' = σ + x σ (1 - σ) z'
+static inline float gelu_derivative(float x) {
+    float z = 2.0f * 0.7978845608f * (x + 0.044715f * x * x * x);
+    float dz = 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+    float s = 1.0f / (1.0f + exp_approx(-z));
+    return s + x * s * (1.0f - s) * dz;
+}
+
+// h = x wᵀ + b, y = gelu(h)
+template <class X>
+static void linear_gelu_forward(Workspace& ws, X* y, X* h, const X* x, const X* w, const X* b, size_t rows, size_t C,
+                                size_t OC) {
+    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, size_t count, const float* xw) {
+        X *h_m = h + m * OC + n, *y_m = y + m * OC + n;
+        for (size_t i = 0; i < count; i++) h_m[i] = xw[i] + b[n + i];
+        for (size_t i = 0; i < count; i++) y_m[i] = gelu(h_m[i]);
+    });
+}
+
+// dx = or += dy w, for dx of either type
+template <class X, class DX>
+static void linear_backward_input(Workspace& ws, DX* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC,
+                                  size_t lddy, bool accumulate) {
+    matmul(ws, rows, C, OC, along_k(dy, lddy), across_k(w, C), [=](size_t m, size_t n, size_t count, const float* dyw) {
+        DX* dx_m = dx + m * C + n;
+        for (size_t i = 0; i < count; i++) dx_m[i] = accumulate ? dx_m[i] + dyw[i] : dyw[i];
+    });
+}
+
+// The same through the GELU that made the layer's input from h: dh = (dy w) gelu'(h); and gelu(h) again, which dw needs
+template <class X>
+static void linear_gelu_backward_input(Workspace& ws, X* dh, X* gelu_h, const X* h, const X* dy, const X* w, size_t rows,
+                                       size_t C, size_t OC) {
+    matmul(ws, rows, C, OC, along_k(dy, OC), across_k(w, C), [=](size_t m, size_t n, size_t count, const float* dyw) {
+        X *dh_m = dh + m * C + n, *gelu_m = gelu_h + m * C + n;
+        const X* h_m = h + m * C + n;
+        for (size_t i = 0; i < count; i++) dh_m[i] = dyw[i] * gelu_derivative(h_m[i]);
+        for (size_t i = 0; i < count; i++) gelu_m[i] = gelu(h_m[i]);
+    });
+}
+
+// dw = or += dyᵀ x and, unless db is null, db = or += Σ over tokens of dy. Sums over very many tokens go slab by slab,
+// so that a good part of dyᵀ fits the packed buffer.
+template <class X>
+static void linear_backward_weight(Workspace& ws, float* dw, float* db, const X* dy, const X* x, size_t rows, size_t C,
+                                   size_t OC, size_t lddy, bool accumulate) {
+    constexpr size_t SLAB = 4096;
+    for (size_t r = 0; r < rows; r += SLAB) {
+        bool add = accumulate || r > 0;
+        matmul(ws, OC, C, std::min(rows - r, SLAB), across_k(dy + r * lddy, lddy), across_k(x + r * C, C),
+               [=](size_t m, size_t n, size_t count, const float* dyx) {
+                   float* dw_m = dw + m * C + n;
+                   for (size_t i = 0; i < count; i++) dw_m[i] = add ? dw_m[i] + dyx[i] : dyx[i];
+               });
+    }
+    if (!db) return;
+    Timed timed(MATMUL, 0, rows * OC * sizeof(X));
+    constexpr size_t COLUMNS = 64;
+#pragma omp parallel for schedule(static)
+    for (size_t n0 = 0; n0 < OC; n0 += COLUMNS) {
+        size_t columns = std::min(OC - n0, COLUMNS);
+        float sum[COLUMNS] = {};
+        for (size_t r = 0; r < rows; r++)
+            for (size_t i = 0; i < columns; i++) sum[i] += dy[r * lddy + n0 + i];
+        for (size_t i = 0; i < columns; i++) db[n0 + i] = accumulate ? db[n0 + i] + sum[i] : sum[i];
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Embedding: x[b,t] = wte[token] + wpe[t]
+
+template <class X>
+static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wpe, size_t B, size_t T, size_t C) {
+    Timed timed(EMBEDDING, 0, 3.0 * B * T * C * sizeof(X));
+#pragma omp parallel for schedule(static)
+    for (size_t bt = 0; bt < B * T; bt++) {
+        const X *token = wte + tokens[bt] * C, *position = wpe + bt % T * C;
+        for (size_t i = 0; i < C; i++) x[bt * C + i] = (float)token[i] + (float)position[i];
+    }
+}
+
+// dwte[token] += dx[b,t] (wte is the classifier too, whose share is there already); dwpe[t] = or += Σ_b dx[b,t].
+// A token may stand at many places, so threads share out channels, not tokens.
+template <class X>
+static void embedding_backward(float* dwte, float* dwpe, const X* dx, const int* tokens, size_t B, size_t T, size_t C,
+                               bool accumulate) {
+    Timed timed(EMBEDDING, 0, B * T * C * (sizeof(X) + 2.0 * sizeof(float)) + 2.0 * T * C * sizeof(float));
+#pragma omp parallel for schedule(static)
+    for (size_t c = 0; c < C; c += CACHE_LINE) {
+        size_t channels = std::min(C - c, CACHE_LINE);
+        for (size_t bt = 0; bt < B * T; bt++) {
+            const X* dx_bt = dx + bt * C + c;
+            float *dwte_bt = dwte + tokens[bt] * C + c, *dwpe_t = dwpe + bt % T * C + c;
+            bool add = accumulate || bt >= T;
+            for (size_t i = 0; i < channels; i++) dwte_bt[i] += dx_bt[i];
+            for (size_t i = 0; i < channels; i++) dwpe_t[i] = add ? dwpe_t[i] + dx_bt[i] : (float)dx_bt[i];
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each token
+
+template <class X>
+static void layernorm_normalize(X* y, const X* x, const X* w, const X* b, float mean, float rstd, size_t C) {
+    for (size_t i = 0; i < C; i++) y[i] = (x[i] - mean) * rstd * w[i] + b[i];
+}
+
+template <class X>
+static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows, size_t C) {
+    Timed timed(LAYERNORM, 0, 2.0 * rows * C * sizeof(X));
+#pragma omp parallel for schedule(static)
+    for (size_t r = 0; r < rows; r++) {
+        const X* x_r = x + r * C;
+        float sum = 0, variance = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < C; i++) sum += x_r[i];
+        float m = sum / C;
+#pragma omp simd reduction(+ : variance)
+        for (size_t i = 0; i < C; i++) variance += (x_r[i] - m) * (x_r[i] - m);
+        mean[r] = m;
+        rstd[r] = 1.0f / sqrtf(variance / C + 1e-5f);
+        layernorm_normalize(y + r * C, x_r, w, b, m, rstd[r], C);
+    }
+}
+
+// y again from the saved statistics: cheaper than keeping it from the forward pass.
+template <class X>
+static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const float* mean, const float* rstd,
+                                size_t rows, size_t C) {
+    Timed timed(LAYERNORM, 0, 2.0 * rows * C * sizeof(X));
+#pragma omp parallel for schedule(static)
+    for (size_t r = 0; r < rows; r++) layernorm_normalize(y + r * C, x + r * C, w, b, mean[r], rstd[r], C);
+}
+
+// dx = (or +=, into the gradient that flows past the layer in the residual stream); dw, db = or +=.
+// With g = dy w, the gradient by n: n depends on x directly, through the mean and through rstd,
+//     ∂n_j/∂x_i = rstd (δ_ij - 1/C - n_i n_j/C),
+// since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (var + eps)^-½). Summed over j with g_j:
+//     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
+// dw = Σ dy n and db = Σ dy over tokens: partial sums over fixed runs of tokens, then added up in order.
+constexpr size_t LAYERNORM_RUN = 32;
+
+template <class X>
+static void layernorm_backward(X* dx, float* dw, float* db, float* partial /* (runs, 2, C) */, const X* dy, const X* x,
+                               const X* w, const float* mean, const float* rstd, size_t rows, size_t C,
+                               bool accumulate_dx, bool accumulate) {
+    Timed timed(LAYERNORM, 0, (accumulate_dx ? 4.0 : 3.0) * rows * C * sizeof(X));
+    size_t runs = ceil_div(rows, LAYERNORM_RUN);
+#pragma omp parallel for schedule(static)
+    for (size_t run = 0; run < runs; run++) {
+        float *dw_run = partial + run * 2 * C, *db_run = dw_run + C;
+        std::fill_n(dw_run, 2 * C, 0.0f);
+        for (size_t r = run * LAYERNORM_RUN; r < std::min(rows, (run + 1) * LAYERNORM_RUN); r++) {
+            const X *x_r = x + r * C, *dy_r = dy + r * C;
+            X* dx_r = dx + r * C;
+            float m = mean[r], s = rstd[r], g_sum = 0, gn_sum = 0;
+#pragma omp simd reduction(+ : g_sum, gn_sum)
+            for (size_t i = 0; i < C; i++) {
+                float n = (x_r[i] - m) * s, dy_i = dy_r[i], g = dy_i * w[i];
+                dw_run[i] += dy_i * n;
+                db_run[i] += dy_i;
+                g_sum += g;
+                gn_sum += g * n;
+            }
+            float g_mean = g_sum / C, gn_mean = gn_sum / C;
+            for (size_t i = 0; i < C; i++) {
+                float n = (x_r[i] - m) * s, g = (float)dy_r[i] * (float)w[i];
+                float dx_i = s * (g - g_mean - n * gn_mean);
+                dx_r[i] = accumulate_dx ? dx_r[i] + dx_i : dx_i;
+            }
+        }
+    }
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < C; i++) {
+        float dw_i = 0, db_i = 0;
+        for (size_t run = 0; run < runs; run++) {
+            dw_i += partial[run * 2 * C + i];
+            db_i += partial[run * 2 * C + C + i];
+        }
+        dw[i] = accumulate ? dw[i] + dw_i : dw_i;
+        db[i] = accumulate ? db[i] + db_i : db_i;
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Attention: o = softmax(causal(q kᵀ/√HS)) v, for one head of one sequence at a time
+//
+// Tiles of NR queries by KEYS keys; nothing of size T × T exists. Scores are computed transposed, sᵀ = k qᵀ: each of a
+// row's NR lanes is then a query of its own, and maxima and sums over keys go lane by lane.
+//
+// Softmax online (Milakov and Gimelshein 2018, FlashAttention). Over the keys seen so far, keep for each query
+//     max = max_j s_j      sum = Σ_j e^(s_j - max)      o = Σ_j e^(s_j - max) v_j
+// A new tile may raise max to max'. As e^(s - max') = e^(s - max) e^(max - max'), scaling sum and o by e^(max - max')
+// makes them what they would have been with max' from the start; then the tile's own terms are added. At the end
+// o/sum is softmax(s) v, and lse = max + log(sum) is all that backward needs: p_j = e^(s_j - lse).
+
+constexpr size_t KEYS = 8 * MR;
+
+// A thread's scratch memory for one head of T keys, laid out from `local` on. Panels are operands of the microkernel:
+// A operands lie in panels of MR rows, B operands in panels of NR columns.
+template <class X>
+struct HeadScratch {
+    Cell<X>*k_panels, *v_panels;    // A: k, v (T, HS)
+    Cell<X>*kT_panels, *vT_panels;  // A: kᵀ, vᵀ (HS, T)
+    Cell<X>*q_panel, *do_panel;     // B: qᵀ, doᵀ (HS, NR queries)
+    Cell<X>*q_rows, *do_rows;       // B: q, do (NR queries, HS)
+    float *s, *ds;                  // sᵀ and its gradient (KEYS, NR)
+    X* p;                           // pᵀ or dsᵀ (KEYS, NR), rounded for a matmul ...
+    Cell<X>*p_rows, *p_panels;      // ... and packed as B (keys summed over) or A (queries summed over)
+    float *oT, *dqT;                // (HS, NR)
+    float *dk_sum, *dv_sum;         // (T, HS), rows of round_up(HS, NR)
+    size_t size = 0;                // floats in all
+
+    HeadScratch(float* local, size_t T, size_t HS) {
+        auto take = [&](auto*& p, size_t n) {
+            p = (std::remove_reference_t<decltype(p)>)(local + size);
+            size += round_up(n, CACHE_LINE);
+        };
+        size_t rows_T = round_up(T, MR), rows_HS = round_up(HS, MR), columns_HS = round_up(HS, NR);
+        for (auto* panels : {&k_panels, &v_panels}) take(*panels, rows_T * steps<X>(HS));
+        for (auto* panels : {&kT_panels, &vT_panels}) take(*panels, rows_HS * steps<X>(T));
+        for (auto* panel : {&q_panel, &do_panel}) take(*panel, steps<X>(HS) * NR);
+        for (auto* rows : {&q_rows, &do_rows}) take(*rows, columns_HS * steps<X>(NR));
+        for (float** tile : {&s, &ds}) take(*tile, KEYS * NR);
+        take(p, KEYS * NR);
+        for (auto* packed : {&p_rows, &p_panels}) take(*packed, KEYS * NR);
+        for (float** sum : {&oT, &dqT}) take(*sum, rows_HS * NR);
+        for (float** sum : {&dk_sum, &dv_sum}) take(*sum, rows_T * columns_HS);
+    }
+};
+
+// sᵀ (keys, NR) of the NR queries in q_panel; key j0 + r against query i0 + lane is causal if j0 + r ≤ i0 + lane.
+template <class Cell>
+static void scores_tile(float* s, const Cell* k_panels, const Cell* q_panel, size_t keys, size_t j0, size_t i0, size_t steps_HS) {
+    for (size_t r = 0; r < keys; r += MR)
+        microkernel(s + r * NR, NR, k_panels + (j0 + r) * steps_HS, q_panel, steps_HS, false);
+    for (size_t r = i0 > j0 ? i0 - j0 : 0; r < keys; r++)
+        for (size_t lane = 0; lane < std::min<size_t>(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
+}
+
+// sumᵀ (HS, NR) += aᵀ (HS, keys) p (keys, NR), for keys from j0 on; aT_panels (HS, T)
+template <class X>
+static void add_over_keys(float* sumT, HeadScratch<X>& h, const Cell<X>* aT_panels, size_t keys, size_t j0, size_t T, size_t HS) {
+    pack<NR>(h.p_rows, across_k<X>(h.p, NR), NR, keys);
+    for (size_t d = 0; d < HS; d += MR)
+        microkernel(sumT + d * NR, NR, aT_panels + d * steps<X>(T) + steps<X>(j0) * MR, h.p_rows, steps<X>(keys), true);
+}
+
+// q, o (queries, HS) with ldq, ldo values from row to row; k, v (before + queries, HS) with ldkv; lse (queries) or null.
+// Query i is at position before + i.
+template <class X>
+static void attention_head_forward(float* local, X* o, float* lse, const X* q, const X* k, const X* v, size_t queries,
+                                   size_t before, size_t HS, size_t ldo, size_t ldq, size_t ldkv) {
+    size_t T = before + queries, steps_HS = steps<X>(HS);
+    float scale = 1.0f / sqrtf(HS);
+    HeadScratch<X> h(local, T, HS);
+    pack_panels(h.k_panels, along_k(k, ldkv), T, HS);
+    pack_panels(h.vT_panels, across_k(v, ldkv), HS, T);
+
+    for (size_t i0 = 0; i0 < queries; i0 += NR) {
+        size_t n = std::min<size_t>(queries - i0, NR), visible = before + i0 + n;
+        float max[NR], sum[NR];
+        std::fill_n(max, NR, -INFINITY);
+        std::fill_n(sum, NR, 0.0f);
+        std::fill_n(h.oT, round_up(HS, MR) * NR, 0.0f);
+        pack<NR>(h.q_panel, along_k(q + i0 * ldq, ldq), n, HS);
+        for (size_t j0 = 0; j0 < visible; j0 += KEYS) {
+            size_t keys = std::min(visible - j0, KEYS);
+            scores_tile(h.s, h.k_panels, h.q_panel, keys, j0, before + i0, steps_HS);
+            float new_max[NR], rescale[NR];
+            std::copy_n(max, NR, new_max);
+            for (size_t r = 0; r < keys; r++)
+                for (int lane = 0; lane < NR; lane++) new_max[lane] = std::max(new_max[lane], h.s[r * NR + lane]);
+            for (int lane = 0; lane < NR; lane++) rescale[lane] = exp_approx(scale * (max[lane] - new_max[lane]));
+            for (int lane = 0; lane < NR; lane++) sum[lane] *= rescale[lane];
+            for (size_t r = 0; r < keys; r++)
+                for (int lane = 0; lane < NR; lane++) {
+                    float p = exp_approx(scale * (h.s[r * NR + lane] - new_max[lane]));
+                    h.p[r * NR + lane] = p;
+                    sum[lane] += p;
+                }
+            for (size_t d = 0; d < HS; d++)
+                for (int lane = 0; lane < NR; lane++) h.oT[d * NR + lane] *= rescale[lane];
+            add_over_keys(h.oT, h, h.vT_panels, keys, j0, T, HS);
+            std::copy_n(new_max, NR, max);
+        }
+        for (size_t i = 0; i < n; i++) {
+            for (size_t d = 0; d < HS; d++) o[(i0 + i) * ldo + d] = h.oT[d * NR + i] / sum[i];
+            if (lse) lse[i0 + i] = scale * max[i] + logf(sum[i]);
+        }
+    }
+}
+
+// dq, dk, dv = from do; dk, dv of type DKV. With p = softmax(s), s = scale q kᵀ, o = p v:
+//     dv_j = Σ_i p_ij do_i        dp_ij = do_i·v_j
+//     ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij')     (softmax: ∂p_j'/∂s_j = p_j' (δ_jj' - p_j))
+// and Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i, so the sum over a whole row needs no second sweep. Then
+//     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i
+template <class X, class DKV>
+static void attention_head_backward(float* local, X* dq, DKV* dk, DKV* dv, size_t lddq, size_t lddkv, const X* dout,
+                                    const X* o, const float* lse, const X* q, const X* k, const X* v, size_t T, size_t HS,
+                                    size_t ldo, size_t ldqkv) {
+    size_t columns = round_up(HS, NR), steps_HS = steps<X>(HS);
+    float scale = 1.0f / sqrtf(HS);
+    HeadScratch<X> h(local, T, HS);
+    pack_panels(h.k_panels, along_k(k, ldqkv), T, HS);
+    pack_panels(h.v_panels, along_k(v, ldqkv), T, HS);
+    pack_panels(h.kT_panels, across_k(k, ldqkv), HS, T);
+    std::fill_n(h.dk_sum, round_up(T, MR) * columns, 0.0f);
+    std::fill_n(h.dv_sum, round_up(T, MR) * columns, 0.0f);
+
+    for (size_t i0 = 0; i0 < T; i0 += NR) {
+        size_t n = std::min<size_t>(T - i0, NR), visible = i0 + n;
+        float row_lse[NR] = {}, row_sum[NR] = {};  // row_sum: do·o; both stay 0 in lanes past the last query, whose rows are 0
+        for (size_t i = 0; i < n; i++) {
+            row_lse[i] = lse[i0 + i];
+            row_sum[i] = dot(dout + (i0 + i) * ldo, o + (i0 + i) * ldo, HS);
+        }
+        pack<NR>(h.q_panel, along_k(q + i0 * ldqkv, ldqkv), n, HS);
+        pack<NR>(h.do_panel, along_k(dout + i0 * ldo, ldo), n, HS);
+        for (size_t d = 0; d < HS; d += NR) {
+            pack<NR>(h.q_rows + d * steps<X>(n), across_k(q + i0 * ldqkv + d, ldqkv), HS - d, n);
+            pack<NR>(h.do_rows + d * steps<X>(n), across_k(dout + i0 * ldo + d, ldo), HS - d, n);
+        }
+        std::fill_n(h.dqT, round_up(HS, MR) * NR, 0.0f);
+        for (size_t j0 = 0; j0 < visible; j0 += KEYS) {
+            size_t keys = std::min(visible - j0, KEYS);
+            // sum (T, HS) += pᵀ (keys, NR) rows (NR, HS)
+            auto add_over_queries = [&](float* sum, const Cell<X>* rows) {
+                pack_panels(h.p_panels, along_k<X>(h.p, NR), keys, n);
+                for (size_t r = 0; r < keys; r += MR)
+                    for (size_t d = 0; d < HS; d += NR)
+                        microkernel(sum + (j0 + r) * columns + d, columns, h.p_panels + r * steps<X>(n),
+                                    rows + d * steps<X>(n), steps<X>(n), true);
+            };
+            scores_tile(h.s, h.k_panels, h.q_panel, keys, j0, i0, steps_HS);
+            for (size_t r = 0; r < keys; r += MR)
+                microkernel(h.ds + r * NR, NR, h.v_panels + (j0 + r) * steps_HS, h.do_panel, steps_HS, false);  // dpᵀ
+            for (size_t r = 0; r < keys; r++)
+                for (int lane = 0; lane < NR; lane++) {
+                    float p = exp_approx(scale * h.s[r * NR + lane] - row_lse[lane]);
+                    h.p[r * NR + lane] = p;
+                    h.ds[r * NR + lane] = scale * p * (h.ds[r * NR + lane] - row_sum[lane]);
+                }
+            add_over_queries(h.dv_sum, h.do_rows);
+            for (size_t i = 0; i < keys * NR; i++) h.p[i] = h.ds[i];
+            add_over_queries(h.dk_sum, h.q_rows);
+            add_over_keys(h.dqT, h, h.kT_panels, keys, j0, T, HS);
+        }
+        for (size_t i = 0; i < n; i++)
+            for (size_t d = 0; d < HS; d++) dq[(i0 + i) * lddq + d] = h.dqT[d * NR + i];
+    }
+    for (size_t t = 0; t < T; t++) {
+        std::copy_n(h.dk_sum + t * columns, HS, dk + t * lddkv);
+        std::copy_n(h.dv_sum + t * columns, HS, dv + t * lddkv);
+    }
+}
+
+// One query against `keys` keys, as in decoding: no tile to fill, so plain loops.
+template <class X>
+static void attention_head_decode(float* p, X* o, const X* q, const X* k, const X* v, size_t keys, size_t HS, size_t ldkv) {
+    float scale = 1.0f / sqrtf(HS), max = -INFINITY, sum = 0;
+    float* sum_o = p + keys;
+    for (size_t j = 0; j < keys; j++) {
+        p[j] = scale * dot(q, k + j * ldkv, HS);
+        max = std::max(max, p[j]);
+    }
+#pragma omp simd reduction(+ : sum)
+    for (size_t j = 0; j < keys; j++) {
+        p[j] = exp_approx(p[j] - max);
+        sum += p[j];
+    }
+    std::fill_n(sum_o, HS, 0.0f);
+    for (size_t j = 0; j < keys; j++)
+        for (size_t d = 0; d < HS; d++) sum_o[d] += p[j] * v[j * ldkv + d];
+    for (size_t d = 0; d < HS; d++) o[d] = sum_o[d] / sum;
+}
+
+// Multiply-adds of causal attention, `products` of T × T × HS: the half below the diagonal counts.
+static double attention_flops(size_t B, size_t T, size_t C, int products) { return 1.0 * products * B * T * T * C; }
+
+// A whole layer. qkv (B, T, 3C) is the layer's own; skipping heads find keys and values in qkv_below, that of layer
+// l - skip_distance. o (B, T, C), lse (B, NH, T).
+template <class X>
+static void attention_forward(Workspace& ws, X* o, float* lse, const X* qkv, const X* qkv_below, const Config& c, int l,
+                              size_t B, size_t T) {
+    size_t C = c.C, NH = c.NH, HS = c.head_size();
+    Timed timed(ATTENTION, attention_flops(B, T, C, 2), 0);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < NH; h++) {
+            size_t at = b * T * 3 * C + h * HS;
+            const X* kv = (skips(c, l, h) ? qkv_below : qkv) + at + C;
+            attention_head_forward(ws.mine(), o + b * T * C + h * HS, lse + (b * NH + h) * T, qkv + at, kv, kv + C,
+                                   T, 0, HS, C, 3 * C, 3 * C);
+        }
+    }
+}
+
+// dq = in dqkv (B, T, 3C). dk, dv = there too if dkv is null, as with vanilla; else they are only shares of a sum, and go
+// to dkv (B, T, 2C), those of skipping heads to dkv_below, which belongs to layer l - skip_distance.
+template <class X>
+static void attention_backward(Workspace& ws, X* dqkv, float* dkv, float* dkv_below, const X* dout, const X* o,
+                               const float* lse, const X* qkv, const X* qkv_below, const Config& c, int l, size_t B, size_t T) {
+    size_t C = c.C, NH = c.NH, HS = c.head_size();
+    Timed timed(ATTENTION, attention_flops(B, T, C, 4), 0);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < NH; h++) {
+            size_t at = b * T * 3 * C + h * HS, at_o = b * T * C + h * HS, at_dkv = b * T * 2 * C + h * HS;
+            const X *q = qkv + at, *kv = (skips(c, l, h) ? qkv_below : qkv) + at + C;
+            const float* head_lse = lse + (b * NH + h) * T;
+            float* share = skips(c, l, h) ? dkv_below : dkv;
+            if (!share)
+                attention_head_backward(ws.mine(), dqkv + at, dqkv + at + C, dqkv + at + 2 * C, 3 * C, 3 * C, dout + at_o,
+                                        o + at_o, head_lse, q, kv, kv + C, T, HS, C, 3 * C);
+            else
+                attention_head_backward(ws.mine(), dqkv + at, share + at_dkv, share + at_dkv + C, 3 * C, 2 * C, dout + at_o,
+                                        o + at_o, head_lse, q, kv, kv + C, T, HS, C, 3 * C);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Skip-Layer Attention: where the keys and values of a layer go
+//
+// Head h < skip_heads of layer l ≥ skip_distance reads layer l - skip_distance. So the keys and values of such a head
+// in layer l have up to two readers: layer l + skip_distance, if there is one, and layer l itself, if it does not skip.
+
+// The columns of qkv that have a reader: all, or queries, keys and values of some heads only.
+struct Columns {
+    size_t begin, count;
+};
+static std::vector<Columns> live_columns(const Config& c, int l) {
+    size_t C = c.C, HS = c.head_size(), unread = 0;
+    while (unread < (size_t)c.NH && !has_reader(c, l, unread)) unread++;  // always the first heads
+    if (unread == 0) return {{0, 3 * C}};
+    if (unread * HS == C) return {{0, C}};
+    return {{0, C}, {C + unread * HS, C - unread * HS}, {2 * C + unread * HS, C - unread * HS}};
+}
+
+// The layers whose dk, dv wait at the same time for their own turn: from l - skip_distance, just written, to l.
+static size_t skip_slots(const Config& c) {
+    bool active = c.attention == SKIP && c.skip_heads > 0 && c.skip_distance < c.L;
+    return active ? std::min(c.skip_distance + 1, c.L - c.skip_distance) : 0;
+}
+
+// dk, dv of layer l in dqkv = the sum of its readers' shares: dkv, of its own heads that do not skip, and dkv_above, of
+// the heads that layer l + skip_distance read here (null: there is no such layer). Heads without reader stay untouched.
+template <class X>
+static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, const Config& c, int l, size_t rows) {
+    size_t C = c.C, HS = c.head_size();
+#pragma omp parallel for schedule(static)
+    for (size_t r = 0; r < rows; r++) {
+        for (int h = 0; h < c.NH; h++) {
+            bool own = !skips(c, l, h), above = dkv_above && h < c.skip_heads;
+            for (size_t at : {h * HS, C + h * HS}) {  // keys, values
+                X* out = dqkv + r * 3 * C + C + at;
+                if (own && above)
+                    for (size_t i = 0; i < HS; i++) out[i] = dkv[r * 2 * C + at + i] + dkv_above[r * 2 * C + at + i];
+                else if (own || above)
+                    std::copy_n((own ? dkv : dkv_above) + r * 2 * C + at, HS, out);
+            }
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Depth-Attention: each value is mixed with the values of earlier layers, at one token at a time
+//
+// Layer l with sources S_l, per head; x_j is the mixed value ṽ_j of source j < l, and x_l = v_l:
+//     s_j = q_l·k_j/√HS,   a = softmax over j in S_l and l of s,   ṽ_l = Σ_j a_j x_j
+// ṽ_l takes the place of v_l: everything after, in this layer and in later ones, reads ṽ_l only.
+//
+// Backward, given dṽ_l complete. ṽ is a softmax-weighted mean, so as in attention
+//     da_j = dṽ_l·x_j        ds_j = a_j (da_j - δ)        δ = Σ_j a_j da_j = dṽ_l·ṽ_l
+//     dq_l += Σ_j ds_j k_j/√HS       dk_j += ds_j q_l/√HS       dx_j += a_j dṽ_l     (dx_l is dv_l)
+// Since Σ_j a_j (da_j - δ) = 0, the layer's own ds_l = -Σ of the others': v_l, overwritten, is not needed.
+// What flows to a source j comes from every later layer m with j in S_m. Instead of scattering it there, layer j gathers
+// it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as backward goes
+// down, nobody reads ṽ_m any more. So depth needs no memory beyond a and ds.
+
+static std::vector<int> depth_sources(const Config& c, int l) {
+    std::vector<int> sources;
+    for (int j = 0; j < l; j++)
+        if (is_source(c, j, l)) sources.push_back(j);
+    return sources;
+}
+
+// One token: v (C) becomes ṽ. The sources' keys and values are k_of[n], v_of[n], n < sources; a (sources + 1, NH), the
+// layer itself last; mixed (HS) is scratch.
+template <class X>
+static void depth_mix(X* v, float* a, float* mixed, const X* q, const X* k, const X* const* k_of, const X* const* v_of,
+                      size_t sources, size_t NH, size_t HS) {
+    float scale = 1.0f / sqrtf(HS);
+    for (size_t h = 0; h < NH; h++, v += HS, a++, q += HS, k += HS) {
+        float max = a[sources * NH] = scale * dot(q, k, HS), sum = 0;
+        for (size_t n = 0; n < sources; n++) {
+            a[n * NH] = scale * dot(q, k_of[n] + h * HS, HS);
+            max = std::max(max, a[n * NH]);
+        }
+        for (size_t n = 0; n <= sources; n++) sum += a[n * NH] = exp_approx(a[n * NH] - max);
+        for (size_t n = 0; n <= sources; n++) a[n * NH] /= sum;
+        for (size_t i = 0; i < HS; i++) mixed[i] = a[sources * NH] * v[i];
+        for (size_t n = 0; n < sources; n++)
+            for (size_t i = 0; i < HS; i++) mixed[i] += a[n * NH] * v_of[n][h * HS + i];
+        std::copy_n(mixed, HS, v);
+    }
+}
+
+// All tokens of layer l: qkv[j] (rows, 3C) of each layer j, a (rows, sources + 1, NH)
+template <class X>
+static void depth_forward(float* a, X* const* qkv, const Config& c, int l, size_t rows) {
+    const std::vector<int> sources = depth_sources(c, l);
+    size_t C = c.C, NH = c.NH, S = sources.size();
+    if (S == 0) return;
+    Timed timed(DEPTH_MIXING, 4.0 * rows * C * (S + 1), (2.0 * S + 4) * rows * C * sizeof(X));
+#pragma omp parallel
+    {
+        std::vector<const X*> k_of(S), v_of(S);
+        std::vector<float> mixed(c.head_size());
+#pragma omp for schedule(static)
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t n = 0; n < S; n++) {
+                k_of[n] = qkv[sources[n]] + r * 3 * C + C;
+                v_of[n] = k_of[n] + C;
+            }
+            X* q = qkv[l] + r * 3 * C;
+            depth_mix(q + 2 * C, a + r * (S + 1) * NH, mixed.data(), q, q + C, k_of.data(), v_of.data(), S, NH,
+                      c.head_size());
+        }
+    }
+}
+
+// dqkv (rows, 3C) comes in with causal attention's dq, dkv (rows, 2C) with its dk and dṽ of layer l; dqkv goes out with
+// dq, dk, dv complete. a[m] (rows, |S_m| + 1, NH) and ds[m] (rows, |S_m|, NH) of each layer m; ds[l] =, and dṽ_l in place
+// of ṽ_l in qkv[l].
+template <class X>
+static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* const* a, X* const* qkv, const Config& c,
+                           int l, size_t rows) {
+    struct Reader {
+        int m;
+        size_t n, sources;  // layer l is the n-th of layer m's sources
+    };
+    const std::vector<int> sources = depth_sources(c, l);
+    std::vector<Reader> readers;
+    for (int m = l + 1; m < c.L; m++) {
+        const std::vector<int> of_m = depth_sources(c, m);
+        size_t n = std::find(of_m.begin(), of_m.end(), l) - of_m.begin();
+        if (n < of_m.size()) readers.push_back({m, n, of_m.size()});
+    }
+    size_t C = c.C, NH = c.NH, HS = c.head_size(), S = sources.size(), R = readers.size();
+    float scale = 1.0f / sqrtf(HS);
+    Timed timed(DEPTH_MIXING, (8.0 * (S > 0 ? S + 1 : 0) + 4.0 * R) * rows * C, (4.0 * S + 2.0 * R + 6) * rows * C * sizeof(X));
+#pragma omp parallel
+    {
+        std::vector<float> dq_sum(HS);
+#pragma omp for schedule(static)
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t h = 0; h < NH; h++) {
+                size_t at_q = r * 3 * C + h * HS, at_k = at_q + C, at_v = at_q + 2 * C;
+                float *dk = dkv + r * 2 * C + h * HS, *dv = dk + C, a_own = 1;
+                // Gather: dk_l += Σ_m ds_m,l q_m/√HS, dṽ_l += Σ_m a_m,l dṽ_m
+                for (const Reader& reader : readers) {
+                    float a_ml = a[reader.m][(r * (reader.sources + 1) + reader.n) * NH + h];
+                    float ds_ml = scale * ds[reader.m][(r * reader.sources + reader.n) * NH + h];
+                    const X *q_m = qkv[reader.m] + at_q, *dv_m = qkv[reader.m] + at_v;
+                    for (size_t i = 0; i < HS; i++) dk[i] += ds_ml * q_m[i];
+                    for (size_t i = 0; i < HS; i++) dv[i] += a_ml * dv_m[i];
+                }
+                // Through the mixing; dv is dṽ_l up to here
+                if (S > 0) {
+                    const X *q = qkv[l] + at_q, *k = qkv[l] + at_k;
+                    X *v = qkv[l] + at_v, *dq = dqkv + at_q;
+                    const float* a_l = a[l] + r * (S + 1) * NH + h;
+                    float delta = dot(dv, v, HS), ds_own = 0;
+                    std::copy_n(dq, HS, dq_sum.data());
+                    for (size_t n = 0; n < S; n++) {
+                        const X *k_j = qkv[sources[n]] + at_k, *v_j = qkv[sources[n]] + at_v;
+                        float ds_j = a_l[n * NH] * (dot(dv, v_j, HS) - delta);
+                        ds[l][(r * S + n) * NH + h] = ds_j;
+                        ds_own -= ds_j;
+                        for (size_t i = 0; i < HS; i++) dq_sum[i] += scale * ds_j * k_j[i];
+                    }
+                    for (size_t i = 0; i < HS; i++) dq[i] = dq_sum[i] + scale * ds_own * k[i];
+                    for (size_t i = 0; i < HS; i++) dk[i] += scale * ds_own * q[i];
+                    std::copy_n(dv, HS, v);
+                    a_own = a_l[S * NH];
+                }
+                for (size_t i = 0; i < HS; i++) dqkv[at_k + i] = dk[i];
+                for (size_t i = 0; i < HS; i++) dqkv[at_v + i] = a_own * dv[i];
+            }
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Classifier: logits = x wteᵀ, loss = -log softmax(logits)[y]
+//
+// A few hundred tokens at a time go all the way, to the gradients of x and wte, so that logits for all B·T never exist
+// at once. With p = softmax(logits), loss = log Σ e^logit - logit_y, so dlogits = p - 1[y].
+// Columns from V to Vp are never computed: they get no probability and their rows of wte no gradient.
+
+// One token: returns its loss; with gradient_scale ≠ 0, logits (V) become gradient_scale · dlogits.
+template <class X>
+static float softmax_cross_entropy(X* logits, size_t V, int y, float gradient_scale) {
+    float max = -INFINITY, sum = 0, logit_y = logits[y];
+#pragma omp simd reduction(max : max)
+    for (size_t i = 0; i < V; i++) max = logits[i] > max ? (float)logits[i] : max;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < V; i++) sum += exp_approx(logits[i] - max);
+    if (gradient_scale != 0) {
+        float p_y = exp_approx(logit_y - max) / sum, scale = gradient_scale / sum;
+        for (size_t i = 0; i < V; i++) logits[i] = scale * exp_approx(logits[i] - max);
+        logits[y] = gradient_scale * (p_y - 1.0f);
+    }
+    return logf(sum) + max - logit_y;
+}
+
+// Tokens at a time: enough that reading wte for them costs little, few enough that their logits do.
+static size_t classifier_rows(size_t rows, size_t Vp) { return std::min(rows, std::max<size_t>(512, (1 << 22) / Vp)); }
+
+// losses (rows); with gradient_scale ≠ 0 also dx = and dwte = or +=. Scratch: logits (classifier_rows, Vp), dx_sum
+// (classifier_rows, C).
+template <class X>
+static void classifier(Workspace& ws, float* losses, X* dx, float* dwte, X* logits, float* dx_sum, const X* x, const X* wte,
+                       const int* targets, size_t rows, size_t C, size_t V, size_t Vp, float gradient_scale, bool accumulate) {
+    size_t at_once = classifier_rows(rows, Vp);
+    for (size_t r = 0; r < rows; r += at_once) {
+        size_t n = std::min(rows - r, at_once);
+        matmul(ws, n, V, C, along_k(x + r * C, C), along_k(wte, C), [=](size_t m, size_t v, size_t count, const float* xw) {
+            std::copy_n(xw, count, logits + m * Vp + v);
+        });
+        {
+            Timed timed(SOFTMAX, 0, (gradient_scale != 0 ? 2.0 : 1.0) * n * V * sizeof(X));
+#pragma omp parallel for schedule(static)
+            for (size_t i = 0; i < n; i++)
+                losses[r + i] = softmax_cross_entropy(logits + i * Vp, V, targets[r + i], gradient_scale);
+        }
+        if (gradient_scale == 0) continue;
+        constexpr size_t SLAB = 8192;  // of the vocabulary, which here is what the product sums over
+        for (size_t v = 0; v < V; v += SLAB)
+            linear_backward_input(ws, dx_sum, logits + v, wte + v * C, n, C, std::min(V - v, SLAB), Vp, v > 0);
+        std::copy_n(dx_sum, n * C, dx + r * C);
+        linear_backward_weight(ws, dwte, nullptr, logits, x + r * C, n, C, V, Vp, accumulate || r > 0);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// AdamW
+
+constexpr size_t UPDATE_RUN = 1 << 16;  // elements that one thread goes through at a time
+
+// Σ g², over fixed runs, then over the runs in order
+static double sum_of_squares(const float* g, size_t n) {
+    Timed timed(ADAMW, 0, n * sizeof(float));
+    std::vector<double> partial(ceil_div(n, UPDATE_RUN));
+#pragma omp parallel for schedule(static)
+    for (size_t run = 0; run < partial.size(); run++) {
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = run * UPDATE_RUN; i < std::min(n, (run + 1) * UPDATE_RUN); i++) sum += (double)g[i] * g[i];
+        partial[run] = sum;
+    }
+    double sum = 0;
+    for (double p : partial) sum += p;
+    return sum;
+}
+
+// m = β1 m + (1-β1) g, v = β2 v + (1-β2) g²; both start at 0 and so fall short of the mean of the g, g² so far by the
+// factor 1-β^step, which is divided out; w -= lr (m̂/(√v̂ + eps) + decay w)   (Loshchilov and Hutter, arXiv 1711.05101)
+// `working` is the copy of w that layers use; with float it is w itself.
+template <class X>
+static void adamw_update(X* working, float* w, float* m, float* v, const float* gradient, size_t n, const AdamW& a,
+                         float decay, float gradient_scale, int step) {
+    Timed timed(ADAMW, 0, n * (7.0 * sizeof(float) + (sizeof(X) == sizeof(float) ? 0 : sizeof(X))));
+    float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step))), v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
+#pragma omp parallel for schedule(static)
+    for (size_t run = 0; run < n; run += UPDATE_RUN) {
+#pragma omp simd
+        for (size_t i = run; i < std::min(n, run + UPDATE_RUN); i++) {
+            float g = gradient[i] * gradient_scale;
+            m[i] = a.beta1 * m[i] + (1.0f - a.beta1) * g;
+            v[i] = a.beta2 * v[i] + (1.0f - a.beta2) * g * g;
+            w[i] -= a.lr * (m[i] * m_correction / (sqrtf(v[i] * v_correction) + a.eps) + decay * w[i]);
+            if constexpr (!std::is_same_v<X, float>) working[i] = w[i];
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The model
+
+struct Model {
+    Config config;
+    Precision precision;
+    Workload work;
+    TensorTable tensors;
+    Memory memory;
+    std::vector<void*> blocks;  // all that was allocated
+
+    float *parameters, *gradients, *moment1, *moment2;  // (parameter_count) each, in tensor_table's order
+    int accumulated;                  // backward passes since the last update
+    int *x, *y;                       // (B, T)
+    float *ln_mean, *ln_rstd;         // (2L+1, B, T)    of the LayerNorm that reads the residual stream there
+    float* lse;                       // (L, B, NH, T)   attention's log-sum-exp
+    std::vector<float*> mix, dmix;    // depth: a, L × (B, T, |S_l|+1, NH), and its gradient ds, L × (B, T, |S_l|, NH)
+    float* losses;                    // (B, T)
+    double loss_sum;
+    size_t loss_count;
+    float *dkv, *skip_dkv;            // (B, T, 2C) shares of dk, dv; (skip_slots, B, T, 2C) those that wait for their layer
+    float *ln_partial, *dx_sum;       // scratch of layernorm_backward and classifier
+    size_t cache_length;              // positions filled
+    Workspace ws;
+};
+
+// What is kept in the type that layers compute on. Training keeps every layer's activations; else layers take turns.
+template <class X>
+struct ModelOf : Model {
+    X* weights;                       // the working copy of the parameters; with float, these themselves
+    X* residual;                      // (2L+1, B, T, C) the stream that enters each attention and each MLP, and leaves the last
+    std::vector<X*> qkv;              // L × (B, T, 3C); depth: ṽ in place of v, and after backward dṽ
+    X* atty;                          // (L, B, T, C)
+    X* fch;                           // (L, B, T, 4C)   before GELU
+
+    // Scratch, used within a layer. Gradients:
+    X *ln, *fch_gelu, *logits;        // (B, T, C) a LayerNorm's output, (B, T, 4C) GELU's, (classifier_rows, Vp)
+    X *dresidual, *dln, *datty;       // (B, T, C)
+    X *dqkv, *dfch;                   // (B, T, 3C), (B, T, 4C)
+
+    // Decoding
+    std::vector<X*> cache;            // L × (sequences, maxT, 2, kv_channels(l)): key and (mixed) value of each position
+    X *d_x, *d_ln, *d_q, *d_atty, *d_fch;  // (sequences · maxT, C); fch 4C
+
+    X* weight(int tensor, int l = 0) { return weights + tensors[tensor].offset + l * tensors[tensor].layer_size(); }
+    float* gradient(int tensor, int l = 0) { return gradients + tensors[tensor].offset + l * tensors[tensor].layer_size(); }
+};
+
+// Calls f with the model as what it is.
+template <class F>
+static void with_type(Model* m, F f) {
+    if (m->precision == BF16) f(*(ModelOf<bf16>*)m);
+    else f(*(ModelOf<float>*)m);
+}
+
+// Keys (or values) of layer l that somebody reads, and which therefore are cached.
+static size_t kv_channels(const Config& c, int l) {
+    Columns last = live_columns(c, l).back();
+    return last.begin == 0 ? (last.count == 3 * (size_t)c.C ? c.C : 0) : last.count;
+}
+
+static void* allocate(size_t bytes, bool zero) {
+    void* p = aligned_alloc(64, round_up(bytes, 64));
+    if (!p) die("cannot allocate %zu MiB: use a smaller model, --batch or --sequence", bytes >> 20);
+    if (!zero && !poison_memory) return p;
+    constexpr size_t PIECE = 1 << 20;
+#pragma omp parallel for schedule(static)  // each thread touches first what it will use
+    for (size_t i = 0; i < bytes; i += PIECE) memset((char*)p + i, zero ? 0 : 0xff, std::min(PIECE, bytes - i));
+    return p;
+}
+
+// Everything a model holds; with `dry` it is only counted.
+template <class X>
+static void lay_out(ModelOf<X>& m, bool dry) {
+    const Config& c = m.config;
+    bool train = m.work.train;
+    size_t L = c.L, C = c.C, NH = c.NH, P = parameter_count(c), threads = thread_count();
+    size_t BT = (size_t)m.work.B * m.work.T, kept = train ? L : 1, streams = train ? 2 * L + 1 : 2;
+    m.memory = {};
+    auto take = [&](auto*& p, size_t n, size_t& account, bool zero = false) {
+        p = nullptr;
+        if (n == 0) return;
+        account += round_up(n * sizeof *p, 64);
+        if (!dry) m.blocks.push_back(p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, zero));
+    };
+    take(m.parameters, P, m.memory.parameters);
+    if constexpr (std::is_same_v<X, float>) m.weights = m.parameters;
+    else take(m.weights, P, m.memory.parameters);
+    take(m.gradients, train ? P : 0, m.memory.gradients, true);
+    take(m.moment1, train ? P : 0, m.memory.moments, true);
+    take(m.moment2, train ? P : 0, m.memory.moments, true);
+
+    size_t& activations = m.memory.activations;
+    take(m.x, BT, activations);
+    take(m.y, BT, activations);
+    take(m.residual, streams * BT * C, activations);
+    take(m.ln_mean, streams * BT, activations);
+    take(m.ln_rstd, streams * BT, activations);
+    m.qkv.resize(L), m.mix.resize(L), m.dmix.resize(L), m.cache.resize(L);
+    for (size_t l = 0; l < L; l++) {
+        size_t sources = depth_sources(c, l).size();
+        if (l == 0 || train || c.attention != VANILLA) take(m.qkv[l], BT * 3 * C, activations);
+        else m.qkv[l] = m.qkv[0];
+        take(m.mix[l], sources ? BT * (sources + 1) * NH : 0, activations);
+        take(m.dmix[l], train ? BT * sources * NH : 0, activations);
+        take(m.cache[l], m.work.sequences * (size_t)c.maxT * 2 * kv_channels(c, l), m.memory.cache);
+    }
+    take(m.lse, kept * BT * NH, activations);
+    take(m.atty, kept * BT * C, activations);
+    take(m.fch, kept * BT * 4 * C, activations);
+    take(m.losses, BT, activations);
+
+    size_t& scratch = m.memory.scratch;
+    take(m.ln, BT * C, scratch);
+    take(m.fch_gelu, BT * 4 * C, scratch);
+    take(m.logits, classifier_rows(BT, c.Vp) * c.Vp, scratch);
+    if (train) {
+        take(m.dresidual, BT * C, scratch);
+        take(m.dln, BT * C, scratch);
+        take(m.datty, BT * C, scratch);
+        take(m.dqkv, BT * 3 * C, scratch);
+        take(m.dfch, BT * 4 * C, scratch);
+        take(m.dkv, c.attention == VANILLA ? 0 : BT * 2 * C, scratch);
+        take(m.skip_dkv, skip_slots(c) * BT * 2 * C, scratch);
+        take(m.ln_partial, ceil_div(BT, LAYERNORM_RUN) * 2 * C, scratch);
+        take(m.dx_sum, classifier_rows(BT, c.Vp) * C, scratch);
+    }
+    size_t rows = m.work.sequences * (size_t)c.maxT, longest = m.work.sequences ? c.maxT : m.work.T;
+    take(m.d_x, rows * C, scratch);
+    take(m.d_ln, rows * C, scratch);
+    take(m.d_q, rows * C, scratch);
+    take(m.d_atty, rows * C, scratch);
+    take(m.d_fch, rows * 4 * C, scratch);
+    // A whole A operand where it is small, else as many rows as 16 MB hold, but 512 at the least.
+    size_t widest = std::max({4 * C, std::min<size_t>(BT, 4096), std::min<size_t>(c.V, 8192)});
+    m.ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
+    m.ws.local_size = std::max({KC * NC + MC * NC, HeadScratch<X>(nullptr, longest, c.head_size()).size, longest + 2 * C});
+    take(m.ws.packed, m.ws.packed_size, scratch);
+    take(m.ws.local, threads * m.ws.local_size, scratch);
+}
+
+template <class X>
+static Model* create(const Config& c, Precision precision, const Workload& work, bool dry) {
+    ModelOf<X>* m = new ModelOf<X>{};
+    m->config = c;
+    m->precision = precision;
+    m->work = work;
+    m->tensors = tensor_table(c);
+    lay_out(*m, dry);
+    return m;
+}
+
+static Model* model_create(const Config& c, Precision precision, const Workload& work) {
+    return precision == BF16 ? create<bf16>(c, precision, work, false) : create<float>(c, precision, work, false);
+}
+
+static void model_free(Model* m) {
+    for (void* block : m->blocks) free(block);
+    with_type(m, [](auto& model) { delete &model; });
+}
+
+static Memory model_memory(const Config& c, Precision precision, const Workload& work) {
+    Model* m = precision == BF16 ? create<bf16>(c, precision, work, true) : create<float>(c, precision, work, true);
+    Memory memory = m->memory;
+    model_free(m);
+    return memory;
+}
+
+static float* quantity(const Model* m, Quantity q) {
+    return q == PARAMETERS ? m->parameters : q == GRADIENTS ? m->gradients : q == MOMENT1 ? m->moment1 : m->moment2;
+}
+static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
+    std::copy_n(quantity(m, q) + begin, n, out);
+}
+static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
+    std::copy_n(in, n, quantity(m, q) + begin);
+    if (q == PARAMETERS) with_type(m, [=](auto& model) { std::copy_n(in, n, model.weights + begin); });
+}
+
+static void model_set_inputs(Model* m, const int* x, const int* y) {
+    std::copy_n(x, (size_t)m->work.B * m->work.T, m->x);
+    std::copy_n(y, (size_t)m->work.B * m->work.T, m->y);
+}
+
+template <class X>
+static void forward(ModelOf<X>& m, bool train, float loss_scale) {
+    const Config& c = m.config;
+    Workspace& ws = m.ws;
+    size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
+    bool kept = m.work.train;
+    auto residual = [&](int i) { return m.residual + (kept ? i : i % 2) * BT * C; };
+    auto mean = [&](int i) { return m.ln_mean + (kept ? i : 0) * BT; };
+    auto rstd = [&](int i) { return m.ln_rstd + (kept ? i : 0) * BT; };
+
+    embedding_forward(residual(0), m.x, m.weight(WTE), m.weight(WPE), B, T, C);
+    for (int l = 0; l < c.L; l++) {
+        size_t slot = kept ? l : 0;
+        X *x = residual(2 * l), *x2 = residual(2 * l + 1), *x3 = residual(2 * l + 2);
+        X *atty = m.atty + slot * BT * C, *fch = m.fch + slot * BT * 4 * C, *qkv_below = m.qkv[std::max(0, l - c.skip_distance)];
+        float* lse = m.lse + slot * BT * c.NH;
+
+        layernorm_forward(m.ln, mean(2 * l), rstd(2 * l), x, m.weight(LN1W, l), m.weight(LN1B, l), BT, C);
+        for (Columns live : live_columns(c, l))
+            linear_forward(ws, m.qkv[l] + live.begin, m.ln, m.weight(QKVW, l) + live.begin * C, m.weight(QKVB, l) + live.begin, BT, C, live.count, 3 * C);
+        depth_forward(m.mix[l], m.qkv.data(), c, l, BT);
+        attention_forward(ws, atty, lse, m.qkv[l], qkv_below, c, l, B, T);
+        linear_residual_forward(ws, x2, x, atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), BT, C, C);
+        layernorm_forward(m.ln, mean(2 * l + 1), rstd(2 * l + 1), x2, m.weight(LN2W, l), m.weight(LN2B, l), BT, C);
+        linear_gelu_forward(ws, m.fch_gelu, fch, m.ln, m.weight(FCW, l), m.weight(FCB, l), BT, C, 4 * C);
+        linear_residual_forward(ws, x3, x2, m.fch_gelu, m.weight(FCPROJW, l), m.weight(FCPROJB, l), BT, 4 * C, C);
+    }
+    layernorm_forward(m.ln, mean(2 * c.L), rstd(2 * c.L), residual(2 * c.L), m.weight(LNFW), m.weight(LNFB), BT, C);
+    // Each token's loss counts loss_scale/(B·T) in the loss that gradients are of.
+    classifier(ws, m.losses, m.dln, m.gradients, m.logits, m.dx_sum, m.ln, m.weight(WTE), m.y, BT, C, c.V, c.Vp,
+               train ? loss_scale / BT : 0, m.accumulated > 0);
+    for (size_t i = 0; i < BT; i++) m.loss_sum += m.losses[i];
+    m.loss_count += BT;
+}
+
+// Forward's lines in reverse order. dresidual is the gradient of the residual stream: each LayerNorm adds to it what
+// flows back through its branch. dln came from the classifier.
+template <class X>
+static void backward(ModelOf<X>& m) {
+    const Config& c = m.config;
+    Workspace& ws = m.ws;
+    size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C, slots = skip_slots(c);
+    bool add = m.accumulated > 0;
+    auto residual = [&](int i) { return m.residual + i * BT * C; };
+    auto mean = [&](int i) { return m.ln_mean + i * BT; };
+    auto rstd = [&](int i) { return m.ln_rstd + i * BT; };
+
+    layernorm_backward(m.dresidual, m.gradient(LNFW), m.gradient(LNFB), m.ln_partial, m.dln, residual(2 * c.L), m.weight(LNFW), mean(2 * c.L), rstd(2 * c.L), BT, C, false, add);
+    for (int l = c.L - 1; l >= 0; l--) {
+        X *x = residual(2 * l), *x2 = residual(2 * l + 1);
+        X *atty = m.atty + l * BT * C, *fch = m.fch + l * BT * 4 * C, *qkv_below = m.qkv[std::max(0, l - c.skip_distance)];
+        float* lse = m.lse + l * BT * c.NH;
+        // Skip: where this layer leaves dk, dv for the one below that it reads, and where the one above left them for it.
+        float* dkv_below = slots && l >= c.skip_distance ? m.skip_dkv + (l - c.skip_distance) % slots * BT * 2 * C : nullptr;
+        float* dkv_above = slots && l + c.skip_distance < c.L ? m.skip_dkv + l % slots * BT * 2 * C : nullptr;
+
+        linear_gelu_backward_input(ws, m.dfch, m.fch_gelu, fch, m.dresidual, m.weight(FCPROJW, l), BT, 4 * C, C);
+        linear_backward_weight(ws, m.gradient(FCPROJW, l), m.gradient(FCPROJB, l), m.dresidual, m.fch_gelu, BT, 4 * C, C, C, add);
+        linear_backward_input(ws, m.dln, m.dfch, m.weight(FCW, l), BT, C, 4 * C, 4 * C, false);
+        layernorm_recompute(m.ln, x2, m.weight(LN2W, l), m.weight(LN2B, l), mean(2 * l + 1), rstd(2 * l + 1), BT, C);
+        linear_backward_weight(ws, m.gradient(FCW, l), m.gradient(FCB, l), m.dfch, m.ln, BT, C, 4 * C, 4 * C, add);
+        layernorm_backward(m.dresidual, m.gradient(LN2W, l), m.gradient(LN2B, l), m.ln_partial, m.dln, x2, m.weight(LN2W, l), mean(2 * l + 1), rstd(2 * l + 1), BT, C, true, add);
+
+        linear_backward_input(ws, m.datty, m.dresidual, m.weight(ATTPROJW, l), BT, C, C, C, false);
+        linear_backward_weight(ws, m.gradient(ATTPROJW, l), m.gradient(ATTPROJB, l), m.dresidual, atty, BT, C, C, C, add);
+        attention_backward(ws, m.dqkv, m.dkv, dkv_below, m.datty, atty, lse, m.qkv[l], qkv_below, c, l, B, T);
+        if (c.attention == SKIP) skip_backward(m.dqkv, m.dkv, dkv_above, c, l, BT);
+        if (c.attention == DEPTH) depth_backward(m.dqkv, m.dkv, m.dmix.data(), m.mix.data(), m.qkv.data(), c, l, BT);
+
+        layernorm_recompute(m.ln, x, m.weight(LN1W, l), m.weight(LN1B, l), mean(2 * l), rstd(2 * l), BT, C);
+        for (Columns live : live_columns(c, l)) {
+            linear_backward_input(ws, m.dln, m.dqkv + live.begin, m.weight(QKVW, l) + live.begin * C, BT, C, live.count, 3 * C, live.begin > 0);
+            linear_backward_weight(ws, m.gradient(QKVW, l) + live.begin * C, m.gradient(QKVB, l) + live.begin, m.dqkv + live.begin, m.ln, BT, C, live.count, 3 * C, add);
+        }
+        layernorm_backward(m.dresidual, m.gradient(LN1W, l), m.gradient(LN1B, l), m.ln_partial, m.dln, x, m.weight(LN1W, l), mean(2 * l), rstd(2 * l), BT, C, true, add);
+    }
+    embedding_backward(m.gradient(WTE), m.gradient(WPE), m.dresidual, m.x, B, T, C, add);
+    m.accumulated++;
+}
+
+static void model_forward(Model* m, bool train, float loss_scale) {
+    with_type(m, [=](auto& model) { forward(model, train, loss_scale); });
+}
+static void model_backward(Model* m) {
+    with_type(m, [](auto& model) { backward(model); });
+}
+
+static double model_update(Model* m, const AdamW& a, float clip, int step) {
+    double norm = sqrt(sum_of_squares(m->gradients, parameter_count(m->config)));
+    float scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
+    with_type(m, [&](auto& model) {
+        for (const Tensor& t : m->tensors)
+            adamw_update(model.weights + t.offset, m->parameters + t.offset, m->moment1 + t.offset, m->moment2 + t.offset,
+                         m->gradients + t.offset, t.size(), a, t.decays ? a.weight_decay : 0.0f, scale, step);
+    });
+    m->accumulated = 0;
+    return norm;
+}
+
+static double model_loss(Model* m) {
+    double mean = m->loss_sum / m->loss_count;
+    m->loss_sum = 0;
+    m->loss_count = 0;
+    return mean;
+}
+
+static void model_token_losses(const Model* m, float* out) { std::copy_n(m->losses, (size_t)m->work.B * m->work.T, out); }
+
+// From the last LayerNorm's output, which stays in ln until backward.
+static void model_logits(Model* m, float* out) {
+    size_t C = m->config.C, V = m->config.V;
+    with_type(m, [=](auto& model) {
+        matmul(m->ws, (size_t)m->work.B * m->work.T, V, C, along_k(model.ln, C), along_k(model.weight(WTE), C),
+               [=](size_t row, size_t v, size_t count, const float* xw) {
+                   std::copy_n(xw, count, out + row * V + v);
+               });
+    });
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Decoding with a KV cache
+//
+// The same layers for new tokens only: their keys and (mixed) values join the cache, their queries read all of it.
+// Prompts go through matmul and attention's tiles at once; a single token through matmul_few_rows and
+// attention_head_decode, which add up in another order: logits agree with model_forward's within rounding, not to the bit.
+
+template <class X>
+static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* logits) {
+    const Config& c = m.config;
+    Workspace& ws = m.ws;
+    size_t S = m.work.sequences, rows = S * n, C = c.C, NH = c.NH, HS = c.head_size(), before = m.cache_length;
+    // Position t of sequence s in layer l's cache: kv_channels keys, then as many values. Skip may leave out the first heads.
+    auto kv_at = [&](int l, size_t s, size_t t) { return m.cache[l] + (s * c.maxT + t) * 2 * kv_channels(c, l); };
+    auto layernorm = [&](const X* x, const X* w, const X* b, size_t x_rows) {
+        std::vector<float> mean(x_rows), rstd(x_rows);
+        layernorm_forward(m.d_ln, mean.data(), rstd.data(), x, w, b, x_rows, C);
+    };
+
+    for (size_t s = 0; s < S; s++)
+        embedding_forward(m.d_x + s * n * C, tokens + s * n, m.weight(WTE), m.weight(WPE) + before * C, 1, n, C);
+    for (int l = 0; l < c.L; l++) {
+        size_t kvC = kv_channels(c, l);
+        const X *qkvw = m.weight(QKVW, l), *qkvb = m.weight(QKVB, l);
+        layernorm(m.d_x, m.weight(LN1W, l), m.weight(LN1B, l), rows);
+        linear_forward(ws, m.d_q, m.d_ln, qkvw, qkvb, rows, C, C, C);
+        for (size_t part = 0; part < 2 && kvC > 0; part++) {  // keys, values
+            size_t column = (part + 2) * C - kvC;
+            matmul(ws, rows, kvC, C, along_k(m.d_ln, C), along_k(qkvw + column * C, C),
+                   [&](size_t r, size_t i0, size_t count, const float* xw) {
+                       X* out = kv_at(l, r / n, before + r % n) + part * kvC + i0;
+                       for (size_t i = 0; i < count; i++) out[i] = xw[i] + qkvb[column + i0 + i];
+                   });
+        }
+        const std::vector<int> sources = depth_sources(c, l);
+        if (!sources.empty()) {
+#pragma omp parallel for schedule(static)
+            for (size_t r = 0; r < rows; r++) {
+                std::vector<const X*> k_of, v_of;
+                std::vector<float> a((sources.size() + 1) * NH), mixed(HS);
+                for (int j : sources) {
+                    k_of.push_back(kv_at(j, r / n, before + r % n));
+                    v_of.push_back(k_of.back() + C);
+                }
+                X* k = kv_at(l, r / n, before + r % n);
+                depth_mix(k + C, a.data(), mixed.data(), m.d_q + r * C, k, k_of.data(), v_of.data(), sources.size(), NH, HS);
+            }
+        }
+#pragma omp parallel for collapse(2) schedule(dynamic)
+        for (size_t s = 0; s < S; s++) {
+            for (size_t h = 0; h < NH; h++) {
+                int from = skips(c, l, h) ? l - c.skip_distance : l;
+                size_t from_C = kv_channels(c, from);
+                const X* k = kv_at(from, s, 0) + h * HS - (C - from_C);
+                const X* q = m.d_q + s * n * C + h * HS;
+                X* o = m.d_atty + s * n * C + h * HS;
+                if (n == 1) attention_head_decode(ws.mine(), o, q, k, k + from_C, before + 1, HS, 2 * from_C);
+                else attention_head_forward(ws.mine(), o, nullptr, q, k, k + from_C, n, before, HS, C, C, 2 * from_C);
+            }
+        }
+        linear_residual_forward(ws, m.d_x, m.d_x, m.d_atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), rows, C, C);
+        layernorm(m.d_x, m.weight(LN2W, l), m.weight(LN2B, l), rows);
+        linear_gelu_forward(ws, m.d_fch, m.d_fch, m.d_ln, m.weight(FCW, l), m.weight(FCB, l), rows, C, 4 * C);
+        linear_residual_forward(ws, m.d_x, m.d_x, m.d_fch, m.weight(FCPROJW, l), m.weight(FCPROJB, l), rows, 4 * C, C);
+    }
+    m.cache_length += n;
+    for (size_t s = 0; s < S; s++) {  // the logits after each sequence's last token
+        layernorm(m.d_x + (s * n + n - 1) * C, m.weight(LNFW), m.weight(LNFB), 1);
+        matmul(ws, 1, c.V, C, along_k(m.d_ln, C), along_k(m.weight(WTE), C),
+               [=](size_t, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + s * c.V + v); });
+    }
+}
+
+static void model_prompt(Model* m, const int* tokens, int n, float* logits) {
+    with_type(m, [=](auto& model) { cached_forward(model, tokens, n, logits); });
+}
+static void model_decode(Model* m, const int* tokens, float* logits) { model_prompt(m, tokens, 1, logits); }
+static void model_reset_cache(Model* m) { m->cache_length = 0; }
+
+// --------------------------------------------------------------------------------------------------------------------
+// The machine
+
+// The first number in a file of the operating system, or `otherwise` where there is none.
+static double number_in(const char* path, double otherwise) {
+    FILE* file = fopen(path, "r");
+    if (!file) return otherwise;
+    double number;
+    if (fscanf(file, "%lf", &number) != 1) number = otherwise;
+    fclose(file);
+    return number;
+}
+
+// What the binary was built for, and whether this processor has it.
+#if defined(__AVX512BF16__)
+static const char* const instruction_set = "AVX-512 with bf16";
+static bool instructions_found() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"); }
+#elif defined(__AVX512F__)
+static const char* const instruction_set = "AVX-512";
+static bool instructions_found() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"); }
+#elif defined(__AVX2__)
+static const char* const instruction_set = "AVX2";
+static bool instructions_found() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#elif defined(__ARM_NEON)
+static const char* const instruction_set = "NEON";
+static bool instructions_found() { return true; }
+#else
+static const char* const instruction_set = "128-bit vectors";
+static bool instructions_found() { return true; }
+#endif
+
+static void device_init() {
+    if (!instructions_found())
+        die("this binary was built for %s, which this processor lacks: run 'make clean' and 'make' here", instruction_set);
+#ifdef _OPENMP
+    if (!getenv("OMP_NUM_THREADS")) {  // what the affinity mask and the container's quota allow
+        double quota = number_in("/sys/fs/cgroup/cpu.max", 0), period = 100000;
+        if (quota <= 0) {
+            quota = number_in("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", 0);
+            period = number_in("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period);
+        }
+        int allowed = quota > 0 ? std::max(1, (int)ceil(quota / period)) : omp_get_num_procs();
+        omp_set_num_threads(std::min(allowed, omp_get_num_procs()));
+    }
+#endif
+}
+
+static std::string device_name() {
+    return std::to_string(thread_count()) + (thread_count() == 1 ? " thread, " : " threads, ") + instruction_set;
+}
+
+// What the system can give without swapping, or what is left of the container's limit where that is less.
+static size_t device_free_memory() {
+    double free_bytes = 1e18;
+    if (FILE* file = fopen("/proc/meminfo", "r")) {
+        char line[128];
+        double kilobytes;
+        while (fgets(line, sizeof line, file))
+            if (sscanf(line, "MemAvailable: %lf", &kilobytes) == 1) free_bytes = kilobytes * 1024;
+        fclose(file);
+    }
+    double limit = number_in("/sys/fs/cgroup/memory.max", 1e18);
+    if (limit < 1e18) free_bytes = std::min(free_bytes, limit - number_in("/sys/fs/cgroup/memory.current", 0));
+    return (size_t)std::max(0.0, free_bytes);
+}
+
+// Independent chains of multiply-adds, enough to hide their latency; the best of five rounds.
+static double device_peak(Precision precision) {
+    constexpr int CHAINS = MR * NV, STEPS = 1 << 19;
+    auto measure = [](auto cell, double per_cell) {
+        double best = 0;
+        for (int round = 0; round < 5; round++) {
+            double start = seconds();
+#pragma omp parallel
+            {
+                vec sum[CHAINS];
+                decltype(cell) b[LANES];
+                for (vec& s : sum) s = vec{} + 1.0f;
+                for (auto& cell_of_b : b) cell_of_b = cell;
+                for (int step = 0; step < STEPS; step++) {
+#pragma GCC unroll 32
+                    for (vec& s : sum) multiply_add(s, cell, b);
+                }
+                for (vec& s : sum) asm volatile("" : : "m"(s));  // so that the result counts as used
+            }
+            best = std::max(best, 2.0 * CHAINS * LANES * per_cell * STEPS * thread_count() / (seconds() - start));
+        }
+        return best;
+    };
+    if (precision == BF16 && K_PER_STEP<bf16> == 2) return measure(Cell<bf16>{}, 2);
+    return measure(1e-3f, 1);
+}
+#endif  // GPT2_CUDA
+// ====================================================================================================================
+// 4 · The program
+//
+// All that it takes to train a model that is not the model. It is written once, against the interface of section 2, so
+// it neither knows nor cares what computes. In the order in which a training run needs it: options say what to do,
+// files hold it, a tokenizer turns it into text, a loader feeds it, checkpoints keep it, a schedule steers it.
+
+static_assert(std::endian::native == std::endian::little, "files are little endian, and read as they are");
+
+// --------------------------------------------------------------------------------------------------------------------
+// Text for people
+
+// A string by printf's rules.
+__attribute__((format(printf, 1, 2))) static std::string format(const char* form, ...) {
+    va_list args, again;
+    va_start(args, form);
+    va_copy(again, args);
+    std::string text(vsnprintf(nullptr, 0, form, args), '\0');
+    vsnprintf(text.data(), text.size() + 1, form, again);
+    va_end(again);
+    va_end(args);
+    return text;
+}
+
+static std::string commas(size_t n) {  // 1,234,567
+    return n < 1000 ? format("%zu", n) : commas(n / 1000) + format(",%03zu", n % 1000);
+}
+
+static std::string mebibytes(size_t bytes) {
+    double mib = (double)bytes / (1 << 20);
+    return mib < 4096 ? format("%.*f MiB", mib < 10 ? 2 : 1, mib) : format("%.1f GiB", mib / 1024);
+}
+
+static std::string duration(double s) {
+    if (s < 100) return format("%.0f s", s);
+    if (s < 6000) return format("%.0f min %02d s", floor(s / 60), (int)fmod(s, 60));
+    return format("%.0f h %02d min", floor(s / 3600), (int)fmod(s / 60, 60));
+}
+
+static std::string plural(size_t n, const char* noun) { return commas(n) + " " + noun + (n == 1 ? "" : "s"); }
+
+// How many insertions, deletions and replacements of a letter make a out of b (Levenshtein), row by row of a.
+static size_t edit_distance(const std::string& a, const std::string& b) {
+    std::vector<size_t> row(b.size() + 1);
+    for (size_t j = 0; j <= b.size(); j++) row[j] = j;
+    for (size_t i = 1; i <= a.size(); i++) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= b.size(); j++) {
+            size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            row[j] = std::min({row[j] + 1, row[j - 1] + 1, replaced});
+        }
+    }
+    return row.back();
+}
+
+static std::string nearest(const std::string& word, const std::vector<std::string>& names) {
+    return *std::min_element(names.begin(), names.end(), [&](const std::string& a, const std::string& b) {
+        return edit_distance(word, a) < edit_distance(word, b);
+    });
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Options
+//
+// Each option is one row of a table, and everything else about it is read from there: how its value is parsed and which
+// values it may have, what --help says, what is echoed at the start, and what a checkpoint remembers.
+
+enum Schedule { COSINE, LINEAR, CONSTANT, WSD };
+
+// A number below its option's range stands for "not set": a default that depends on the model or the data replaces it.
+struct Options {
+    std::string model, tokenizer;
+    int layers = 0, heads = 0, channels = 0, context = 0, vocab = 0;
+    int attention = VANILLA, skip_distance = 0, skip_heads = -1, depth_stride = 0, depth_window = -1;
+    int precision = FP32, seed = 1;
+
+    std::string train, val, out;
+    bool resume = false, overwrite = false, keep = false;
+    int batch = 4, sequence = 0, total_batch = 0, steps = 0;
+    double lr = 6e-4, min_lr = -1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, clip = 1;
+    int warmup = -1, schedule = COSINE;
+    int val_every = 100, val_batches = -1, sample_every = 0, save_every = 100;
+
+    std::string prompt, prompt_tokens;
+    int tokens = 200, top_k = 0;
+    double temperature = 0.8, top_p = 0.95;
+};
+
+enum CommandBit { TRAIN = 1, EVAL = 2, GENERATE = 4, DESCRIBE = 8, EVERY = TRAIN | EVAL | GENERATE | DESCRIBE };
+
+// What a checkpoint does with an option: nothing; remembers it, and --resume refuses another value; remembers it, and
+// --resume may be given another.
+enum Memorable { FORGOTTEN, FIXED, CHANGEABLE };
+
+struct Option {
+    const char* name;
+    const char* form;  // of the value, as --help shows it: N and X are numbers, a|b|c is one of these, "" makes a flag
+    std::variant<int*, double*, std::string*, bool*> value;
+    double low, high;  // of a number
+    int commands;
+    Memorable memorable;
+    const char* help;
+    bool given = false;  // on the command line
+};
+using OptionTable = std::vector<Option>;
+
+static OptionTable option_table(Options& o) {
+    const double most = INT_MAX;
+    return {
+        {"train", "GLOB", &o.train, 0, 0, TRAIN, CHANGEABLE, "shards to train on, like 'data/train_*.bin' (quoted)"},
+        {"val", "GLOB", &o.val, 0, 0, TRAIN | EVAL, CHANGEABLE, "shards to measure the loss on"},
+        {"out", "DIR", &o.out, 0, 0, TRAIN, FORGOTTEN, "folder for model.bin, metrics.csv and tokenizer.bin"},
+        {"resume", "", &o.resume, 0, 0, TRAIN, FORGOTTEN, "go on from DIR/model.bin as if never stopped"},
+        {"overwrite", "", &o.overwrite, 0, 0, TRAIN, FORGOTTEN, "replace the run that DIR holds"},
+        {"batch", "N", &o.batch, 1, 65536, TRAIN | EVAL | DESCRIBE, FIXED, "sequences computed at a time"},
+        {"sequence", "N", &o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED,
+         "tokens in a sequence [the context, at most 1024]"},
+        {"total-batch", "N", &o.total_batch, 1, most, TRAIN, FIXED,
+         "tokens in a step, a multiple of batch x sequence, which is the default"},
+        {"steps", "N", &o.steps, 1, most, TRAIN, FIXED, "updates [one pass over the training tokens]"},
+        {"lr", "X", &o.lr, 0, 10, TRAIN, FIXED, "highest learning rate"},
+        {"min-lr", "X", &o.min_lr, 0, 10, TRAIN, FIXED, "learning rate of the last step [a tenth of --lr]"},
+        {"warmup", "N", &o.warmup, 0, most, TRAIN, FIXED, "steps in which the rate rises to --lr [a twentieth of all]"},
+        {"schedule", "cosine|linear|constant|wsd", &o.schedule, 0, 0, TRAIN, FIXED,
+         "of the rate after that; wsd is constant, then falls in the last fifth"},
+        {"weight-decay", "X", &o.weight_decay, 0, 10, TRAIN, FIXED, "AdamW's, on matrices and embeddings"},
+        {"beta1", "X", &o.beta1, 0, 0.9999999, TRAIN, FIXED, "AdamW's"},
+        {"beta2", "X", &o.beta2, 0, 0.9999999, TRAIN, FIXED, "AdamW's"},
+        {"clip", "X", &o.clip, 0, 1e6, TRAIN, FIXED, "largest norm of the gradient; 0: any"},
+        {"val-every", "N", &o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: at the end only"},
+        {"val-batches", "N", &o.val_batches, 0, most, TRAIN | EVAL, CHANGEABLE,
+         "validation is over so many batches [20 in train, 0 in eval]; 0: over all"},
+        {"sample-every", "N", &o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: at the end only"},
+        {"save-every", "N", &o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: at the end only"},
+        {"keep", "", &o.keep, 0, 0, TRAIN, CHANGEABLE, "keep each checkpoint, as DIR/model_STEP.bin too"},
+        {"prompt", "TEXT", &o.prompt, 0, 0, GENERATE, FORGOTTEN,
+         "text to go on from [an end-of-text token, or a newline where there is none]"},
+        {"prompt-tokens", "LIST", &o.prompt_tokens, 0, 0, GENERATE, FORGOTTEN, "the same as numbers, like 1,2,3"},
+        {"tokens", "N", &o.tokens, 0, most, GENERATE, FORGOTTEN, "how many to add, unless end-of-text comes first"},
+        {"temperature", "X", &o.temperature, 0, 100, GENERATE, FORGOTTEN, "0: always the likeliest token"},
+        {"top-k", "N", &o.top_k, 0, 65536, GENERATE, FORGOTTEN, "choose among the k likeliest tokens; 0: all"},
+        {"top-p", "X", &o.top_p, 0, 1, GENERATE, FORGOTTEN, "... among the likeliest that together have probability p"},
+        {"model", "NAME|FILE", &o.model, 0, 0, EVERY, FIXED,
+         "weights, or a shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl [gpt2]"},
+        {"layers", "N", &o.layers, 1, 1024, EVERY, FIXED, "of a model without file, like the next three"},
+        {"heads", "N", &o.heads, 1, 65536, EVERY, FIXED, "in each layer; they divide the channels"},
+        {"channels", "N", &o.channels, 1, 65536, EVERY, FIXED, "width of the residual stream"},
+        {"context", "N", &o.context, 1, 1 << 20, EVERY, FIXED, "longest sequence"},
+        {"attention", "vanilla|skip|depth", &o.attention, 0, 0, EVERY, FIXED,
+         "any model can run under any [vanilla, or its file's]"},
+        {"skip-distance", "N", &o.skip_distance, 1, 65536, EVERY, FIXED,
+         "a skipping head reads so many layers below [3/4 of the layers]"},
+        {"skip-heads", "N", &o.skip_heads, 0, 65536, EVERY, FIXED, "how many heads skip [3/4 of them]"},
+        {"depth-stride", "N", &o.depth_stride, 1, 65536, EVERY, FIXED,
+         "values are mixed with those of every N-th layer below [1/2 of the layers]"},
+        {"depth-window", "N", &o.depth_window, 0, 65536, EVERY, FIXED, "... and of the N layers just below [0]"},
+        {"tokenizer", "FILE", &o.tokenizer, 0, 0, EVERY, FORGOTTEN,
+         "sets the vocabulary [tokenizer.bin beside the shards or the model]"},
+        {"vocab", "N", &o.vocab, 1, 65536, EVERY, FIXED, "vocabulary where there is no tokenizer [50257]"},
+        {"precision", "fp32|bf16", &o.precision, 0, 0, EVERY, FIXED, "what values are computed in"},
+        {"seed", "N", &o.seed, 0, most, EVERY, FIXED, "of initial weights, order of the data, and samples"},
+    };
+}
+
+static Option* find_option(OptionTable& table, const std::string& name) {
+    for (Option& o : table)
+        if (name == o.name) return &o;
+    return nullptr;
+}
+
+static bool is_given(const OptionTable& table, const std::string& name) {
+    return std::any_of(table.begin(), table.end(), [&](const Option& o) { return name == o.name && o.given; });
+}
+
+static std::vector<std::string> split(const std::string& text, char separator) {
+    std::vector<std::string> parts = {""};
+    for (char c : text) {
+        if (c == separator) parts.emplace_back();
+        else parts.back() += c;
+    }
+    return parts;
+}
+
+static bool is_choice(const Option& o) { return strchr(o.form, '|') && std::holds_alternative<int*>(o.value); }
+
+// The option's value as text; empty where it isn't set. A real number has the fewest digits that give it back exactly.
+static std::string value_text(const Option& o) {
+    if (auto text = std::get_if<std::string*>(&o.value)) return **text;
+    if (auto flag = std::get_if<bool*>(&o.value)) return **flag ? "yes" : "";
+    if (auto real = std::get_if<double*>(&o.value)) {
+        char digits[32];
+        return **real < o.low ? "" : std::string(digits, std::to_chars(digits, digits + sizeof digits, **real).ptr);
+    }
+    int n = *std::get<int*>(o.value);
+    return is_choice(o) ? split(o.form, '|')[n] : n < o.low ? "" : std::to_string(n);
+}
+
+// Sets the option from text. Returns what is wrong with it, or "".
+static std::string set_value(Option& o, const std::string& text) {
+    if (auto out = std::get_if<std::string*>(&o.value)) return **out = text, "";
+    if (auto flag = std::get_if<bool*>(&o.value)) return **flag = true, "";
+    if (is_choice(o)) {
+        std::vector<std::string> names = split(o.form, '|');
+        auto found = std::find(names.begin(), names.end(), text);
+        if (found == names.end())
+            return format("must be one of %s; did you mean %s?", o.form, nearest(text, names).c_str());
+        *std::get<int*>(o.value) = (int)(found - names.begin());
+        return "";
+    }
+    // strtod takes more than numbers are made of (blanks, hexadecimals, "nan"), so those letters are excluded first.
+    bool whole = std::holds_alternative<int*>(o.value);
+    char* end;
+    double x = strtod(text.c_str(), &end);
+    if (text.empty() || text.find_first_not_of(whole ? "-0123456789" : "+-.0123456789eE") != text.npos || *end)
+        return whole ? "must be a whole number" : "must be a number";
+    if (!(o.low <= x && x <= o.high)) return format("must be from %.10g to %.10g", o.low, o.high);
+    if (whole) *std::get<int*>(o.value) = (int)x;
+    else *std::get<double*>(o.value) = x;
+    return "";
+}
+
+struct Command {
+    const char* name;
+    CommandBit bit;
+    const char* summary;
+    const char* notes;  // for its --help
+};
+
+static const Command commands[] = {
+    {"train", TRAIN, "trains: from random weights, from a model, or from where it stopped",
+     "It keeps DIR/model.bin, always the newest complete checkpoint, and DIR/metrics.csv. Ctrl-C finishes the step\n"
+     "and saves; a second one ends at once. With --resume, options that are not given come from the checkpoint, and\n"
+     "those that only say how often to look, save or sample may change; --train and --val may name other places, if\n"
+     "the shards there have as many tokens. All else must stay, --steps too, since the learning rate follows it."},
+    {"eval", EVAL, "measures loss, perplexity and bits per byte of a model on shards",
+     "It needs --model FILE and --val GLOB."},
+    {"generate", GENERATE, "writes text: the prompt, and what the model adds",
+     "It needs --model FILE. It stops after --tokens, or where the model ends the text. Without a tokenizer it writes\n"
+     "numbers of tokens. Past the context, the latest half of it is read anew from position 0."},
+    {"describe", DESCRIBE, "shows a model's tensors and what each attention costs",
+     "Memory is for training with --batch and --sequence, and for generating one text."},
+};
+
+static void print_options(FILE* out, const OptionTable& table, int command, bool common) {
+    for (const Option& o : table) {
+        if (!(o.commands & command) || (o.commands == EVERY) != common) continue;
+        std::string left = format("  --%s %s", o.name, o.form), value = value_text(o);
+        if (left.size() > 26) left += format("\n%28s", "");  // a long form has a line of its own
+        bool shown = !value.empty() && !strchr(o.help, '[');
+        fprintf(out, "%-28s%s%s\n", left.c_str(), o.help, shown ? format(" [%s]", value.c_str()).c_str() : "");
+    }
+}
+
+static void print_help(FILE* out, const char* program, const OptionTable& table, const Command* command) {
+    if (command) {
+        fprintf(out, "%s %s [--option value]...\n%s.\n\n%s\n\nOptions [and their defaults]\n", program, command->name,
+                command->summary, command->notes);
+        print_options(out, table, command->bit, false);
+        fprintf(out, "\n");
+    } else {
+        fprintf(out, "%s COMMAND [--option value]...\nGPT-2 with three attentions.\n\nCommands\n", program);
+        for (const Command& c : commands) fprintf(out, "  %-26s%s\n", c.name, c.summary);
+        fprintf(out, "  %-26s%s\n\n", "COMMAND --help", "lists its options");
+    }
+    fprintf(out, "Options of every command\n");
+    print_options(out, table, EVERY, true);
+    fprintf(out, "\nOMP_NUM_THREADS sets the number of threads. Exit status: 0, or 1 and one line on what is wrong.\n");
+}
+
+static void parse_options(OptionTable& table, const Command& command, int argc, char** argv) {
+    for (int i = 2; i < argc; i++) {
+        std::string word = argv[i];
+        if (word.compare(0, 2, "--") != 0)
+            die("'%s': no option stands before it; a GLOB, and a TEXT with blanks, needs quotes", argv[i]);
+        std::string name = split(word.substr(2), '=')[0];
+        Option* o = find_option(table, name);
+        if (!o || !(o->commands & command.bit)) {
+            std::vector<std::string> names;
+            for (const Option& other : table)
+                if (other.commands & command.bit) names.push_back(other.name);
+            if (o) die("--%s is not an option of %s; see %s %s --help", o->name, command.name, argv[0], command.name);
+            die("there is no option --%s; did you mean --%s?", name.c_str(), nearest(name, names).c_str());
+        }
+        if (word.find('=') != word.npos) die("%s: a blank in place of '=', please: --%s %s", argv[i], o->name, o->form);
+        if (o->given) die("--%s is given twice", o->name);
+        o->given = true;
+        if (!*o->form) {
+            set_value(*o, "");
+            continue;
+        }
+        // What begins with -- is the next option, unless it may be a text.
+        const char* value = i + 1 < argc ? argv[++i] : nullptr;
+        bool text = strcmp(o->form, "TEXT") == 0;
+        if (!value || (strncmp(value, "--", 2) == 0 && (!text || find_option(table, value + 2))))
+            die("--%s needs a value: --%s %s", o->name, o->name, o->form);
+        std::string wrong = set_value(*o, value);
+        if (!wrong.empty()) die("--%s %s: %s", o->name, value, wrong.c_str());
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Files
+//
+// A file that others may read is written under a temporary name, forced to the disk, and only then given its own, which
+// is one indivisible act: whatever happens at whatever instant, under that name stands the old file or the new, whole.
+// What is read is trusted in nothing: sizes are held against the file's before memory is asked for.
+
+enum Magic { MODEL_MAGIC = 20240326, DUMP_MAGIC = 20240327, TOKENIZER_MAGIC = 20240328, TRAILER_MAGIC = 20240329,
+             SHARD_MAGIC = 20240520, LLAMA_SHARD_MAGIC = 20240801 };
+constexpr size_t HEADER_BYTES = 1024;
+using Header = std::array<int32_t, 256>;
+
+// CRC-32 (polynomial 0xedb88320, as in zlib): the remainder of a division of polynomials over GF(2). Table k advances
+// the remainder of one byte by k further bytes, so eight look-ups divide eight bytes at once.
+static constexpr auto crc_tables = [] {
+    std::array<std::array<uint32_t, 256>, 8> t{};
+    for (uint32_t i = 0; i < 256; i++) {
+        t[0][i] = i;
+        for (int bit = 0; bit < 8; bit++) t[0][i] = (t[0][i] >> 1) ^ (t[0][i] & 1 ? 0xedb88320 : 0);
+    }
+    for (int k = 1; k < 8; k++)
+        for (int i = 0; i < 256; i++) t[k][i] = (t[k - 1][i] >> 8) ^ t[0][t[k - 1][i] & 255];
+    return t;
+}();
+
+static uint32_t crc32(uint32_t crc, const void* data, size_t n) {  // goes on from crc; 0 begins
+    const uint8_t* p = (const uint8_t*)data;
+    const auto& t = crc_tables;
+    crc = ~crc;
+    for (; n >= 8; n -= 8, p += 8) {
+        uint64_t word;
+        memcpy(&word, p, 8);
+        word ^= crc;
+        crc = 0;
+        for (int i = 0; i < 8; i++) crc ^= t[7 - i][word >> (8 * i) & 255];
+    }
+    for (; n > 0; n--) crc = (crc >> 8) ^ t[0][(crc ^ *p++) & 255];
+    return ~crc;
+}
+
+static std::string folder_of(const std::string& path) {
+    size_t slash = path.rfind('/');
+    return slash == path.npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+}
+
+static bool exists(const std::string& path) {
+    struct stat s;
+    return stat(path.c_str(), &s) == 0;
+}
+
+struct InputFile {
+    std::string path;
+    int fd = -1;
+    size_t size = 0;
+};
+
+// Opens a regular file. Returns what went wrong, or "".
+static std::string try_open(InputFile& f, const std::string& path) {
+    struct stat s;
+    f.path = path;
+    f.fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not make us wait
+    if (f.fd < 0 || fstat(f.fd, &s) != 0) return strerror(errno);
+    f.size = (size_t)s.st_size;
+    return S_ISREG(s.st_mode) ? "" : S_ISDIR(s.st_mode) ? "is a folder, not a file" : "is not a regular file";
+}
+
+static InputFile open_file(const std::string& path) {
+    InputFile f;
+    std::string wrong = try_open(f, path);
+    if (!wrong.empty()) die("%s: %s", path.c_str(), wrong.c_str());
+    return f;
+}
+
+// Whether all n bytes could be read.
+static bool read_at(const InputFile& f, size_t offset, void* out, size_t n) {
+    while (n > 0) {
+        ssize_t got = pread(f.fd, out, std::min<size_t>(n, 1 << 30), (off_t)offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        out = (char*)out + got, offset += (size_t)got, n -= (size_t)got;
+    }
+    return true;
+}
+
+static void must_read_at(const InputFile& f, size_t offset, void* out, size_t n) {
+    if (!read_at(f, offset, out, n))
+        die("%s: could not be read at byte %zu: it changed meanwhile, or the disk fails", f.path.c_str(), offset);
+}
+
+struct OutputFile {
+    std::string path, temporary;
+    int fd = -1;
+    size_t size = 0;
+    uint32_t crc = 0;
+};
+
+[[noreturn]] static void die_writing(const OutputFile& f) {
+    int reason = errno;
+    unlink(f.temporary.c_str());
+    die("%s could not be written: %s; what stood there before is still there", f.path.c_str(), strerror(reason));
+}
+
+static OutputFile create_file(const std::string& path) {
+    OutputFile f = {path, path + ".tmp"};
+    f.fd = open(f.temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (f.fd < 0) die_writing(f);
+    return f;
+}
+
+static void write_file(OutputFile& f, const void* data, size_t n) {
+    f.crc = crc32(f.crc, data, n);
+    f.size += n;
+    while (n > 0) {
+        ssize_t put = write(f.fd, data, std::min<size_t>(n, 1 << 30));
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) die_writing(f);
+        data = (const char*)data + put, n -= (size_t)put;
+    }
+}
+
+static void commit_file(OutputFile& f) {
+    if (fsync(f.fd) != 0 || close(f.fd) != 0 || rename(f.temporary.c_str(), f.path.c_str()) != 0) die_writing(f);
+    int folder = open(folder_of(f.path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder >= 0) fsync(folder), close(folder);  // the new name, too, has to reach the disk
+}
+
+static void write_whole(const std::string& path, const std::string& content) {
+    OutputFile f = create_file(path);
+    write_file(f, content.data(), content.size());
+    commit_file(f);
+}
+
+// The files a pattern stands for, sorted by name.
+static std::vector<std::string> expand_glob(const char* option, const std::string& pattern) {
+    glob_t found = {};
+    int status = glob(pattern.c_str(), 0, nullptr, &found);
+    std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
+    globfree(&found);
+    if (paths.empty()) die("--%s %s: no such file", option, pattern.c_str());
+    std::sort(paths.begin(), paths.end());
+    return paths;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Tokenizer
+//
+// Text becomes tokens in data_prep/prepare.py; here tokens become text again, for which a table of each token's bytes
+// is enough. Only a prompt has to be encoded. That needs no more than the table where every token is one byte or one
+// character; GPT-2's tokenizer would need its list of merges, which the file does not have.
+
+struct Tokenizer {
+    std::string path = "", content = "";   // the file, whole
+    std::vector<std::string> tokens = {};  // the bytes of each; empty: there is no tokenizer
+    int end_of_text = -1;                  // -1: it has none
+
+    bool known() const { return !tokens.empty(); }
+};
+
+static Tokenizer read_tokenizer(const std::string& path) {
+    constexpr size_t most = 1 << 26;  // a token takes at most 256 bytes, and others may add theirs
+    const char* name = path.c_str();
+    InputFile f = open_file(path);
+    if (f.size < HEADER_BYTES || f.size > most) die("%s: %zu bytes are no tokenizer", name, f.size);
+    Tokenizer t = {path, std::string(f.size, '\0')};
+    must_read_at(f, 0, t.content.data(), f.size);
+    close(f.fd);
+    Header h;
+    memcpy(h.data(), t.content.data(), HEADER_BYTES);
+    int version = h[1], n = h[2], end_of_text = version == 1 ? 50256 : h[3];
+    if (h[0] != TOKENIZER_MAGIC) die("%s: begins with %d, not with a tokenizer's %d", name, h[0], TOKENIZER_MAGIC);
+    if (version != 1 && version != 2) die("%s: tokenizer version %d; 1 and 2 can be read", name, version);
+    if (n < 1 || n > 65536) die("%s: a vocabulary of %d tokens; it must be from 1 to 65536", name, n);
+    size_t at = HEADER_BYTES;
+    for (int i = 0; i < n; i++) {
+        size_t length = at < f.size ? (uint8_t)t.content[at] : 0;
+        if (at + 1 + length > f.size) die("%s: truncated in token %d of %d", name, i, n);
+        if (length == 0) die("%s: token %d is empty: damaged", name, i);
+        t.tokens.push_back(t.content.substr(at + 1, length));
+        at += 1 + length;
+    }
+    if (h[4] < 0 || f.size != at + (size_t)h[4])
+        die("%s: has %zu bytes where its header and tokens ask for %zu", name, f.size, at + (size_t)h[4]);
+    if (end_of_text >= 0 && end_of_text < n) t.end_of_text = end_of_text;
+    return t;
+}
+
+// The tokenizer that was named, or else the one in the first of these folders that has one, or else none.
+static Tokenizer find_tokenizer(const std::string& named, const std::vector<std::string>& folders) {
+    if (!named.empty()) return read_tokenizer(named);
+    for (const std::string& folder : folders)
+        if (exists(folder + "/tokenizer.bin")) return read_tokenizer(folder + "/tokenizer.bin");
+    return {};
+}
+
+// How many bytes the UTF-8 character takes that begins with this byte; 0: none begins so.
+static size_t utf8_length(uint8_t first) {
+    return first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
+}
+
+static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
+    if (!t.known()) die("a --prompt needs a tokenizer: name one with --tokenizer, or give --prompt-tokens");
+    std::map<std::string, int> token_of;
+    for (int i = 0; i < (int)t.tokens.size(); i++) {
+        const std::string& token = t.tokens[i];
+        if (i == t.end_of_text) continue;  // its letters in a prompt are text
+        if (token.size() != 1 && token.size() != utf8_length((uint8_t)token[0]))
+            die("%s: to encode a text takes this tokenizer's merges, which are not read yet; give --prompt-tokens",
+                t.path.c_str());
+        token_of.emplace(token, i);
+    }
+    std::vector<int> tokens;
+    for (size_t at = 0; at < text.size();) {
+        size_t length = 4;  // the longest match; a character has at most 4 bytes
+        while (length > 0 && (at + length > text.size() || !token_of.count(text.substr(at, length)))) length--;
+        if (length == 0) {
+            size_t bytes = std::max<size_t>(1, utf8_length((uint8_t)text[at]));
+            die("--prompt: '%s' (at byte %zu) is not in the vocabulary of %s", text.substr(at, bytes).c_str(), at,
+                t.path.c_str());
+        }
+        tokens.push_back(token_of[text.substr(at, length)]);
+        at += length;
+    }
+    return tokens;
+}
+
+// Writes a stream of bytes as valid UTF-8. A character's bytes are held back until it is complete. Each longest run of
+// bytes that begins a character and does not complete it becomes one U+FFFD, and so does each byte that begins none.
+struct Utf8Writer {
+    FILE* out;
+    char held[4] = {};
+    int n = 0, missing = 0;
+    uint8_t low = 0x80, high = 0xbf;  // the next byte must lie in here
+
+    void invalid() {
+        fputs("\xef\xbf\xbd", out);
+        n = missing = 0;
+    }
+    void put(uint8_t byte) {
+        if (missing > 0 && (byte < low || byte > high)) invalid();  // then this byte begins anew
+        if (missing == 0) {
+            missing = (int)utf8_length(byte) - 1;
+            if (missing < 0) return invalid();
+            // The second byte's range excludes codes that have a shorter form, surrogates, and what is past U+10FFFF.
+            low = byte == 0xe0 ? 0xa0 : byte == 0xf0 ? 0x90 : 0x80;
+            high = byte == 0xed ? 0x9f : byte == 0xf4 ? 0x8f : 0xbf;
+        } else {
+            missing--;
+            low = 0x80, high = 0xbf;
+        }
+        held[n++] = (char)byte;
+        if (missing == 0) {
+            fwrite(held, 1, (size_t)n, out);
+            n = 0;
+        }
+    }
+    void finish() {
+        if (missing > 0) invalid();
+    }
+};
+
+// --------------------------------------------------------------------------------------------------------------------
+// Data
+//
+// A shard is a file of uint16 tokens. A window is T+1 of them: T inputs, and as targets the same moved on by one.
+// Windows of a shard follow each other with stride T, so each target is learned from once.
+//
+// Training takes them in a shuffled order that is drawn anew in each epoch: first the order of the shards, then in each
+// shard where its windows begin, from 0 to T-1, and their order. It all follows from (seed, epoch, shard), so a place
+// in this stream is two numbers, (epoch, windows taken), and resuming is exact. A second thread reads the next shard
+// while the current one is used, so that a step never waits for the disk. Shards are read, not mapped into memory,
+// where one that is truncated meanwhile would be a crash.
+
+// Separate streams of random numbers for separate uses, so that none depends on how much another has drawn.
+enum RandomUse { INITIAL_VALUES, SHARD_ORDER, WINDOW_ORDER, SAMPLES };
+static Random random_stream(uint64_t seed, RandomUse use, uint64_t a = 0, uint64_t b = 0) {
+    Random r = {seed};
+    for (uint64_t word : {(uint64_t)use, a, b}) r.state = r.next() ^ word;
+    return {r.next()};
+}
+
+template <typename T>
+static void shuffle(std::vector<T>& v, Random& r) {  // Fisher and Yates
+    for (size_t i = v.size(); i > 1; i--) std::swap(v[i - 1], v[r.below(i)]);
+}
+
+struct Shard {
+    std::string path;
+    size_t begin;      // byte offset of its first token
+    size_t tokens;
+    size_t first = 0;  // the file's token that it begins with
+};
+
+// How many windows there are from token `phase` on.
+static size_t window_count(const Shard& s, int T, size_t phase) { return (s.tokens - 1 - phase) / (size_t)T; }
+
+static size_t window_count(const std::vector<Shard>& shards, int T) {
+    size_t n = 0;
+    for (const Shard& s : shards) n += window_count(s, T, 0);
+    return n;
+}
+
+static size_t token_count(const std::vector<Shard>& shards) {
+    size_t n = 0;
+    for (const Shard& s : shards) n += s.tokens;
+    return n;
+}
+
+static std::vector<Shard> open_shards(const char* option, const std::vector<std::string>& paths, int T) {
+    std::vector<Shard> shards;
+    size_t headerless = 0, longest = 0;
+    for (const std::string& path : paths) {
+        InputFile f = open_file(path);
+        const char* name = path.c_str();
+        Header header = {};
+        if (f.size == 0) die("%s: is empty", name);
+        must_read_at(f, 0, header.data(), std::min(f.size, HEADER_BYTES));
+        close(f.fd);
+        for (auto [magic, kind] : {std::pair(MODEL_MAGIC, "a model"), {DUMP_MAGIC, "a debug state"},
+                                   {TOKENIZER_MAGIC, "a tokenizer"}, {LLAMA_SHARD_MAGIC, "a shard of uint32 tokens"}})
+            if (header[0] == magic) die("%s: is %s, not a shard of uint16 tokens", name, kind);
+        Shard s = {path, 0, f.size / 2};
+        if (header[0] == SHARD_MAGIC) {
+            if (header[1] != 1) die("%s: shard version %d; 1 can be read", name, header[1]);
+            s.begin = HEADER_BYTES;
+            s.tokens = (uint32_t)header[2];
+            if (f.size != HEADER_BYTES + 2 * s.tokens)
+                die("%s: has %zu bytes where its header asks for %zu: truncated, or not a shard", name, f.size,
+                    HEADER_BYTES + 2 * s.tokens);
+        } else {
+            // 1,012 bytes of zeros are no text, but what every header here ends in.
+            bool zeros = std::all_of(header.begin() + 3, header.end(), [](int x) { return x == 0; });
+            if (f.size >= HEADER_BYTES && zeros)
+                die("%s: begins with %d, not with a shard's %d", name, header[0], SHARD_MAGIC);
+            if (f.size % 2 != 0) die("%s: has neither a shard's header nor whole uint16 tokens", name);
+            headerless++;
+        }
+        longest = std::max(longest, s.tokens);
+        if (s.tokens > (size_t)T) shards.push_back(s);
+        else if (paths.size() > 1) printf("left out: %s, %zu tokens, less than a window's %d\n", name, s.tokens, T + 1);
+    }
+    if (shards.empty())
+        die("--%s: the longest shard has %zu tokens, and --sequence %d takes %d", option, longest, T, T + 1);
+    if (headerless > 0)
+        printf("headerless: %zu of %zu files of --%s, read as plain uint16 tokens\n", headerless, paths.size(), option);
+    return shards;
+}
+
+// Splits a window's T+1 tokens into inputs and targets. `at` is the shard's token that it begins with.
+static void split_window(int* x, int* y, const uint16_t* tokens, int T, int V, const Shard& s, size_t at) {
+    for (int t = 0; t <= T; t++) {
+        if (tokens[t] >= V)
+            die("%s: token %zu (at byte %zu) is %d, outside the vocabulary of %d: another tokenizer's, or damaged",
+                s.path.c_str(), s.first + at + (size_t)t, s.begin + 2 * (at + (size_t)t), tokens[t], V);
+        if (t < T) x[t] = tokens[t];
+        if (t > 0) y[t - 1] = tokens[t];
+    }
+}
+
+// Long shards are trained on in parts, so that two of them in memory are never much.
+constexpr size_t LONGEST_PART = 1 << 26;  // tokens
+static std::vector<Shard> split_shards(const std::vector<Shard>& shards) {
+    std::vector<Shard> parts;
+    for (const Shard& s : shards) {
+        size_t n = ceil_div(s.tokens, LONGEST_PART);
+        for (size_t i = 0; i < n; i++) {
+            size_t first = s.tokens / n * i, last = i + 1 < n ? s.tokens / n * (i + 1) : s.tokens;
+            parts.push_back({s.path, s.begin + 2 * first, last - first, first});
+        }
+    }
+    return parts;
+}
+
+// A shard in memory, with its windows in the order in which an epoch takes them.
+struct LoadedShard {
+    std::vector<uint16_t> tokens;
+    std::vector<uint32_t> order;
+    size_t phase = 0;
+    std::string error;
+};
+
+// Where the windows of the shard begin in this epoch: the first number of the stream that then shuffles them.
+static size_t window_phase(const Shard& s, size_t T, Random& r) { return r.below(std::min(T, s.tokens - T)); }
+
+static LoadedShard load_shard(Shard s, size_t index, int T, uint64_t seed, uint64_t epoch) {
+    LoadedShard loaded;
+    InputFile f;
+    loaded.error = try_open(f, s.path);
+    if (loaded.error.empty() && f.size < s.begin + 2 * s.tokens) loaded.error = "was truncated since the start";
+    if (loaded.error.empty()) {
+        loaded.tokens.resize(s.tokens);
+        if (!read_at(f, s.begin, loaded.tokens.data(), 2 * s.tokens)) loaded.error = "could not be read to its end";
+        Random r = random_stream(seed, WINDOW_ORDER, epoch, index);
+        loaded.phase = window_phase(s, T, r);
+        loaded.order.resize(window_count(s, T, loaded.phase));
+        for (size_t i = 0; i < loaded.order.size(); i++) loaded.order[i] = (uint32_t)i;
+        shuffle(loaded.order, r);
+    }
+    if (f.fd >= 0) close(f.fd);
+    if (!loaded.error.empty()) loaded.error = s.path + ": " + loaded.error;
+    return loaded;
+}
+
+struct Loader {
+    std::vector<Shard> shards;
+    int T, V;
+    uint64_t seed;
+    uint64_t epoch, position;      // windows taken in this epoch
+    std::vector<size_t> order;     // of the shards, in this epoch
+    size_t rank, taken;            // the current shard is order[rank]; windows taken of it
+    LoadedShard current;
+    std::future<LoadedShard> next;
+};
+
+static std::vector<size_t> shard_order(const Loader& l, uint64_t epoch) {
+    std::vector<size_t> order(l.shards.size());
+    for (size_t i = 0; i < order.size(); i++) order[i] = i;
+    Random r = random_stream(l.seed, SHARD_ORDER, epoch);
+    shuffle(order, r);
+    return order;
+}
+
+static void read_ahead(Loader& l) {
+    bool last = l.rank + 1 == l.order.size();
+    uint64_t epoch = l.epoch + last;
+    size_t index = last ? shard_order(l, epoch)[0] : l.order[l.rank + 1];
+    l.next = std::async(std::launch::async, load_shard, l.shards[index], index, l.T, l.seed, epoch);
+}
+
+// Begins where `position` windows of the epoch are taken.
+static void loader_start(Loader& l, uint64_t epoch, uint64_t position) {
+    l.epoch = epoch, l.position = position;
+    l.order = shard_order(l, epoch);
+    l.taken = position;
+    for (l.rank = 0; l.rank < l.order.size(); l.rank++) {
+        size_t index = l.order[l.rank];
+        Random r = random_stream(l.seed, WINDOW_ORDER, epoch, index);
+        size_t windows = window_count(l.shards[index], l.T, window_phase(l.shards[index], l.T, r));
+        if (l.taken < windows) break;
+        l.taken -= windows;
+    }
+    if (l.rank == l.order.size()) die("the checkpoint's position in the data lies past its end: it is of other shards");
+    l.current = load_shard(l.shards[l.order[l.rank]], l.order[l.rank], l.T, l.seed, epoch);
+    if (!l.current.error.empty()) die("%s", l.current.error.c_str());
+    read_ahead(l);
+}
+
+// Takes the next B windows: x, y (B, T).
+static void loader_batch(Loader& l, int* x, int* y, int B) {
+    for (int b = 0; b < B; b++) {
+        size_t at = l.current.phase + (size_t)l.current.order[l.taken] * (size_t)l.T, row = (size_t)b * (size_t)l.T;
+        split_window(x + row, y + row, &l.current.tokens[at], l.T, l.V, l.shards[l.order[l.rank]], at);
+        l.position++;
+        if (++l.taken < l.current.order.size()) continue;
+        if (++l.rank == l.order.size()) {
+            l.epoch++;
+            l.position = l.rank = 0;
+            l.order = shard_order(l, l.epoch);
+        }
+        l.taken = 0;
+        l.current = l.next.get();
+        if (!l.current.error.empty()) die("%s", l.current.error.c_str());
+        read_ahead(l);
+    }
+}
+
+// What two shards in memory take at most.
+static size_t loader_bytes(const std::vector<Shard>& shards, int T) {
+    size_t most = 0;
+    for (const Shard& s : shards) most = std::max(most, 2 * s.tokens + 4 * window_count(s, T, 0));
+    return 2 * most;
+}
+
+// Validation takes all windows in order, from token 0 of each shard.
+struct WindowReader {
+    const std::vector<Shard>& shards;
+    int T, V;
+    size_t shard = 0, window = 0;
+    InputFile file = {};
+    std::vector<uint16_t> tokens = {};
+};
+
+static void read_window(WindowReader& r, int* x, int* y) {  // the caller keeps count of how many there are
+    if (r.window == window_count(r.shards[r.shard], r.T, 0)) r.shard++, r.window = 0;
+    const Shard& s = r.shards[r.shard];
+    if (r.file.path != s.path) {
+        if (r.file.fd >= 0) close(r.file.fd);
+        r.file = open_file(s.path);
+    }
+    size_t at = r.window++ * (size_t)r.T;
+    r.tokens.resize((size_t)r.T + 1);
+    must_read_at(r.file, s.begin + 2 * at, r.tokens.data(), 2 * r.tokens.size());
+    split_window(x, y, r.tokens.data(), r.T, r.V, s, at);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Models and checkpoints
+//
+//     header    256 int32: magic, version, maxT, V, L, NH, C, Vp, attention, n_l, n_h, stride, window, 0 ...; [255]
+//               is 1 where a trailer ends the file. Versions 3 (fp32) and 5 (bf16) are llm.c's; 1003 and 1005 are the
+//               same with skip or depth, so that llm.c refuses them and doesn't run them as vanilla
+//     tensors   in the order of the table
+//     state     checkpoints only: uint64 n; n bytes of "name\0value\0" pairs; AdamW's moments m, then v, fp32
+//     trailer   uint32 magic, CRC-32 of header and tensors, CRC-32 of the state; uint64 length of the whole file
+//
+// Weights and state are one file, so they never disagree. Values pass through a buffer of a million, so a model is
+// never in memory twice.
+
+constexpr size_t CHUNK = 1 << 20;  // values
+constexpr size_t TRAILER_BYTES = 20;
+
+static std::string config_text(const Config& c) {
+    return format("%s, %s, %d channels, context %d, vocabulary %d (padded %d)", plural(c.L, "layer").c_str(),
+                  plural(c.NH, "head").c_str(), c.C, c.maxT, c.V, c.Vp);
+}
+
+static std::string attention_text(const Config& c) {
+    auto layers = [](int a, int b) { return a == b ? format("layer %d", a) : format("layers %d to %d", a, b); };
+    if (c.attention == SKIP && (c.skip_distance >= c.L || c.skip_heads == 0))
+        return format("skip %d/%d: no head skips, so this is vanilla", c.skip_distance, c.skip_heads);
+    if (c.attention == SKIP)
+        return format("skip %d/%d: %d of %d heads in %s read the keys and values of %s", c.skip_distance, c.skip_heads,
+                      c.skip_heads, c.NH, layers(c.skip_distance, c.L - 1).c_str(),
+                      layers(0, c.L - 1 - c.skip_distance).c_str());
+    if (c.attention == DEPTH) {
+        std::string sources, window = c.depth_window > 0 ? format(", and the %d just below it", c.depth_window) : "";
+        for (int j = 0; j < c.L - 1; j += c.depth_stride) sources += format(j > 0 ? ", %d" : "%d", j);
+        return format("depth %d/%d: a layer's values are mixed with those of %s%s%s", c.depth_stride, c.depth_window,
+                      c.depth_stride == 1 ? "all layers below it" : "the layers below it among ",
+                      c.depth_stride == 1 ? "" : sources.c_str(), c.depth_stride == 1 ? "" : window.c_str());
+    }
+    return "vanilla";
+}
+
+// What is impossible about a model's shape, or "".
+static std::string config_error(const Config& c) {
+    struct { const char* name; int value, low, high; bool matters; } ranges[] = {
+        {"context", c.maxT, 1, 1 << 20, true},
+        {"vocabulary", c.V, 1, 65536, true},
+        {"layers", c.L, 1, 1024, true},
+        {"channels", c.C, 1, 65536, true},
+        {"heads", c.NH, 1, c.C, true},
+        {"attention", c.attention, VANILLA, DEPTH, true},
+        {"skip distance", c.skip_distance, 1, 65536, c.attention == SKIP},
+        {"skip heads", c.skip_heads, 0, c.NH, c.attention == SKIP},
+        {"depth stride", c.depth_stride, 1, 65536, c.attention == DEPTH},
+        {"depth window", c.depth_window, 0, 65536, c.attention == DEPTH},
+    };
+    for (const auto& r : ranges)
+        if (r.matters && (r.value < r.low || r.value > r.high))
+            return format("%s %d, which must be from %d to %d", r.name, r.value, r.low, r.high);
+    if (c.C % c.NH != 0) return format("%d channels, which are not a multiple of the %d heads", c.C, c.NH);
+    if (c.Vp != (int)round_up((size_t)c.V, 128)) return format("vocabulary %d padded to %d", c.V, c.Vp);
+    return "";
+}
+
+struct ModelFile {
+    InputFile file;
+    Config config;
+    int version;
+    size_t value_bytes;  // 4, or 2 for bf16
+    size_t values;
+    size_t state_bytes;  // 0: weights only
+    bool trailer;
+};
+
+static size_t state_begin(const ModelFile& m) { return HEADER_BYTES + m.values * m.value_bytes; }
+
+// Opens a model or a checkpoint, and holds its header against its length.
+static ModelFile open_model(const std::string& path) {
+    ModelFile m = {};
+    const char* name = path.c_str();
+    m.file = open_file(path);
+    Header h;
+    if (m.file.size < HEADER_BYTES) die("%s: %zu bytes are no model: its header alone has 1024", name, m.file.size);
+    must_read_at(m.file, 0, h.data(), HEADER_BYTES);
+    if (h[0] != MODEL_MAGIC) die("%s: begins with %d, not with a model's %d", name, h[0], MODEL_MAGIC);
+    bool vanilla = h[1] == 3 || h[1] == 5;
+    if (!vanilla && h[1] != 1003 && h[1] != 1005)
+        die("%s: model version %d; 3 and 5 can be read, with skip and depth 1003 and 1005", name, h[1]);
+    if (h[255] != 0 && h[255] != 1) die("%s: the header ends in %d, which must be 0 or 1: it is damaged", name, h[255]);
+    m.version = h[1];
+    m.value_bytes = h[1] % 1000 == 5 ? 2 : 4;
+    m.config = {h[2], h[3], h[7], h[4], h[5], h[6], h[8], h[9], h[10], h[11], h[12]};
+    std::string wrong = config_error(m.config);
+    if (wrong.empty() && vanilla != (h[8] == VANILLA)) wrong = format("version %d with attention %d", h[1], h[8]);
+    if (!wrong.empty()) die("%s: its header says %s: damaged", name, wrong.c_str());
+
+    m.values = parameter_count(m.config);
+    m.trailer = h[255] == 1;
+    size_t least = state_begin(m) + (m.trailer ? TRAILER_BYTES : 0);
+    if (m.file.size < least || (!m.trailer && m.file.size != least))
+        die("%s: has %zu bytes where its header asks for %s%zu: truncated, or damaged", name, m.file.size,
+            m.trailer ? "at least " : "", least);
+    m.state_bytes = m.file.size - least;
+    return m;
+}
+
+// The CRC-32 of a part of the file.
+static uint32_t part_crc(const InputFile& f, size_t begin, size_t end) {
+    std::vector<uint8_t> buffer(std::min(end - begin, CHUNK));
+    uint32_t crc = 0;
+    for (size_t n; begin < end; begin += n) {
+        n = std::min(end - begin, buffer.size());
+        must_read_at(f, begin, buffer.data(), n);
+        crc = crc32(crc, buffer.data(), n);
+    }
+    return crc;
+}
+
+// Dies where the file isn't what was once written. A file without a trailer, llm.c's, has nothing to go by.
+static void verify_model(const ModelFile& m, bool state) {
+    if (!m.trailer) return;
+    const char* name = m.file.path.c_str();
+    uint32_t trailer[5];
+    size_t end = m.file.size - TRAILER_BYTES;
+    must_read_at(m.file, end, trailer, TRAILER_BYTES);
+    uint64_t length;
+    memcpy(&length, trailer + 3, 8);
+    if (trailer[0] != TRAILER_MAGIC || length != m.file.size) die("%s: does not end in its trailer: truncated", name);
+    if (part_crc(m.file, 0, state_begin(m)) != trailer[1]) die("%s: the weights' checksum is wrong: damaged", name);
+    if (state && part_crc(m.file, state_begin(m), end) != trailer[2])
+        die("%s: the training state's checksum is wrong: damaged", name);
+}
+
+// Copies n fp32 values at a byte offset of the file into the model's, from the first on.
+static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, size_t offset, size_t value_bytes) {
+    std::vector<float> values(std::min(CHUNK, m.values));
+    std::vector<uint16_t> halves(value_bytes == 2 ? values.size() : 0);
+    for (size_t begin = 0; begin < m.values; begin += CHUNK) {
+        size_t n = std::min(CHUNK, m.values - begin);
+        void* raw = value_bytes == 2 ? (void*)halves.data() : (void*)values.data();
+        must_read_at(m.file, offset + begin * value_bytes, raw, n * value_bytes);
+        if (value_bytes == 2)  // bf16 is the upper half of an fp32
+            for (size_t i = 0; i < n; i++) values[i] = std::bit_cast<float>((uint32_t)halves[i] << 16);
+        model_put(model, quantity, begin, n, values.data());
+    }
+}
+
+static void read_parameters(const ModelFile& m, Model* model) {
+    read_quantity(m, model, PARAMETERS, HEADER_BYTES, m.value_bytes);
+}
+
+// Random initial parameters. They follow from the seed and each tensor's place and shape alone: blocks of 2^16 values
+// have a stream each, so that any number of threads makes the same.
+static void initialize_parameters(Model* model, const Config& c, uint64_t seed) {
+    constexpr size_t BLOCK = 1 << 16;
+    std::vector<float> values(std::min(CHUNK, parameter_count(c)));
+    TensorTable table = tensor_table(c);
+    for (int i = 0; i < TENSORS; i++) {
+        const Tensor& t = table[i];
+        size_t live = i == WTE ? (size_t)c.V * c.C : t.size();  // wte's padded rows are 0
+        for (size_t begin = 0; begin < t.size(); begin += CHUNK) {
+            size_t n = std::min(CHUNK, t.size() - begin);
+#pragma omp parallel for schedule(static)
+            for (size_t block = 0; block < n; block += BLOCK) {
+                Random r = random_stream(seed, INITIAL_VALUES, (uint64_t)i, begin + block);
+                for (size_t j = block; j < std::min(n, block + BLOCK); j++) {
+                    double noise = t.deviation > 0 ? t.deviation * r.normal() : 0;
+                    values[j] = begin + j < live ? (float)(t.mean + noise) : 0.0f;
+                }
+            }
+            model_put(model, PARAMETERS, t.offset + begin, n, values.data());
+        }
+    }
+}
+
+// What a checkpoint knows besides weights and moments. Samples have a stream of random numbers for each step, so there
+// is nothing of theirs to remember.
+struct Progress {
+    int step = 0;                      // updates made
+    uint64_t epoch = 0, position = 0;  // the loader's
+    // A signal can cut validation short, so that the last step's row of metrics.csv is still due, and these are for it.
+    bool due = false;
+    double loss = 0, norm = 0, milliseconds = 0;
+};
+
+// The shards' numbers of tokens, by which --resume knows them.
+static std::string shard_sizes(const std::vector<Shard>& shards) {
+    std::string text;
+    for (const Shard& s : shards) text += format(text.empty() ? "%zu" : " %zu", s.tokens);
+    return text;
+}
+
+using State = std::map<std::string, std::string>;
+
+static void write_checkpoint(const std::string& path, const std::string& copy, const Model* model, const Config& c,
+                             const State& state) {
+    Header h = {MODEL_MAGIC, 3, c.maxT, c.V, c.L, c.NH, c.C, c.Vp};
+    int settings[] = {c.attention, c.skip_distance, c.skip_heads, c.depth_stride, c.depth_window};
+    if (c.attention != VANILLA) h[1] = 1003, std::copy_n(settings, 5, &h[8]);
+    h[255] = 1;
+    OutputFile f = create_file(path);
+    write_file(f, h.data(), HEADER_BYTES);
+    size_t total = parameter_count(c);
+    std::vector<float> values(std::min(CHUNK, total));
+    auto write_quantity = [&](Quantity quantity) {
+        for (size_t begin = 0; begin < total; begin += CHUNK) {
+            size_t n = std::min(CHUNK, total - begin);
+            model_get(model, quantity, begin, n, values.data());
+            write_file(f, values.data(), 4 * n);
+        }
+    };
+    write_quantity(PARAMETERS);
+    uint32_t trailer[5] = {TRAILER_MAGIC, f.crc};
+
+    f.crc = 0;
+    std::string text;
+    for (const auto& [name, value] : state) text += name + '\0' + value + '\0';
+    uint64_t n = text.size();
+    write_file(f, &n, 8);
+    write_file(f, text.data(), text.size());
+    write_quantity(MOMENT1);
+    write_quantity(MOMENT2);
+    trailer[2] = f.crc;
+    uint64_t length = f.size + TRAILER_BYTES;
+    memcpy(trailer + 3, &length, 8);
+    write_file(f, trailer, TRAILER_BYTES);
+
+    // A second name for the same file costs nothing. Where the file system has no such names, it is written twice.
+    if (!copy.empty()) unlink(copy.c_str());
+    bool named = copy.empty() || link(f.temporary.c_str(), copy.c_str()) == 0;
+    commit_file(f);
+    if (!named) write_checkpoint(copy, "", model, c, state);
+}
+
+// The state of a checkpoint; empty where there is none. Moments stay in the file.
+static State read_state(const ModelFile& m) {
+    if (m.state_bytes == 0) return {};
+    uint64_t n = 0;
+    if (m.state_bytes >= 8) must_read_at(m.file, state_begin(m), &n, 8);
+    if (m.state_bytes < 8 || n > m.state_bytes || m.state_bytes != 8 + n + 8 * m.values || m.value_bytes != 4)
+        die("%s: %zu bytes after the weights are no training state: damaged", m.file.path.c_str(), m.state_bytes);
+    std::string text(n, '\0');
+    must_read_at(m.file, state_begin(m) + 8, text.data(), n);
+    std::vector<std::string> words = split(text, '\0');
+    State state;
+    for (size_t i = 0; i + 1 < words.size(); i += 2) state[words[i]] = words[i + 1];
+    return state;
+}
+
+static void read_moments(const ModelFile& m, Model* model) {
+    size_t moments = m.file.size - TRAILER_BYTES - 8 * m.values;
+    read_quantity(m, model, MOMENT1, moments, 4);
+    read_quantity(m, model, MOMENT2, moments + 4 * m.values, 4);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// From options to a model
+
+struct Shape {
+    const char* name;
+    int L, NH, C;
+};
+static const Shape shapes[] = {{"gpt2", 12, 12, 768}, {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280},
+                               {"gpt2-xl", 48, 25, 1600}};
+
+static const Shape* find_shape(const std::string& name) {
+    for (const Shape& s : shapes)
+        if (name == s.name) return &s;
+    return nullptr;
+}
+
+// --model where it is a file; dies where it is none.
+static ModelFile open_weights(const Options& o, const char* command) {
+    const char* name = o.model.c_str();
+    if (o.model.empty()) die("%s needs --model FILE, a model with weights that train wrote", command);
+    if (find_shape(o.model)) die("--model %s is a shape without weights; %s needs a file of train's", name, command);
+    if (!exists(o.model)) die("--model %s: no such file, nor a shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl", name);
+    ModelFile m = open_model(o.model);
+    verify_model(m, false);
+    return m;
+}
+
+// c with an attention, whose settings are the options', else its file's where that has the same attention, else
+// defaults for c's shape.
+static Config with_attention(Config c, int attention, const Options& o, const ModelFile* file) {
+    const Config own = file ? file->config : Config{.attention = VANILLA};
+    auto choose = [](int option, int lowest, int otherwise) { return option >= lowest ? option : otherwise; };
+    bool skip = attention == SKIP && own.attention == SKIP, depth = attention == DEPTH && own.attention == DEPTH;
+    c.attention = attention;
+    c.skip_distance = choose(o.skip_distance, 1, skip ? own.skip_distance : std::max(1, 3 * c.L / 4));
+    c.skip_heads = choose(o.skip_heads, 0, skip ? own.skip_heads : std::max(1, 3 * c.NH / 4));
+    c.depth_stride = choose(o.depth_stride, 1, depth ? own.depth_stride : std::max(1, c.L / 2));
+    c.depth_window = choose(o.depth_window, 0, depth ? own.depth_window : 0);
+    return c;
+}
+
+// The Config on which file, options and tokenizer agree. Options that were not set are set by it.
+static Config configure(Options& o, const OptionTable& table, CommandBit command, const ModelFile* file,
+                        const Tokenizer& tokenizer) {
+    Config c;
+    if (file) {
+        c = file->config;
+    } else if (const Shape* s = find_shape(o.model)) {
+        c.L = s->L, c.NH = s->NH, c.C = s->C;
+    }
+    if (!file && tokenizer.known() && o.vocab < 1) c.V = (int)tokenizer.tokens.size();
+    struct { const char* name; int* option; int* field; } sizes[] = {
+        {"layers", &o.layers, &c.L}, {"heads", &o.heads, &c.NH}, {"channels", &o.channels, &c.C},
+        {"context", &o.context, &c.maxT}, {"vocab", &o.vocab, &c.V}};
+    for (auto& [name, option, field] : sizes) {
+        if (file && *option > 0 && *option != *field)
+            die("--%s %d contradicts %s, which has %d", name, *option, file->file.path.c_str(), *field);
+        if (*option > 0) *field = *option;
+        *option = *field;
+    }
+    c.Vp = (int)round_up((size_t)c.V, 128);
+    if (tokenizer.known() && tokenizer.tokens.size() != (size_t)c.V)
+        die("%s has %zu tokens, and the vocabulary is %d; name the right one with --tokenizer", tokenizer.path.c_str(),
+            tokenizer.tokens.size(), c.V);
+
+    if (file && !is_given(table, "attention")) o.attention = c.attention;
+    for (const char* option : {"skip-distance", "skip-heads", "depth-stride", "depth-window"}) {
+        const char* needed = attention_names[strncmp(option, "skip", 4) == 0 ? SKIP : DEPTH];
+        if (command != DESCRIBE && is_given(table, option) && strcmp(needed, attention_names[o.attention]) != 0)
+            die("--%s needs --attention %s, and this is %s", option, needed, attention_names[o.attention]);
+    }
+    c = with_attention(c, o.attention, o, file);
+    if (c.attention == SKIP) o.skip_distance = c.skip_distance, o.skip_heads = c.skip_heads;
+    if (c.attention == DEPTH) o.depth_stride = c.depth_stride, o.depth_window = c.depth_window;
+    std::string wrong = config_error(c);
+    if (!wrong.empty()) die("the options ask for %s", wrong.c_str());
+
+    if (o.precision == BF16) die("--precision bf16 is not in this build; fp32 is");
+    if (o.sequence < 1) o.sequence = std::min(c.maxT, 1024);
+    if (o.sequence > c.maxT) die("--sequence %d is longer than the model's context, %d", o.sequence, c.maxT);
+    if ((size_t)o.batch * (size_t)o.sequence > 1 << 26)
+        die("--batch %d x --sequence %d is more than 2^26 tokens at a time", o.batch, o.sequence);
+    return c;
+}
+
+// Floating-point operations a token, forward and backward. Each multiply-add of a matmul is two, and backward is two
+// such matmuls; causal attention reads T/2 keys and values on average.
+static double flops_per_token(const Config& c, int T) {
+    double L = c.L, C = c.C, V = c.V;
+    double flops = 6 * (V * C + 12 * L * C * C) + 6 * L * C * T;
+    for (int l = 0; l < c.L; l++) {
+        for (int h = 0; h < c.NH; h++)  // keys and values that nobody reads are not projected
+            if (!has_reader(c, l, h)) flops -= 6 * 2 * c.head_size() * C;
+        int sources = 0;
+        for (int j = 0; j < l; j++) sources += is_source(c, j, l);
+        if (sources > 0) flops += 12 * C * (sources + 1);
+    }
+    return flops;
+}
+
+static void check_memory(const Memory& m, size_t others, const char* advice) {
+    size_t needed = m.total() + others, free = device_free_memory();
+    if (needed > free)
+        die("this needs %s of memory, and %s are free: %s", mebibytes(needed).c_str(), mebibytes(free).c_str(), advice);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Loss on a validation set
+
+static std::atomic<int> interrupts{0};  // signals that asked us to stop
+
+static bool on_terminal() { return isatty(STDOUT_FILENO); }
+
+// One line of progress. On a terminal, the next one is drawn over it unless it stays.
+static void show_line(const std::string& text, bool stays) {
+    if (!on_terminal()) {
+        printf("%s\n", text.c_str());
+    } else {
+        winsize window = {};
+        bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 1;
+        int width = known && !stays ? window.ws_col - 1 : (int)text.size();  // a line that wraps cannot be drawn over
+        printf("\r%.*s\x1b[K%s", width, text.c_str(), stays ? "\n" : "");
+    }
+    fflush(stdout);
+}
+
+struct Evaluation {
+    double loss = 0;     // mean cross-entropy, nats a token
+    double entropy = 0;  // of the tokens' frequencies: the loss of the best guess that looks at no context
+    size_t tokens = 0, bytes = 0;
+    bool cut_short = false;
+};
+
+// The loss over exactly the windows there are, or the first --val-batches of them.
+static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shard>& shards, const Options& o,
+                           const Tokenizer& tokenizer, bool show_progress) {
+    const size_t B = (size_t)o.batch, T = (size_t)o.sequence;
+    size_t total = window_count(shards, o.sequence);
+    if (o.val_batches > 0) total = std::min(total, (size_t)o.val_batches * B);
+    WindowReader reader = {shards, o.sequence, c.V};
+    std::vector<int> x(B * T), y(B * T);
+    std::vector<float> losses(B * T);
+    std::vector<size_t> counts((size_t)c.V);
+    Evaluation e;
+    for (size_t first = 0; first < total && !e.cut_short; first += B) {
+        size_t real = std::min(B, total - first);
+        for (size_t b = 0; b < B; b++) {
+            if (b < real) {
+                read_window(reader, &x[b * T], &y[b * T]);
+            } else {  // fills up the last batch, and isn't counted
+                std::copy_n(&x[0], T, &x[b * T]);
+                std::copy_n(&y[0], T, &y[b * T]);
+            }
+        }
+        model_set_inputs(model, x.data(), y.data());
+        model_forward(model, false, 1.0f);
+        model_token_losses(model, losses.data());
+        for (size_t i = 0; i < real * T; i++) {
+            e.loss += losses[i];
+            counts[y[i]]++;
+        }
+        e.tokens += real * T;
+        e.cut_short = interrupts > 0 && first + real < total;
+        if (show_progress && on_terminal())
+            show_line(format("batch %zu/%zu  loss %.4f", first / B + 1, ceil_div(total, B), e.loss / e.tokens), false);
+    }
+    if (reader.file.fd >= 0) close(reader.file.fd);
+    model_loss(model);  // these forwards are no part of the next training loss
+    e.loss /= (double)e.tokens;
+    for (int i = 0; i < c.V; i++) {
+        double p = (double)counts[i] / (double)e.tokens;
+        if (counts[i] > 0) e.entropy -= p * log(p);
+        if (tokenizer.known() && i != tokenizer.end_of_text) e.bytes += counts[i] * tokenizer.tokens[i].size();
+    }
+    return e;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Generation
+//
+// Each token is drawn from the model's distribution for what follows all tokens so far, whose keys and values are
+// cached. When the cache is full, it is emptied, and the latest ⌊maxT/2⌋ tokens are read anew from position 0.
+
+struct Decoder {
+    Model* model;
+    const Config& c;
+    std::vector<int> tokens = {};    // all so far
+    int cached = 0;                  // of them, the latest so many are in the cache
+    std::vector<float> logits = {};  // (V) for what follows
+};
+
+static void decode_tokens(Decoder& d, const std::vector<int>& more) {
+    int maxT = d.c.maxT, n = (int)more.size();
+    d.logits.resize(d.c.V);
+    d.tokens.insert(d.tokens.end(), more.begin(), more.end());
+    if (n > maxT - d.cached) {
+        // One by one, the tokens would fill the cache, then again and again empty it, read `half`, the newest token
+        // among them, and fill it. Only what the last of these rounds reads matters.
+        int half = std::max(1, maxT / 2), round = maxT - half + 1;
+        n = half + (n - (maxT - d.cached) - 1) % round;
+        d.cached = 0;
+        model_reset_cache(d.model);
+    }
+    if (n == 1 && d.cached > 0) model_decode(d.model, &d.tokens.back(), d.logits.data());
+    else model_prompt(d.model, d.tokens.data() + d.tokens.size() - n, n, d.logits.data());
+    d.cached += n;
+}
+
+// Draws a token from softmax(logits/temperature), of which only the top_k likeliest are left, and of those only the
+// likeliest that together reach top_p.
+static int choose_token(const std::vector<float>& logits, const Options& o, Random& r) {
+    int V = (int)logits.size();
+    int best = (int)(std::max_element(logits.begin(), logits.end()) - logits.begin());  // the first, among equals
+    if (!std::isfinite(logits[best])) die("the model's logits are not finite: its training failed, or it is damaged");
+    if (o.temperature == 0) return best;
+
+    struct Candidate {
+        double p;  // not normalized
+        int token;
+    };
+    std::vector<Candidate> candidates;
+    double sum = 0;
+    for (int i = 0; i < V; i++) {
+        candidates.push_back({exp((logits[i] - logits[best]) / o.temperature), i});
+        sum += candidates.back().p;
+    }
+    auto likelier = [](const Candidate& a, const Candidate& b) { return a.p != b.p ? a.p > b.p : a.token < b.token; };
+    if (o.top_k > 0 && o.top_k < V) {
+        std::partial_sort(candidates.begin(), candidates.begin() + o.top_k, candidates.end(), likelier);
+        candidates.resize(o.top_k);
+        sum = 0;
+        for (const Candidate& c : candidates) sum += c.p;
+    }
+    if (o.top_p < 1) {
+        // The last of them and those after it share more than 1 - top_p, and none has more than the last. So that has
+        // more than (1 - top_p)/n, which leaves few to sort.
+        double least = (1 - o.top_p) * sum / (double)candidates.size();
+        std::erase_if(candidates, [&](const Candidate& c) { return c.p < least; });
+        std::sort(candidates.begin(), candidates.end(), likelier);
+        double reached = 0;
+        size_t n = 0;
+        while (n < candidates.size() && (n == 0 || reached < o.top_p * sum)) reached += candidates[n++].p;
+        candidates.resize(n);
+        sum = reached;
+    }
+    double left = r.uniform() * sum;
+    for (const Candidate& c : candidates)
+        if ((left -= c.p) < 0) return c.token;
+    return candidates.back().token;  // rounding left a little over
+}
+
+struct Generated {
+    int tokens = 0;
+    double prompt_seconds = 0, seconds = 0;
+};
+
+// Prints the prompt and what the model adds, until there are --tokens of it or the text ends. The model has one cache.
+static Generated generate_text(Model* model, const Config& c, const Options& o, const Tokenizer& tokenizer,
+                               const std::vector<int>& prompt, Random r) {
+    Utf8Writer writer = {stdout};
+    bool first = true;
+    auto print = [&](int token) {
+        if (!tokenizer.known()) printf(first ? "%d" : " %d", token);
+        else if (token != tokenizer.end_of_text)
+            for (char byte : tokenizer.tokens[token]) writer.put((uint8_t)byte);
+        first = false;
+        fflush(stdout);
+    };
+    for (int token : prompt) print(token);
+
+    Generated g;
+    Decoder d = {model, c};
+    double start = seconds();
+    model_reset_cache(model);
+    decode_tokens(d, prompt);
+    g.prompt_seconds = seconds() - start;
+    start = seconds();
+    while (g.tokens < o.tokens && interrupts == 0) {
+        int token = choose_token(d.logits, o, r);
+        g.tokens++;
+        if (token == tokenizer.end_of_text) break;
+        print(token);
+        if (g.tokens < o.tokens) decode_tokens(d, {token});
+    }
+    g.seconds = seconds() - start;
+    writer.finish();
+    printf("\n");
+    fflush(stdout);
+    return g;
+}
+
+// The token that an empty prompt stands for: end-of-text, or a newline where there is none; -1: neither.
+static int start_token(const Tokenizer& t, int V) {
+    if (!t.known()) return V == 50257 ? 50256 : -1;  // GPT-2's
+    if (t.end_of_text >= 0) return t.end_of_text;
+    auto newline = std::find(t.tokens.begin(), t.tokens.end(), "\n");
+    return newline == t.tokens.end() ? -1 : (int)(newline - t.tokens.begin());
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Training
+
+// The learning rate of an update, the first being 1: it rises to lr in `warmup` steps and is min_lr in the last.
+static double learning_rate(const Options& o, int step) {
+    if (step <= o.warmup) return o.lr * step / o.warmup;
+    int start = o.schedule == WSD ? std::max(o.warmup, o.steps - o.steps / 5) : o.warmup;  // of the fall
+    double progress = step <= start ? 0 : (double)(step - start) / (o.steps - start);
+    double share = o.schedule == CONSTANT ? 1
+                 : o.schedule == LINEAR ? 1 - progress
+                 : o.schedule == COSINE ? 0.5 + 0.5 * cos(M_PI * progress)
+                                        : 1 - sqrt(progress);
+    return o.min_lr + (o.lr - o.min_lr) * share;
+}
+
+// Locks the folder for this process until it ends, however that may be. Returns false where there is no such folder.
+static bool lock_folder(const std::string& path) {
+    int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 && errno == ENOENT) return false;
+    if (fd < 0) die("--out %s: %s", path.c_str(), strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB) == 0) return true;  // fd stays open
+    if (errno == EWOULDBLOCK) die("--out %s is in use by another process that trains into it", path.c_str());
+    printf("note: --out %s cannot be locked against other processes: %s\n", path.c_str(), strerror(errno));
+    return true;
+}
+
+// Dies where the folder isn't fit for what is asked. Returns whether it exists, and is locked now.
+static bool check_folder(const Options& o) {
+    bool found = lock_folder(o.out);
+    std::string place = o.out;
+    while (!found && !exists(place) && place != folder_of(place)) place = folder_of(place);  // where it would be made
+    if (access(place.c_str(), W_OK | X_OK) != 0) die("--out %s: %s: %s", o.out.c_str(), place.c_str(), strerror(errno));
+    bool checkpoint = exists(o.out + "/model.bin");
+    if (o.resume && !checkpoint) die("--resume: there is nothing to resume in %s: it has no model.bin", o.out.c_str());
+    if (!o.resume && !o.overwrite && (checkpoint || exists(o.out + "/metrics.csv")))
+        die("--out %s holds a run: --resume goes on with it, --overwrite replaces it", o.out.c_str());
+    return found;
+}
+
+// All of a run.
+struct Run {
+    Options& o;
+    OptionTable& table;
+    Config c = {};
+    Tokenizer tokenizer = {};
+    std::vector<Shard> train = {}, val = {};
+    Loader loader = {};
+    Model* model = nullptr;
+    Progress progress = {};
+    FILE* metrics = nullptr;
+    Evaluation validation = {};  // the latest
+    int saved = 0;               // the step that DIR/model.bin is of; 0: there is none
+
+    std::string path(const std::string& name) const { return o.out + "/" + name; }
+};
+
+// Sets the options that were not given as the checkpoint remembers them; dies where one that was given contradicts it.
+static void recall_options(OptionTable& table, const State& state, const char* path) {
+    for (Option& o : table) {
+        if (o.memorable == FORGOTTEN) continue;
+        auto found = state.find(std::string("--") + o.name);
+        std::string remembered = found == state.end() ? "" : found->second;
+        if (!o.given) {
+            std::string wrong = remembered.empty() ? "" : set_value(o, remembered);
+            if (!wrong.empty()) die("%s: --%s %s: %s", path, o.name, remembered.c_str(), wrong.c_str());
+        } else if (o.memorable == FIXED && value_text(o) != remembered) {
+            die("--%s %s contradicts %s, where it is %s; leave it out, or begin a new run with --model %s", o.name,
+                value_text(o).c_str(), path, remembered.empty() ? "not set" : remembered.c_str(), path);
+        }
+    }
+}
+
+static State run_state(const Run& run) {
+    const Progress& p = run.progress;
+    State state = {{"step", std::to_string(p.step)}, {"epoch", std::to_string(p.epoch)},
+                   {"position", std::to_string(p.position)}, {"train shards", shard_sizes(run.train)},
+                   {"val shards", shard_sizes(run.val)}};
+    if (p.due) state["due"] = format("%.17g %.17g %.17g", p.loss, p.norm, p.milliseconds);
+    for (const Option& o : run.table)
+        if (o.memorable != FORGOTTEN && !value_text(o).empty()) state[std::string("--") + o.name] = value_text(o);
+    return state;
+}
+
+static Progress read_progress(const State& state, const Options& o, const char* path) {
+    auto number = [&](const char* name) {
+        auto found = state.find(name);
+        return found == state.end() ? 0 : strtoull(found->second.c_str(), nullptr, 10);
+    };
+    Progress p;
+    p.epoch = number("epoch"), p.position = number("position");
+    p.step = (int)std::min<uint64_t>(number("step"), INT_MAX);
+    if (p.step < 1 || p.step > o.steps) die("%s: is at step %d of %d: damaged", path, p.step, o.steps);
+    if (auto due = state.find("due"); due != state.end())
+        p.due = sscanf(due->second.c_str(), "%lf %lf %lf", &p.loss, &p.norm, &p.milliseconds) == 3;
+    return p;
+}
+
+// Dies where the shards are not those of the checkpoint, as far as their lengths can tell.
+static void check_sizes(const State& state, const char* option, const std::vector<Shard>& shards, const char* path) {
+    auto found = state.find(std::string(option) + " shards");
+    if (found == state.end() || found->second.empty() || found->second == shard_sizes(shards)) return;
+    size_t tokens = 0, n = 0;
+    for (const std::string& size : split(found->second, ' ')) tokens += strtoull(size.c_str(), nullptr, 10), n++;
+    die("--%s: %s of together %s tokens, where %s had %s of %s: these are other data", option,
+        plural(shards.size(), "shard").c_str(), commas(token_count(shards)).c_str(), path, plural(n, "shard").c_str(),
+        commas(tokens).c_str());
+}
+
+// Removes the files of the run that the folder held.
+static void remove_run(const Run& run) {
+    std::error_code error;
+    for (const auto& entry : std::filesystem::directory_iterator(run.o.out, error)) {
+        std::string name = entry.path().filename().string();
+        if (name.ends_with(".tmp")) name.resize(name.size() - 4);
+        bool numbered = name.starts_with("model_") && name.ends_with(".bin") && name.size() > 10 &&
+                        name.find_first_not_of("0123456789", 6) == name.size() - 4;
+        bool tokenizer = name == "tokenizer.bin" && !run.tokenizer.known();
+        if (!numbered && !tokenizer && name != "model.bin" && name != "metrics.csv") continue;
+        if (unlink(entry.path().c_str()) != 0) die("%s: cannot be removed: %s", entry.path().c_str(), strerror(errno));
+    }
+}
+
+// Opens DIR/metrics.csv to go on after the row of the last step. Rows after it, of a run that went on and was killed
+// before its next checkpoint, are cut.
+static FILE* open_metrics(const Run& run) {
+    std::string path = run.path("metrics.csv"), kept = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n";
+    int last = run.progress.step - run.progress.due;
+    if (FILE* old = run.o.resume ? fopen(path.c_str(), "r") : nullptr) {
+        char* line = nullptr;
+        size_t size = 0;
+        int previous = 0;
+        for (ssize_t n; (n = getline(&line, &size, old)) > 0 && line[n - 1] == '\n';) {
+            int step = atoi(line);  // 0 for the names of the columns
+            if (step > previous && step <= last) kept += line, previous = step;
+        }
+        free(line);
+        fclose(old);
+    }
+    write_whole(path, kept);
+    FILE* metrics = fopen(path.c_str(), "a");
+    if (!metrics) die("%s: %s", path.c_str(), strerror(errno));
+    return metrics;
+}
+
+// Whether something that is done every so many steps, and after the last, is due.
+static bool is_due(int every, const Run& run) {
+    return run.progress.step == run.o.steps || (every > 0 && run.progress.step % every == 0);
+}
+
+static void save_run(Run& run) {
+    fsync(fileno(run.metrics));  // its rows up to here are never to be written again
+    bool keep = run.o.keep && is_due(run.o.save_every, run);  // and not what a signal asked for
+    std::string copy = keep ? run.path(format("model_%06d.bin", run.progress.step)) : "";
+    write_checkpoint(run.path("model.bin"), copy, run.model, run.c, run_state(run));
+    run.saved = run.progress.step;
+}
+
+// A run that has left the finite numbers never comes back.
+static void check_finite(const Run& run, const char* what, double value) {
+    if (std::isfinite(value)) return;
+    die("%s became %s in step %d; %s; a lower --lr or a longer --warmup may help", what,
+        std::isnan(value) ? "NaN" : "infinite", run.progress.step,
+        run.saved > 0 ? format("%s is still that of step %d", run.path("model.bin").c_str(), run.saved).c_str()
+                      : "no checkpoint had been saved yet");
+}
+
+static void print_start(const Run& run, size_t memory_needed, double peak) {
+    const Options& o = run.o;
+    size_t windows = window_count(run.train, o.sequence);
+    printf("model      %s\n", config_text(run.c).c_str());
+    printf("attention  %s\n", attention_text(run.c).c_str());
+    printf("parameters %s, %s; %.3g GFLOP a token, forward and backward\n", commas(parameter_count(run.c)).c_str(),
+           o.resume ? format("as after step %d", run.progress.step).c_str()
+           : o.model.empty() || find_shape(o.model) ? format("random from seed %d", o.seed).c_str()
+           : format("from %s", o.model.c_str()).c_str(), flops_per_token(run.c, o.sequence) * 1e-9);
+    printf("data       %s, %s tokens; %s of %s tokens make %.2f epochs\n", plural(run.train.size(), "shard").c_str(),
+           commas(token_count(run.train)).c_str(), plural(o.steps, "step").c_str(), commas(o.total_batch).c_str(),
+           (double)o.steps * (o.total_batch / o.sequence) / (double)windows);
+    if (!run.val.empty())
+        printf("validation %s, %s tokens\n", plural(run.val.size(), "shard").c_str(),
+               commas(token_count(run.val)).c_str());
+    printf("machine    %s, %.0f GFLOP/s in %s; %s of memory needed, %s free\n", device_name().c_str(), peak * 1e-9,
+           precision_names[o.precision], mebibytes(memory_needed).c_str(), mebibytes(device_free_memory()).c_str());
+    std::string line = "options   ";  // but for those of the model, which the lines above are about
+    for (const Option& option : run.table) {
+        bool echoed = !(option.commands & ~(TRAIN | EVAL | DESCRIBE)) && option.memorable != FORGOTTEN &&
+                      !std::holds_alternative<std::string*>(option.value);
+        if (!echoed || value_text(option).empty()) continue;
+        std::string text = format(" %s %s", option.name, value_text(option).c_str());
+        if (line.size() + text.size() > 110) {
+            printf("%s\n", line.c_str());
+            line = "          ";
+        }
+        line += text;
+    }
+    printf("%s\n\n", line.c_str());
+    fflush(stdout);
+}
+
+static bool can_sample(const Run& run) { return run.tokenizer.known() && start_token(run.tokenizer, run.c.V) >= 0; }
+
+static void print_sample(const Run& run) {
+    show_line(format("sample after step %d:", run.progress.step), true);
+    Random r = random_stream((uint64_t)run.o.seed, SAMPLES, (uint64_t)run.progress.step);
+    generate_text(run.model, run.c, run.o, run.tokenizer, {start_token(run.tokenizer, run.c.V)}, r);
+}
+
+// Training steps until the last, or until a signal. x, y (B, T) may hold the first batch already.
+static void train_steps(Run& run, std::vector<int>& x, std::vector<int>& y, bool batch_ready, double peak) {
+    const Options& o = run.o;
+    Progress& p = run.progress;
+    const int accumulation = o.total_batch / (o.batch * o.sequence);
+    const double flops = flops_per_token(run.c, o.sequence), start = seconds();
+    const int first_step = p.step;
+
+    while (p.step < o.steps || p.due) {
+        if (!p.due) {  // the step itself
+            double step_start = seconds();
+            for (int i = 0; i < accumulation; i++) {
+                if (!batch_ready) loader_batch(run.loader, x.data(), y.data(), o.batch);
+                batch_ready = false;
+                model_set_inputs(run.model, x.data(), y.data());
+                model_forward(run.model, true, 1.0f / (float)accumulation);
+                model_backward(run.model);
+            }
+            p.step++;
+            float lr = (float)learning_rate(o, p.step);
+            AdamW adamw = {lr, (float)o.beta1, (float)o.beta2, 1e-8f, (float)o.weight_decay};
+            p.norm = model_update(run.model, adamw, (float)o.clip, p.step);
+            p.loss = model_loss(run.model);
+            p.milliseconds = (seconds() - step_start) * 1e3;
+            p.epoch = run.loader.epoch, p.position = run.loader.position;
+            p.due = true;
+        }
+        check_finite(run, "the loss", p.loss);
+        check_finite(run, "the gradient's norm", p.norm);
+
+        double rate = o.total_batch / p.milliseconds * 1e3, lr = learning_rate(o, p.step);
+        double left = (seconds() - start) / std::max(1, p.step - first_step) * (o.steps - p.step);
+        std::string line = format("step %d/%d  loss %.4f  norm %.3f  lr %.2e  %.*f ms  %.0f tokens/s  %.0f%% of peak",
+                                  p.step, o.steps, p.loss, p.norm, lr, p.milliseconds < 10, p.milliseconds, rate,
+                                  100 * rate * flops / peak);
+        if (p.step < o.steps) line += "  " + duration(left) + " left";
+        bool validates = !run.val.empty() && is_due(o.val_every, run), last = p.step == o.steps;
+        std::string val_loss;
+        if (validates) {
+            if (on_terminal()) show_line(line, false);
+            run.validation = evaluate(run.model, run.c, run.val, o, run.tokenizer, false);
+            if (run.validation.cut_short) {
+                save_run(run);  // with this step's row due
+                return;
+            }
+            check_finite(run, "the validation loss", run.validation.loss);
+            line += format("  val %.4f", run.validation.loss);
+            val_loss = format("%.9g", run.validation.loss);
+        }
+        show_line(line, validates || last);
+        fprintf(run.metrics, "%d,%.9g,%s,%.9g,%.9g,%.2f,%.0f\n", p.step, p.loss, val_loss.c_str(), lr, p.norm,
+                p.milliseconds, rate);
+        if (fflush(run.metrics) != 0) die("%s: %s", run.path("metrics.csv").c_str(), strerror(errno));
+        p.due = false;
+
+        if (is_due(o.sample_every, run) && can_sample(run) && !last && interrupts == 0) print_sample(run);
+        if (interrupts > 0 || is_due(o.save_every, run)) save_run(run);
+        if (interrupts > 0) return;
+    }
+}
+
+static void on_signal(int) {
+    if (interrupts++ > 0) _exit(130);
+}
+
+static void train(Options& o, OptionTable& table, const char* program) {
+    // 1. The folder, and what the run starts from
+    if (o.out.empty()) die("train needs --out DIR, a folder for its checkpoint");
+    if (o.resume && o.overwrite) die("--resume goes on with a run and --overwrite replaces it: one of them, please");
+    while (o.out.size() > 1 && o.out.back() == '/') o.out.pop_back();
+    Run run = {o, table};
+    const std::string checkpoint = run.path("model.bin");
+    const char* name = checkpoint.c_str();
+    bool locked = check_folder(o);
+    std::optional<ModelFile> file;
+    State state;
+    if (o.resume) {
+        file = open_model(checkpoint);
+        verify_model(*file, true);
+        state = read_state(*file);
+        if (state.empty()) die("%s holds weights without training state; begin a new run with --model %s", name, name);
+        recall_options(table, state, name);
+        run.progress = read_progress(state, o, name);
+        run.saved = run.progress.step;
+        if (run.progress.step == o.steps && !run.progress.due) {
+            printf("%s is complete: %s of %d; to train on, begin a new run with --model %s\n", name,
+                   plural(run.progress.step, "step").c_str(), o.steps, name);
+            return;
+        }
+    } else if (!o.model.empty() && !find_shape(o.model)) {
+        file = open_weights(o, "train");
+    }
+
+    // 2. Data, tokenizer, model, in the order in which one needs the other
+    if (o.train.empty()) die("train needs --train GLOB, shards that data_prep/prepare.py makes from text");
+    std::vector<std::string> train_paths = expand_glob("train", o.train), val_paths, folders;
+    if (!o.val.empty()) val_paths = expand_glob("val", o.val);
+    if (o.resume) folders.push_back(o.out);
+    folders.push_back(folder_of(train_paths[0]));
+    if (!o.val.empty()) folders.push_back(folder_of(val_paths[0]));
+    if (file) folders.push_back(folder_of(file->file.path));
+    run.tokenizer = find_tokenizer(o.tokenizer, folders);
+    run.c = configure(o, table, TRAIN, file ? &*file : nullptr, run.tokenizer);
+    const int T = o.sequence, B = o.batch;
+    run.train = open_shards("train", train_paths, T);
+    if (!o.val.empty()) run.val = open_shards("val", val_paths, T);
+    check_sizes(state, "train", run.train, name);
+    check_sizes(state, "val", run.val, name);
+
+    // 3. Options that depend on these, or on each other
+    if (o.total_batch < 1) o.total_batch = B * T;
+    if (o.total_batch % (B * T) != 0)
+        die("--total-batch %d is not a multiple of batch x sequence, %d x %d = %d", o.total_batch, B, T, B * T);
+    size_t pass = window_count(run.train, T) / (size_t)(o.total_batch / T);
+    if (o.steps < 1) o.steps = (int)std::clamp<size_t>(pass, 1, INT_MAX);
+    if (o.warmup < 0) o.warmup = o.steps / 20;
+    if (o.warmup > o.steps) die("--warmup %d is more than --steps %d", o.warmup, o.steps);
+    if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // 6e-05, not 5.9999999999999995e-05
+    if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
+    if (o.val_batches < 0) o.val_batches = 20;
+    const std::string own_tokenizer = run.path("tokenizer.bin");
+    if (run.tokenizer.known() && !o.resume && !o.overwrite && exists(own_tokenizer) &&
+        read_tokenizer(own_tokenizer).content != run.tokenizer.content)
+        die("%s is another tokenizer than %s; give another --out", own_tokenizer.c_str(), run.tokenizer.path.c_str());
+
+    // 4. Memory, and the first batches, in which tokens may be wrong
+    run.loader.shards = split_shards(run.train);
+    run.loader.T = T, run.loader.V = run.c.V, run.loader.seed = (uint64_t)o.seed;
+    Workload work = {B, T, true, can_sample(run)};
+    Memory memory = model_memory(run.c, (Precision)o.precision, work);
+    size_t loading = loader_bytes(run.loader.shards, T);
+    check_memory(memory, loading, "a smaller --batch, --sequence or model needs less");
+    std::vector<int> x((size_t)B * T), y((size_t)B * T);
+    if (!run.val.empty()) {
+        WindowReader reader = {run.val, T, run.c.V};
+        size_t first = std::min((size_t)B, window_count(run.val, T));
+        for (size_t i = 0; i < first; i++) read_window(reader, x.data(), y.data());
+        close(reader.file.fd);
+    }
+    loader_start(run.loader, run.progress.epoch, run.progress.position);
+    bool batch_ready = !run.progress.due;
+    if (batch_ready) loader_batch(run.loader, x.data(), y.data(), B);
+
+    // 5. The model
+    double peak = device_peak((Precision)o.precision);
+    print_start(run, memory.total() + loading, peak);
+    run.model = model_create(run.c, (Precision)o.precision, work);
+    if (file) read_parameters(*file, run.model);
+    else initialize_parameters(run.model, run.c, (uint64_t)o.seed);
+    if (o.resume) read_moments(*file, run.model);
+    if (file) close(file->file.fd);
+
+    // 6. From here on the folder is written to
+    if (!locked) {
+        std::error_code error;
+        std::filesystem::create_directories(o.out, error);
+        if (error) die("--out %s could not be made: %s", o.out.c_str(), error.message().c_str());
+        check_folder(o);  // again: another process may have been faster
+    }
+    if (o.overwrite) remove_run(run);
+    if (run.tokenizer.known()) write_whole(own_tokenizer, run.tokenizer.content);
+    run.metrics = open_metrics(run);
+
+    // 7. Train. A file size limit or a closed pipe shall be an error of the write, not the end of the process.
+    signal(SIGXFSZ, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN);
+    struct sigaction action = {};
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, nullptr);
+    sigaction(SIGTERM, &action, nullptr);
+    double start = seconds();
+    train_steps(run, x, y, batch_ready, peak);
+    fclose(run.metrics);
+
+    // 8. What came of it
+    if (run.progress.step < o.steps || run.progress.due) {
+        show_line(format("stopped after step %d of %d, and saved; to go on:\n    %s train --out %s --resume",
+                         run.progress.step, o.steps, program, o.out.c_str()), true);
+    } else {
+        printf("\ntrained to step %d in %s\n", o.steps, duration(seconds() - start).c_str());
+        if (!run.val.empty())
+            printf("validation loss %.4f nats a token, over %s tokens with a unigram entropy of %.4f\n",
+                   run.validation.loss, commas(run.validation.tokens).c_str(), run.validation.entropy);
+        if (can_sample(run) && interrupts == 0) print_sample(run);
+        printf("\ncheckpoint %s; more text:\n    %s generate --model %s --seed %d%s\n", name, program, name, o.seed + 1,
+               start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : "");
+    }
+    model_free(run.model);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The other commands
+
+static void eval(Options& o, OptionTable& table) {
+    ModelFile file = open_weights(o, "eval");
+    if (o.val.empty()) die("eval needs --val GLOB, the shards to measure the loss on");
+    std::vector<std::string> paths = expand_glob("val", o.val);
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, {folder_of(o.model), folder_of(paths[0])});
+    Config c = configure(o, table, EVAL, &file, tokenizer);
+    std::vector<Shard> shards = open_shards("val", paths, o.sequence);
+    Workload work = {o.batch, o.sequence, false, 0};
+    check_memory(model_memory(c, (Precision)o.precision, work), 0, "a smaller --batch or --sequence needs less");
+    Model* model = model_create(c, (Precision)o.precision, work);
+    read_parameters(file, model);
+    printf("model      %s: %s\nattention  %s\n", o.model.c_str(), config_text(c).c_str(), attention_text(c).c_str());
+    Evaluation e = evaluate(model, c, shards, o, tokenizer, true);
+    if (!std::isfinite(e.loss)) die("%s: its loss is not finite: its training failed", o.model.c_str());
+    show_line(format("data       %s tokens in windows of %d, with a unigram entropy of %.6f", commas(e.tokens).c_str(),
+                     o.sequence, e.entropy), true);
+    printf("loss       %.6f nats a token\nperplexity %.4f\n", e.loss, exp(e.loss));
+    if (e.bytes > 0) printf("bits/byte  %.6f\n", e.loss / log(2) * (double)e.tokens / (double)e.bytes);
+    else printf("bits/byte  unknown without a tokenizer\n");
+    model_free(model);
+}
+
+static std::vector<int> parse_tokens(const std::string& list, int V) {
+    std::vector<int> tokens;
+    for (const std::string& word : split(list, ',')) {
+        bool digits = !word.empty() && word.size() < 10 && word.find_first_not_of("0123456789") == word.npos;
+        int token = digits ? atoi(word.c_str()) : V;
+        if (token >= V) die("--prompt-tokens: '%s' is not a number from 0 to %d, as in 1,2,3", word.c_str(), V - 1);
+        tokens.push_back(token);
+    }
+    return tokens;
+}
+
+static void generate(Options& o, OptionTable& table) {
+    if (is_given(table, "prompt") && is_given(table, "prompt-tokens")) die("--prompt or --prompt-tokens, not both");
+    ModelFile file = open_weights(o, "generate");
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, {folder_of(o.model)});
+    Config c = configure(o, table, GENERATE, &file, tokenizer);
+    std::vector<int> prompt;
+    if (is_given(table, "prompt-tokens")) {
+        prompt = parse_tokens(o.prompt_tokens, c.V);
+    } else if (!o.prompt.empty()) {
+        prompt = encode(tokenizer, o.prompt);
+    } else {
+        prompt = {start_token(tokenizer, c.V)};
+        if (prompt[0] < 0) die("an empty prompt is an end-of-text token, and none is known here: give --prompt-tokens");
+    }
+    Workload work = {0, 0, false, 1};
+    check_memory(model_memory(c, (Precision)o.precision, work), 0, "use a smaller model");
+    Model* model = model_create(c, (Precision)o.precision, work);
+    read_parameters(file, model);
+    Random r = random_stream((uint64_t)o.seed, SAMPLES);
+    Generated g = generate_text(model, c, o, tokenizer, prompt, r);
+    fprintf(stderr, "prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s\n",
+            plural(prompt.size(), "token").c_str(), g.prompt_seconds, plural((size_t)g.tokens, "token").c_str(),
+            g.seconds, g.tokens / std::max(g.seconds, 1e-9));
+    model_free(model);
+}
+
+static void describe(Options& o, OptionTable& table) {
+    std::optional<ModelFile> file;
+    std::vector<std::string> folders;
+    if (!o.model.empty() && !find_shape(o.model)) {
+        file = open_weights(o, "describe");
+        folders.push_back(folder_of(o.model));
+    }
+    const ModelFile* from = file ? &*file : nullptr;
+    Config c = configure(o, table, DESCRIBE, from, find_tokenizer(o.tokenizer, folders));
+    printf("%s\n", config_text(c).c_str());
+    if (file) {
+        State state = read_state(*file);
+        printf("%s: version %d, %s, %s\n", o.model.c_str(), file->version, attention_names[file->config.attention],
+               state.empty() ? "weights only" : format("checkpoint of step %s", state["step"].c_str()).c_str());
+    }
+
+    printf("\n%-10s %-20s %15s   %-18s %s\n", "tensor", "shape", "values", "starts as", "weight decay");
+    for (const Tensor& t : tensor_table(c)) {
+        std::string shape = t.layers > 1 ? format("%zu x ", t.layers) : "";
+        shape += t.cols > 1 ? format("%zu x %zu", t.rows, t.cols) : format("%zu", t.rows);
+        std::string initial = t.deviation > 0 ? format("N(0, %.4g)", t.deviation) : format("%g", t.mean);
+        printf("%-10s %-20s %15s   %-18s %s\n", t.name, shape.c_str(), commas(t.size()).c_str(), initial.c_str(),
+               t.decays ? "yes" : "no");
+    }
+    size_t n = parameter_count(c), padding = (size_t)(c.Vp - c.V) * (size_t)c.C;
+    printf("%-31s %15s   of which %s in wte are padding\n\n", "all", commas(n).c_str(), commas(padding).c_str());
+
+    // What each attention costs
+    const Precision precision = (Precision)o.precision;
+    Config of[3];
+    for (int a : {VANILLA, SKIP, DEPTH}) {
+        of[a] = with_attention(c, a, o, from);
+        std::string wrong = config_error(of[a]);
+        if (!wrong.empty()) die("the options ask for %s", wrong.c_str());
+    }
+    auto row = [&](const std::string& label, auto cell) {
+        printf("%-46s", label.c_str());
+        for (const Config& a : of) printf(" %12s", cell(a).c_str());
+        printf("\n");
+    };
+    auto memory = [&](const Config& a) { return model_memory(a, precision, {o.batch, o.sequence, true, 0}); };
+    auto decoding = [&](const Config& a) { return model_memory(a, precision, {0, 0, false, 1}); };
+    for (int a : {SKIP, DEPTH}) printf("%s\n", attention_text(of[a]).c_str());
+    printf("\n");
+    row("", [](const Config& a) { return split(attention_text(a), ':')[0]; });
+    row(format("MFLOP a token, forward and backward, T = %d", o.sequence),
+        [&](const Config& a) { return format("%.3f", flops_per_token(a, o.sequence) * 1e-6); });
+    row("KV cache, bytes a token", [&](const Config& a) { return commas(decoding(a).cache / (size_t)a.maxT); });
+    row(format("training, B = %d, T = %d: activations", o.batch, o.sequence),
+        [&](const Config& a) { return mebibytes(memory(a).activations); });
+    row("    parameters, gradients, moments",
+        [&](const Config& a) { return mebibytes(memory(a).parameters + memory(a).gradients + memory(a).moments); });
+    row("    all, with scratch", [&](const Config& a) { return mebibytes(memory(a).total()); });
+    row("generating: all, with a full cache", [&](const Config& a) { return mebibytes(decoding(a).total()); });
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The command line
+
+[[maybe_unused]] static int run_program(int argc, char** argv) {
+    const char* program = argv[0];
+    Options o;
+    OptionTable table = option_table(o);
+    std::string word = argc > 1 ? argv[1] : "";
+    const Command* command = nullptr;
+    std::vector<std::string> names;
+    for (const Command& c : commands) {
+        names.push_back(c.name);
+        if (word == c.name) command = &c;
+    }
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") != 0 && strcmp(argv[i], "-h") != 0) continue;
+        print_help(stdout, program, table, command);
+        return 0;
+    }
+    if (argc < 2) {
+        print_help(stderr, program, table, nullptr);
+        return 1;
+    }
+    if (!command && word[0] == '-') die("a command stands first: %s train, eval, generate or describe", program);
+    if (!command) die("there is no command %s; did you mean %s?", word.c_str(), nearest(word, names).c_str());
+    parse_options(table, *command, argc, argv);
+
+    device_init();
+    switch (command->bit) {
+        case TRAIN: train(o, table, program); break;
+        case EVAL: eval(o, table); break;
+        case GENERATE: generate(o, table); break;
+        default: describe(o, table);
+    }
+    if (command->bit != TRAIN && (fflush(stdout) != 0 || ferror(stdout))) die("standard output could not be written");
+    return 0;
+}
+
+#ifndef GPT2_NO_MAIN
+int main(int argc, char** argv) { return run_program(argc, argv); }
+#endif
