@@ -45,8 +45,24 @@ static double largest(const float* p, size_t n) {
     return max;
 }
 
-// One block: a layer of a tensor, or the queries', keys' or values' share of qkv. A gradient that is mathematically 0,
-// like vanilla's key bias, has rounding errors of the size of its neighbours'; hence the second term.
+// What is compared on its own: a layer of a tensor, or the queries', keys' or values' share of it in qkv.
+struct Block {
+    std::string name;
+    size_t begin, n;  // among all parameters
+};
+
+static std::vector<Block> blocks_of(const Tensor& t) {
+    bool qkv = strncmp(t.name, "qkv", 3) == 0, layered = t.name[0] != 'w' && strncmp(t.name, "lnf", 3) != 0;
+    size_t parts = qkv ? 3 : 1, n = t.layer_size() / parts;
+    std::vector<Block> blocks;
+    for (size_t i = 0; i < t.layers * parts; i++)
+        blocks.push_back({std::string("d") + t.name + (layered ? format(".%zu", i / parts) : "") +
+                          (qkv ? std::string(".") + "qkv"[i % 3] : ""), t.offset + i * n, n});
+    return blocks;
+}
+
+// A gradient that is mathematically 0, like vanilla's key bias, has rounding errors of the size of its neighbours'; hence
+// the second term.
 static Worst compare_block(const float* ours, const float* theirs, size_t n, double tensor_max, double factor) {
     Worst worst;
     double tolerance = factor * (5e-5 * largest(theirs, n) + 1e-6 * tensor_max);
@@ -54,28 +70,91 @@ static Worst compare_block(const float* ours, const float* theirs, size_t n, dou
     return worst;
 }
 
-// All blocks of one tensor: the worst, after a line for each that is off.
+// All blocks of one tensor, in all gradients: the worst, after a line for each that is off.
 static Worst compare_tensor(const Tensor& t, const float* ours, const float* theirs, double factor) {
-    double tensor_max = largest(theirs, t.size());
-    bool qkv = strncmp(t.name, "qkv", 3) == 0;
-    size_t parts = qkv ? 3 : 1, n = t.layer_size() / parts;
+    double tensor_max = largest(theirs + t.offset, t.size());
     Worst worst;
-    for (size_t l = 0; l < t.layers; l++) {
-        for (size_t part = 0; part < parts; part++) {
-            size_t at = l * t.layer_size() + part * n;
-            Worst w = compare_block(ours + at, theirs + at, n, tensor_max, factor);
-            if (!w.ok())
-                printf("    d%s, layer %zu%s: error %.3g, tolerance %.3g\n", t.name, l,
-                       !qkv ? "" : part == 0 ? ", queries" : part == 1 ? ", keys" : ", values", w.error, w.tolerance);
-            if (!(w.ratio <= worst.ratio)) worst = w;
-        }
+    for (const Block& block : blocks_of(t)) {
+        Worst w = compare_block(ours + block.begin, theirs + block.begin, block.n, tensor_max, factor);
+        if (!w.ok()) printf("    %s: error %.3g, tolerance %.3g\n", block.name.c_str(), w.error, w.tolerance);
+        if (!(w.ratio <= worst.ratio)) worst = w;
     }
     return worst;
 }
 
+// The errors of bf16, by block, against those of the reference where it rounds to bf16 at the same points: PATH holds
+// these, as rms over many models around the dump's. So are ours here, against our own fp32, since in a small block one
+// model's error is an accident. Over so many models, that of a single normal error, like the loss's, varies by 9 %.
+static void check_rounding(const std::string& path, const Config& c, int B, int T, const std::vector<int>& x,
+                           const std::vector<int>& y, const std::vector<float>& parameters, bool verbose) {
+    constexpr int NEARBY = 64;
+    constexpr double FACTOR = 1.5;
+    std::map<std::string, double> reference;
+    FILE* file = fopen(path.c_str(), "r");
+    char name[64];
+    double rms;
+    while (file && fscanf(file, "%63s %lf", name, &rms) == 2) reference[name] = rms;
+    if (file) fclose(file);
+
+    size_t P = parameter_count(c), logits = (size_t)B * T * c.V, results = P + logits + 1;
+    std::vector<Block> blocks = {{"logits", P, logits}, {"loss", P + logits, 1}};
+    std::vector<size_t> tensors = {P, P + logits};  // where a block's tensor begins
+    for (const Tensor& t : tensor_table(c))
+        for (const Block& block : blocks_of(t)) {
+            blocks.push_back(block);
+            tensors.push_back(t.offset);
+        }
+    Model* models[2];
+    std::vector<float> result[2], near(P);
+    for (int p : {FP32, BF16}) {
+        models[p] = model_create(c, (Precision)p, {.B = B, .T = T, .train = true});
+        model_set_inputs(models[p], x.data(), y.data());
+        result[p].resize(results);
+    }
+    std::vector<double> squares(blocks.size(), 0.0), tensor_max(results, 0.0);
+    Random random = {7};
+    for (int i = 0; i < NEARBY; i++) {
+        for (size_t k = 0; k < P; k++) near[k] = parameters[k] * (float)(1 + 0.01 * random.normal());
+        for (int p : {FP32, BF16}) {
+            Model* m = models[p];
+            model_put(m, PARAMETERS, 0, P, near.data());
+            model_forward(m, true, 1);
+            model_logits(m, &result[p][P]);
+            result[p][P + logits] = (float)model_loss(m);
+            model_backward(m);
+            model_get(m, GRADIENTS, 0, P, result[p].data());
+            model_update(m, {0, 0, 0, 1, 0}, 0, 1);  // so that gradients begin anew
+        }
+        for (size_t k = 0; k < blocks.size(); k++) {
+            const Block& block = blocks[k];
+            double sum = 0;
+            for (size_t at = block.begin; at < block.begin + block.n; at++) sum += pow((double)result[BF16][at] - result[FP32][at], 2);
+            squares[k] += sum / block.n / NEARBY;
+            double& max = tensor_max[tensors[k]];
+            max = std::max(max, largest(&result[FP32][block.begin], block.n));
+        }
+    }
+    for (Model* m : models) model_free(m);
+
+    Worst worst;
+    std::string where = "none";
+    for (size_t k = 0; k < blocks.size(); k++) {
+        auto found = reference.find(blocks[k].name);
+        double theirs = found == reference.end() ? NAN : found->second;
+        Worst w;
+        w.see(sqrt(squares[k]), FACTOR * theirs + 1e-6 * tensor_max[tensors[k]]);  // 0 in theory, and so in the reference's float64
+        if (verbose || !w.ok())
+            printf("    bf16: %-14s rms error %9.3g, the reference's %9.3g  %s\n", blocks[k].name.c_str(), w.error, theirs, w.ok() ? "ok" : "OFF");
+        if (!(w.ratio <= worst.ratio)) worst = w, where = blocks[k].name;
+    }
+    report(worst.ok() && reference.size() == blocks.size(), path, format("bf16's rms errors up to %.2f of the reference's times %.1f, in %s", worst.ratio, FACTOR, where.c_str()));
+}
+
 // Compares the model of one file with what a dump says of it: logits, loss, every gradient, the losses of AdamW steps.
-static bool check_dump(const std::string& model_path, const std::string& state_path, bool verbose) {
+// And with what stands beside the dump about bf16: `kept` says that it must.
+static void check_dump(const std::string& model_path, const std::string& state_path, bool verbose, bool kept) {
     ModelFile file = open_model(model_path);
+    verify_model(file);
     InputFile state = open_file(state_path);
     Header header;
     if (state.size < HEADER_BYTES) die("%s: only %zu bytes, too short for a header", state_path.c_str(), state.size);
@@ -84,6 +163,7 @@ static bool check_dump(const std::string& model_path, const std::string& state_p
     if (header[1] != 2) die("%s: debug state of version %d, not 2", state_path.c_str(), header[1]);
     const Config& c = file.config;
     int B = header[2], T = header[3], steps = header[4];
+    if (header[5] != 0 && header[5] != 64) die("%s: computed in float%d? 0 or 64 is known", state_path.c_str(), header[5]);
     double factor = header[5] == 64 ? 1 : 10;  // a dump made in fp32 has rounding errors of its own
     if (B < 1 || T < 1 || T > c.maxT || B > 1 << 20 || steps < 0)
         die("%s: B %d, T %d, %d steps do not fit a context of %d", state_path.c_str(), B, T, steps, c.maxT);
@@ -122,6 +202,8 @@ static bool check_dump(const std::string& model_path, const std::string& state_p
     model_backward(m);
     double our_loss = model_loss(m);
     model_get(m, GRADIENTS, 0, P, our_gradients.data());
+    std::vector<float> parameters(P);
+    model_get(m, PARAMETERS, 0, P, parameters.data());
 
     double worst = 0;
     auto see = [&](const char* name, const Worst& w) {
@@ -135,7 +217,7 @@ static bool check_dump(const std::string& model_path, const std::string& state_p
     see("loss", loss_error);
     for (const Tensor& t : tensor_table(c)) {
         std::string name = std::string("d") + t.name;
-        see(name.c_str(), compare_tensor(t, our_gradients.data() + t.offset, gradients.data() + t.offset, factor));
+        see(name.c_str(), compare_tensor(t, our_gradients.data(), gradients.data(), factor));
     }
     for (int step = 0; step < steps; step++) {
         if (step > 0) {
@@ -153,7 +235,8 @@ static bool check_dump(const std::string& model_path, const std::string& state_p
     close(state.fd);
     close(file.file.fd);
     report(worst <= 1, model_path, format("worst error %.3g of its tolerance", worst));
-    return worst <= 1;
+    std::string rounding = state_path.substr(0, state_path.rfind(".state.bin")) + ".bf16.txt";
+    if (kept || access(rounding.c_str(), R_OK) == 0) check_rounding(rounding, c, B, T, x, y, parameters, verbose);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -196,9 +279,9 @@ struct Batch {
     Batch(const Config& c, int b, int t) : B(b), T(t), x(random_tokens(b * t, c.V, 1)), y(random_tokens(b * t, c.V, 2)) {}
 };
 
-static Model* random_model(const Config& c, const Workload& work, uint64_t seed = 3) {
-    Model* m = model_create(c, FP32, work);
-    std::vector<float> p = random_parameters(c, seed);
+static Model* random_model(const Config& c, Precision precision, const Workload& work) {
+    Model* m = model_create(c, precision, work);
+    std::vector<float> p = random_parameters(c, 3);
     model_put(m, PARAMETERS, 0, p.size(), p.data());
     return m;
 }
@@ -206,9 +289,9 @@ static Model* random_model(const Config& c, const Workload& work, uint64_t seed 
 static const AdamW test_adamw = {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f};
 
 // All that a few training steps leave behind: logits, losses, gradients, parameters, moments.
-static std::vector<float> everything(const Config& c, const Batch& batch, int steps = 2) {
+static std::vector<float> everything(const Config& c, Precision precision, const Batch& batch, int steps = 2) {
     size_t P = parameter_count(c), BT = batch.x.size();
-    Model* m = random_model(c, {.B = batch.B, .T = batch.T, .train = true});
+    Model* m = random_model(c, precision, {.B = batch.B, .T = batch.T, .train = true});
     std::vector<float> all(BT * c.V + BT + 4 * P);
     for (int step = 1; step <= steps; step++) {
         model_set_inputs(m, batch.x.data(), batch.y.data());
@@ -250,36 +333,39 @@ static std::vector<Config> settings() {
 // Tests through the model interface
 
 // Where skip or depth has nothing to read elsewhere, it is vanilla to the bit.
-static void test_identities() {
+static void test_identities(Precision precision) {
     Config c = small_config(VANILLA), one_layer = small_config(VANILLA, 1);
     Batch batch(c, 2, 37);
-    std::vector<float> vanilla = everything(c, batch), vanilla_one_layer = everything(one_layer, batch);
+    std::vector<float> vanilla = everything(c, precision, batch), vanilla_one_layer = everything(one_layer, precision, batch);
+    std::string in = format("%s: ", precision_names[precision]);
     c.attention = SKIP, c.skip_heads = 0;
-    report(same_bits(everything(c, batch), vanilla), "skip with no heads equals vanilla to the bit");
+    report(same_bits(everything(c, precision, batch), vanilla), in + "skip with no heads equals vanilla to the bit");
     c.skip_heads = 2, c.skip_distance = c.L;
-    report(same_bits(everything(c, batch), vanilla), "skip as far as the depth equals vanilla to the bit");
+    report(same_bits(everything(c, precision, batch), vanilla), in + "skip as far as the depth equals vanilla to the bit");
     one_layer.attention = DEPTH;
-    report(same_bits(everything(one_layer, batch), vanilla_one_layer), "depth with one layer equals vanilla to the bit");
+    report(same_bits(everything(one_layer, precision, batch), vanilla_one_layer), in + "depth with one layer equals vanilla to the bit");
     c.skip_distance = 2;
-    report(!same_bits(everything(c, batch), vanilla), "skip with heads does not equal vanilla");
+    report(!same_bits(everything(c, precision, batch), vanilla), in + "skip with heads does not equal vanilla");
 }
 
-static void test_threads() {
+static void test_threads(Precision precision) {
 #ifdef _OPENMP
     int threads = omp_get_max_threads();
     for (int attention : {VANILLA, SKIP, DEPTH}) {
         Config c = small_config(attention, 4, 3, 24);
         Batch batch(c, 3, 37);
         omp_set_num_threads(1);
-        std::vector<float> one = everything(c, batch);
+        std::vector<float> one = everything(c, precision, batch);
         bool same = true;
         for (int n : {2, 3, 7}) {
             omp_set_num_threads(n);
-            same = same && same_bits(everything(c, batch), one);
+            same = same && same_bits(everything(c, precision, batch), one);
         }
-        report(same, format("1, 2, 3 and 7 threads give the same bits: %s", attention_names[attention]));
+        report(same, format("%s: 1, 2, 3 and 7 threads give the same bits: %s", precision_names[precision], attention_names[attention]));
     }
     omp_set_num_threads(threads);
+#else
+    (void)precision;
 #endif
 }
 
@@ -289,7 +375,7 @@ static void test_finite_differences() {
     for (const Config& c : settings()) {
         size_t P = parameter_count(c);
         Batch batch(c, 2, 21);
-        Model* m = random_model(c, {.B = 2, .T = 21, .train = true});
+        Model* m = random_model(c, FP32, {.B = 2, .T = 21, .train = true});
         std::vector<float> gradients(P), w = random_parameters(c, 3), moved;
         model_set_inputs(m, batch.x.data(), batch.y.data());
         model_forward(m, true, 1);
@@ -300,9 +386,7 @@ static void test_finite_differences() {
         std::string where;
         Random random = {5};
         for (const Tensor& t : tensor_table(c)) {
-            size_t parts = strncmp(t.name, "qkv", 3) == 0 ? 3 : 1, n = t.layer_size() / parts;
-            for (size_t block = 0; block < t.layers * parts; block++) {
-                size_t begin = t.offset + block * n;
+            for (const auto& [name, begin, n] : blocks_of(t)) {
                 std::vector<float> u(n);
                 double expected = 0, gradient2 = 0, u2 = 0;
                 for (size_t i = 0; i < n; i++) {
@@ -324,7 +408,7 @@ static void test_finite_differences() {
                 }
                 double difference = (losses[0] - losses[1]) / (2 * h);
                 double error = fabs(difference - expected) / (0.02 * fabs(expected) + 1e-4);
-                if (!(error <= worst)) worst = error, where = format("%s, block %zu: %.5g, not %.5g", t.name, block, expected, difference);
+                if (!(error <= worst)) worst = error, where = format("%s: %.5g, not %.5g", name.c_str(), expected, difference);
             }
         }
         model_free(m);
@@ -332,21 +416,22 @@ static void test_finite_differences() {
     }
 }
 
-// Two micro-batches at half the scale each are one batch.
-static void test_accumulation() {
+// Two micro-batches at half the scale each are one batch. A token's activations and their gradients are then the same bits,
+// rounded or not; only sums over tokens, in fp32, run in another order.
+static void test_accumulation(Precision precision) {
     for (int attention : {VANILLA, SKIP, DEPTH}) {
         Config c = small_config(attention);
         size_t P = parameter_count(c), half = 2 * 23;
         Batch batch(c, 4, 23);
         std::vector<float> whole(P), halves(P);
-        Model* m = random_model(c, {.B = 4, .T = 23, .train = true});
+        Model* m = random_model(c, precision, {.B = 4, .T = 23, .train = true});
         model_set_inputs(m, batch.x.data(), batch.y.data());
         model_forward(m, true, 1);
         model_backward(m);
         double loss = model_loss(m);
         model_get(m, GRADIENTS, 0, P, whole.data());
         model_free(m);
-        m = random_model(c, {.B = 2, .T = 23, .train = true});
+        m = random_model(c, precision, {.B = 2, .T = 23, .train = true});
         for (size_t i = 0; i < 2; i++) {
             model_set_inputs(m, batch.x.data() + i * half, batch.y.data() + i * half);
             model_forward(m, true, 0.5f);
@@ -357,7 +442,7 @@ static void test_accumulation() {
         Worst worst;
         worst.see(fabs(loss - loss_of_halves), 1e-6 * loss);
         for (const Tensor& t : tensor_table(c)) {
-            Worst w = compare_tensor(t, halves.data() + t.offset, whole.data() + t.offset, 1);
+            Worst w = compare_tensor(t, halves.data(), whole.data(), 1);
             if (!(w.ratio <= worst.ratio)) worst = w;
         }
         // After an update, gradients begin anew.
@@ -370,17 +455,18 @@ static void test_accumulation() {
         std::vector<float> again(P);
         model_get(m, GRADIENTS, 0, P, again.data());
         model_free(m);
-        report(worst.ok() && same_bits(again, halves), format("gradients accumulate: %s", attention_names[attention]));
+        report(worst.ok() && same_bits(again, halves), format("%s: gradients accumulate: %s", precision_names[precision], attention_names[attention]),
+               format("worst %.2f of its tolerance", worst.ratio));
     }
 }
 
 // AdamW and clipping against their definition in double; what must not change does not.
-static void test_update() {
+static void test_update(Precision precision) {
     Config c = small_config(SKIP);
     c.skip_distance = 3;  // layers 3 and 4 have keys and values that nobody reads
     size_t P = parameter_count(c);
     Batch batch(c, 2, 17);
-    Model* m = random_model(c, {.B = 2, .T = 17, .train = true});
+    Model* m = random_model(c, precision, {.B = 2, .T = 17, .train = true});
     std::vector<double> w(P), first(P, 0.0), second(P, 0.0);
     std::vector<float> ours(P), gradients(P);
     model_get(m, PARAMETERS, 0, P, ours.data());
@@ -410,48 +496,76 @@ static void test_update() {
     model_get(m, PARAMETERS, 0, P, ours.data());
     Worst worst;
     for (size_t i = 0; i < P; i++) worst.see(fabs(ours[i] - w[i]), 3e-6 * (1 + fabs(w[i])));
-    report(worst.ok() && norms_ok, "AdamW, decay and clipping equal their definition", format("worst %.2f of its tolerance", worst.ratio));
+    std::string in = format("%s: ", precision_names[precision]);
+    report(worst.ok() && norms_ok, in + "AdamW, decay and clipping equal their definition", format("worst %.2f of its tolerance", worst.ratio));
 
     bool padding = true;
     for (size_t i = (size_t)c.V * c.C; i < (size_t)c.Vp * c.C; i++) padding = padding && gradients[i] == 0 && ours[i] == 0;
-    report(padding, "padded rows of wte get no gradient and no update");
+    report(padding, in + "padded rows of wte get no gradient and no update");
+
+    // The model computes with what it was updated to.
+    std::vector<float> updated(batch.x.size() * c.V), put(updated.size());
+    model_forward(m, false, 0);
+    model_logits(m, updated.data());
     model_free(m);
+    m = model_create(c, precision, {.B = 2, .T = 17});
+    model_put(m, PARAMETERS, 0, P, ours.data());
+    model_set_inputs(m, batch.x.data(), batch.y.data());
+    model_forward(m, false, 0);
+    model_logits(m, put.data());
+    model_free(m);
+    report(same_bits(updated, put), in + "updated parameters are those in use");
+}
+
+// The logits of a forward pass, (B, T, V)
+static std::vector<float> forward_logits(const Config& c, Precision precision, const Batch& batch) {
+    Model* m = random_model(c, precision, {.B = batch.B, .T = batch.T});
+    std::vector<float> logits(batch.x.size() * c.V);
+    model_set_inputs(m, batch.x.data(), batch.y.data());
+    model_forward(m, false, 0);
+    model_logits(m, logits.data());
+    model_free(m);
+    return logits;
+}
+
+static double rms_difference(const std::vector<float>& a, const std::vector<float>& b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size(); i++) sum += pow((double)a[i] - b[i], 2);
+    return sqrt(sum / a.size());
 }
 
 // A sequence decoded from a cache, in pieces of several lengths, against all at once. Sums run in another order where a
-// piece is a single token, so logits agree to rounding.
-static void test_decoding() {
+// piece is a single token: in fp32, logits agree to rounding. In bf16, where each then rounds in its own way, decoding must
+// be as near to fp32 as the forward pass is.
+static void test_decoding(Precision precision) {
     for (Config c : settings()) {
         c.maxT = 150;
         int T = c.maxT;
         size_t V = c.V;
         Batch batch(c, 2, T);
-        Model* whole = random_model(c, {.B = 2, .T = T});
-        model_set_inputs(whole, batch.x.data(), batch.y.data());
-        model_forward(whole, false, 0);
-        std::vector<float> expected(2 * T * V), logits(2 * V);
-        model_logits(whole, expected.data());
-        model_free(whole);
-
-        Model* m = random_model(c, {.sequences = 2});
+        std::vector<float> expected = forward_logits(c, FP32, batch), last(2 * V), decoded(expected.size());
         double scale = largest(expected.data(), expected.size()), worst = 0;
-        for (int piece : {1, 2, 3, 31, 32, 33, 149, 150}) {
+        double rounding = precision == BF16 ? rms_difference(forward_logits(c, BF16, batch), expected) : 0;
+        Model* m = random_model(c, precision, {.sequences = 2});
+        for (int piece : precision == BF16 ? std::vector<int>{1, 33, 150} : std::vector<int>{1, 2, 3, 31, 32, 33, 149, 150}) {
             model_reset_cache(m);
             std::vector<int> tokens(2 * (size_t)piece);
+            decoded = expected;
             for (int t = 0, n; t < T; t += n) {
                 n = t == 0 || (t < 3 * piece && t + piece <= T) ? piece : 1;  // three pieces, then single tokens
                 for (int b = 0; b < 2; b++) std::copy_n(batch.x.data() + b * T + t, n, tokens.data() + b * n);
-                if (n == 1) model_decode(m, tokens.data(), logits.data());
-                else model_prompt(m, tokens.data(), n, logits.data());
-                for (int b = 0; b < 2; b++)
-                    for (size_t v = 0; v < V; v++) {
-                        double error = fabs(logits[b * V + v] - expected[(b * T + t + n - 1) * V + v]) / (1e-5 * scale);
-                        if (!(error <= worst)) worst = error;
-                    }
+                if (n == 1) model_decode(m, tokens.data(), last.data());
+                else model_prompt(m, tokens.data(), n, last.data());
+                for (int b = 0; b < 2; b++) std::copy_n(&last[b * V], V, &decoded[(b * T + t + n - 1) * V]);
             }
+            Worst w;
+            if (precision == BF16) w.see(rms_difference(decoded, expected), 1.5 * rounding);
+            else for (size_t i = 0; i < decoded.size(); i++) w.see(fabs(decoded[i] - expected[i]), 1e-5 * scale);
+            if (!(w.ratio <= worst)) worst = w.ratio;
         }
         model_free(m);
-        report(worst <= 1, "cached decoding equals the forward pass: " + name_of(c), format("largest error %.2g of the largest logit", 1e-5 * worst));
+        report(worst <= 1, format("%s: cached decoding equals the forward pass: ", precision_names[precision]) + name_of(c),
+               format("worst %.2f of its tolerance", worst));
     }
 }
 
@@ -473,10 +587,11 @@ static void test_memory() {
 // --------------------------------------------------------------------------------------------------------------------
 // The CPU's inner parts against plain loops
 
-static std::vector<float> random_floats(size_t n, uint64_t seed) {
-    std::vector<float> v(n);
+template <class X>
+static std::vector<X> random_values(size_t n, uint64_t seed) {
+    std::vector<X> v(n);
     Random random = {seed};
-    for (float& f : v) f = (float)random.normal();
+    for (X& f : v) f = (float)random.normal();
     return v;
 }
 
@@ -489,14 +604,16 @@ struct TestWorkspace {
 };
 
 // The triple loop: what matmul must equal for either order of either operand.
-static void test_matmul() {
+template <class X>
+static void test_matmul(const char* type) {
     double worst = 0;
     std::string where;
     auto check = [&](size_t M, size_t N, size_t K, Workspace& ws) {
-        std::vector<float> a = random_floats(M * K, M), b = random_floats(N * K, N + 1), c(M * N);
+        std::vector<X> a = random_values<X>(M * K, M), b = random_values<X>(N * K, N + 1);
+        std::vector<float> c(M * N);
         for (int layout = 0; layout < 4; layout++) {
-            Operand<float> A = layout & 1 ? along_k(a.data(), K) : across_k(a.data(), M);
-            Operand<float> B = layout & 2 ? along_k(b.data(), K) : across_k(b.data(), N);
+            Operand<X> A = layout & 1 ? along_k(a.data(), K) : across_k(a.data(), M);
+            Operand<X> B = layout & 2 ? along_k(b.data(), K) : across_k(b.data(), N);
             std::fill(c.begin(), c.end(), NAN);
             matmul(ws, M, N, K, A, B, [&](size_t m, size_t n, size_t count, const float* row) { std::copy_n(row, count, &c[m * N + n]); });
             for (size_t m = 0; m < M; m++)
@@ -523,28 +640,30 @@ static void test_matmul() {
     check(2 * MC + 3, NC + 5, 19, large.ws);
     check(29, 2 * NC + 1, KC + 1, large.ws);
     check(3, 130, 2 * KC + 7, large.ws);
+    check(31, 130, 4 * KC + 7, large.ws);  // more than two rounds of KC where a step is a pair
     TestWorkspace small(3 * MR * (KC + 9), KC * NC + MC * NC);  // three panels of A at once
     check(10 * MR + 1, 40, KC + 9, small.ws);
-    report(worst <= 1, "matmul equals the triple loop", format("worst %.2f of the error bound, at ", worst) + where);
+    report(worst <= 1, format("matmul of %s equals the triple loop", type), format("worst %.2f of the error bound, at ", worst) + where);
 }
 
 // softmax(causal(q kᵀ/√HS)) v and its derivatives, in double, from the definition.
-static void test_attention_head() {
+template <class X>
+static void test_attention_head(const char* type, double tolerance) {
     double worst = 0;
     std::string where;
     for (size_t HS : {1, 3, 8, 12, 17, 32, 64, 80})
         for (size_t T : {1, 2, 7, NR - 1, NR, NR + 1, (int)KEYS, (int)KEYS + 1, 2 * (int)KEYS + 5}) {
             size_t ld = HS + 3;  // rows lie further apart than they are long
-            std::vector<float> q = random_floats(T * ld, 1), k = random_floats(T * ld, 2), v = random_floats(T * ld, 3),
-                               dout = random_floats(T * ld, 4), o(T * ld, NAN), lse(T, NAN), dq(o), dk(o), dv(o);
-            std::vector<float> local(HeadScratch<float>(nullptr, T, HS).size, NAN);
+            std::vector<X> q = random_values<X>(T * ld, 1), k = random_values<X>(T * ld, 2), v = random_values<X>(T * ld, 3),
+                           dout = random_values<X>(T * ld, 4), o(T * ld, NAN), dq(o), dk(o), dv(o);
+            std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS).size, NAN);
             attention_head_forward(local.data(), o.data(), lse.data(), q.data(), k.data(), v.data(), T, 0, HS, ld, ld, ld);
             std::fill(local.begin(), local.end(), NAN);
             attention_head_backward(local.data(), dq.data(), dk.data(), dv.data(), ld, ld, dout.data(), o.data(), lse.data(),
                                     q.data(), k.data(), v.data(), T, HS, ld, ld);
             std::vector<double> rdq(T * HS, 0.0), rdk(rdq), rdv(rdq), p(T), dp(T);
             auto see = [&](double ours, double expected, const char* what) {
-                double error = fabs(ours - expected) / (1e-5 * (1 + fabs(expected)) * sqrt(T));
+                double error = fabs(ours - expected) / (tolerance * (1 + fabs(expected)) * sqrt(T));
                 if (!(error <= worst)) worst = error, where = format("%s, T %zu, HS %zu", what, T, HS);
             };
             for (size_t i = 0; i < T; i++) {
@@ -574,7 +693,7 @@ static void test_attention_head() {
                 see(lse[i], log(sum), "log-sum-exp");
                 // A few positions decoded, given those before as cached
                 if (i % 5 == 4) {
-                    std::vector<float> one(HS), few(2 * ld);
+                    std::vector<X> one(HS), few(2 * ld);
                     attention_head_decode(local.data(), one.data(), &q[i * ld], k.data(), v.data(), i + 1, HS, ld);
                     attention_head_forward(local.data(), few.data(), nullptr, &q[(i - 1) * ld], k.data(), v.data(), 2, i - 1, HS, ld, ld, ld);
                     for (size_t d = 0; d < HS; d++) see(one[d], o[i * ld + d], "decode"), see(few[ld + d], o[i * ld + d], "prompt");
@@ -587,7 +706,7 @@ static void test_attention_head() {
                     see(dv[t * ld + d], rdv[t * HS + d], "dv");
                 }
         }
-    report(worst <= 1, "attention in tiles equals its definition", format("worst %.2f of its tolerance: ", worst) + where);
+    report(worst <= 1, format("attention in tiles equals its definition, in %s", type), format("worst %.2f of its tolerance: ", worst) + where);
 }
 
 static void test_exp() {
@@ -614,24 +733,38 @@ int main(int argc, char** argv) {
         return 1;
     }
     if (!paths.empty()) {
-        for (size_t i = 0; i < paths.size(); i += 2) check_dump(paths[i], paths[i + 1], verbose);
+        for (size_t i = 0; i < paths.size(); i += 2) check_dump(paths[i], paths[i + 1], verbose, false);
     } else {
         const std::string ending = ".state.bin";
-        for (std::string state : expand_glob("dumps", "dev/reference/*" + ending))
-            check_dump(state.substr(0, state.size() - ending.size()) + ".model.bin", state, verbose);
+        auto check_all = [&](bool bf16_too) {
+            for (std::string state : expand_glob("dumps", "dev/reference/*" + ending))
+                check_dump(state.substr(0, state.size() - ending.size()) + ".model.bin", state, verbose, bf16_too);
+        };
+        check_all(true);
+        // Again with every loop in more rounds than one, as large models have them.
+        printf("the same in small pieces\n");
+        chunk_values = 1000, classifier_rows_least = 8, classifier_logits_most = 1;
+#ifndef GPT2_CUDA
+        token_slab = 16, vocabulary_slab = 32;
+#endif
+        check_all(false);
 #ifndef GPT2_CUDA
         test_exp();
-        test_matmul();
-        test_attention_head();
+        test_matmul<float>("fp32");
+        test_matmul<bf16>("bf16");
+        test_attention_head<float>("fp32", 1e-5);
+        test_attention_head<bf16>("bf16", 0x1p-8);
 #endif
-        test_identities();
-        test_threads();
+        for (Precision precision : {FP32, BF16}) {
+            test_identities(precision);
+            test_threads(precision);
+            test_accumulation(precision);
+            test_update(precision);
+            test_decoding(precision);
+        }
         test_finite_differences();
-        test_accumulation();
-        test_update();
-        test_decoding();
         test_memory();
     }
     printf("%d passed, %d failed\n", passed, failed);
-    return failed > 0;
+    return failed > 0 || fflush(stdout) != 0;
 }

@@ -133,14 +133,32 @@ static bool skips(const Config& c, int l, int h) {
     return c.attention == SKIP && h < c.skip_heads && l >= c.skip_distance;
 }
 
-// Whether anybody reads the keys and values that head h of layer l would make: its own layer, or the one that skips to it.
-static bool has_reader(const Config& c, int l, int h) {
-    return !skips(c, l, h) || l + c.skip_distance < c.L;
+// How many channels of layer l's keys (and values) somebody reads: its own heads that do not skip, and those that the
+// layer skip_distance above reads. The others, always the first heads, are neither computed nor cached.
+static int kv_channels(const Config& c, int l) {
+    bool read_above = l + c.skip_distance < c.L;
+    return skips(c, l, 0) && !read_above ? c.C - c.skip_heads * c.head_size() : c.C;
 }
 
-// Whether layer l mixes the values of layer j < l into its own.
-static bool is_source(const Config& c, int j, int l) {
-    return c.attention == DEPTH && j < l && (j % c.depth_stride == 0 || j >= l - c.depth_window);
+// The layers whose dk, dv wait at the same time for their own turn: from l - skip_distance, just written, to l.
+static size_t skip_slots(const Config& c) {
+    bool active = c.attention == SKIP && c.skip_heads > 0 && c.skip_distance < c.L;
+    return active ? std::min(c.skip_distance + 1, c.L - c.skip_distance) : 0;
+}
+
+// The layers j < l whose values layer l mixes into its own.
+static std::vector<int> depth_sources(const Config& c, int l) {
+    std::vector<int> sources;
+    for (int j = 0; j < l && c.attention == DEPTH; j++)
+        if (j % c.depth_stride == 0 || j >= l - c.depth_window) sources.push_back(j);
+    return sources;
+}
+
+static size_t classifier_rows_least = 512, classifier_logits_most = 1 << 22;  // (the tests make them small)
+// How many tokens the classifier takes at a time: enough that reading wte for them costs little beside computing, few
+// enough that their logits do not take much memory.
+static size_t classifier_rows(size_t rows, size_t Vp) {
+    return std::min(rows, std::max(classifier_rows_least, classifier_logits_most / Vp));
 }
 
 // One parameter tensor: `layers` matrices of rows × cols, or one vector a layer where cols is 1.
@@ -212,7 +230,7 @@ struct AdamW {
 // The tests set it: fresh memory is NaN, so that a value used before it is written shows.
 static bool poison_memory = false;
 
-// Where the time of a step goes, since the start: a kind of work, and the operations or bytes that are its least.
+// Where time has gone since the start: a kind of work, with the operations, or bytes moved, that it cannot do without.
 struct Share {
     const char* name;
     double seconds = 0, flops = 0, bytes = 0;
@@ -225,6 +243,7 @@ struct Model;  // parameters, gradients, moments, activations, KV cache: the bac
 static void device_init();
 static std::string device_name();              // "2 threads, AVX-512"
 static size_t device_free_memory();            // bytes that can still be allocated
+static double device_bandwidth();              // bytes/s that reading large arrays reaches, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
 
 // What model_create will allocate, to the byte. Parameters are not initialised, gradients and moments are zero.
@@ -240,16 +259,16 @@ static void model_put(Model*, Quantity, size_t begin, size_t n, const float* in)
 // A training step is: for each micro-batch set_inputs, forward(train), backward; then update; then loss.
 // The tokens x and targets y (B, T) are < V; they are copied.
 static void model_set_inputs(Model*, const int* x, const int* y);
-// Cross-entropy of the inputs. With `train`, what backward needs stays behind, and gradients are those of
-// loss_scale · (mean loss of this micro-batch).
+// Cross-entropy of the inputs. With `train`, what backward needs stays behind, and the gradients, which are those of
+// loss_scale · (mean loss of this micro-batch), are begun: exactly one backward must follow.
 static void model_forward(Model*, bool train, float loss_scale);
 static void model_backward(Model*);  // gradients = (first since update or create) or +=
-// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are. Returns the norm before clipping.
+// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are. Returns the norm before that.
 static double model_update(Model*, const AdamW&, float clip, int step);
 // Mean cross-entropy, in nats a token, over the forwards since the last call.
 static double model_loss(Model*);
 static void model_token_losses(const Model*, float* out);  // (B, T), of the last forward
-[[maybe_unused]] static void model_logits(Model*, float* out);              // (B, T, V), of the last forward
+[[maybe_unused]] static void model_logits(Model*, float* out);              // (B, T, V), of the last forward, before its backward
 
 // Decoding, one cache a sequence. Prompt appends n tokens to each, decode one; both give the logits (sequences, V)
 // that follow the last. The caller keeps the length within maxT.
@@ -326,7 +345,7 @@ static inline float exp_approx(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);  // 2^n: n+127 in the exponent
+    float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);  // 2^n: n+127 in the exponent
     return x < -87.0f ? 0.0f : p * power;
 }
 
@@ -356,7 +375,8 @@ static int thread_count() {
 #endif
 }
 
-// Every layer function counts its time, and the operations or the bytes that are its least, under one of these.
+// Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
+// cannot do without.
 enum Part { EMBEDDING, LAYERNORM, MATMUL, ATTENTION, DEPTH_MIXING, SOFTMAX, ADAMW, PARTS };
 static Share profile[PARTS] = {{"embedding"}, {"LayerNorm"}, {"matmul"}, {"attention"}, {"depth mixing"}, {"softmax"}, {"AdamW"}};
 
@@ -387,7 +407,7 @@ struct Timed {
 //       goes by, KC steps at a time: pack KC × NC of B into panels [panel][step][NR], then, tile by tile, the microkernel.
 //     - The finished block goes through `store_row` while in cache: bias, GELU, residual and the like cost no pass over
 //       memory.
-// Every element is summed over k in the same order, whatever the sizes and the number of threads.
+// Each element is summed over k in one order, which depends on the sizes alone, never on the number of threads.
 
 // What a microkernel multiplies in a step, four bytes of a packed panel: one k, or a pair of k where the processor
 // multiplies pairs of bf16. Elsewhere bf16 becomes float as it is packed.
@@ -418,6 +438,10 @@ struct Operand {
 };
 template <class X> static Operand<X> along_k(const X* data, size_t stride) { return {data, stride, true}; }
 template <class X> static Operand<X> across_k(const X* data, size_t stride) { return {data, stride, false}; }
+
+// A product over very many tokens, or over the whole vocabulary, is summed slab by slab, so that 512 rows of A at the
+// least fit the packed buffer. (Not constants, since the tests make them small.)
+static size_t token_slab = 4096, vocabulary_slab = 8192;
 
 // Scratch memory of matmul and attention, in cells.
 struct Workspace {
@@ -671,13 +695,18 @@ static void linear_gelu_forward(Workspace& ws, X* y, X* h, const X* x, const X* 
     });
 }
 
-// dx = or += dy w, for dx of either type
-template <class X, class DX>
-static void linear_backward_input(Workspace& ws, DX* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC,
-                                  size_t lddy, bool accumulate) {
+// dx = dy w. Where dy and w come in pieces, a few columns of dy and as many rows of w, dx_sum (rows, C) gathers what they
+// give, in fp32, and the last one writes dx.
+template <class X>
+static void linear_backward_input(Workspace& ws, X* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC, size_t lddy,
+                                  float* dx_sum = nullptr, bool first = true, bool last = true) {
     matmul(ws, rows, C, OC, along_k(dy, lddy), across_k(w, C), [=](size_t m, size_t n, size_t count, const float* dyw) {
-        DX* dx_m = dx + m * C + n;
-        for (size_t i = 0; i < count; i++) dx_m[i] = accumulate ? dx_m[i] + dyw[i] : dyw[i];
+        size_t at = m * C + n;
+        for (size_t i = 0; i < count; i++) {
+            float sum = first ? dyw[i] : dx_sum[at + i] + dyw[i];
+            if (last) dx[at + i] = sum;
+            else dx_sum[at + i] = sum;
+        }
     });
 }
 
@@ -698,10 +727,9 @@ static void linear_gelu_backward_input(Workspace& ws, X* dh, X* gelu_h, const X*
 template <class X>
 static void linear_backward_weight(Workspace& ws, float* dw, float* db, const X* dy, const X* x, size_t rows, size_t C,
                                    size_t OC, size_t lddy, bool accumulate) {
-    constexpr size_t SLAB = 4096;
-    for (size_t r = 0; r < rows; r += SLAB) {
+    for (size_t r = 0; r < rows; r += token_slab) {
         bool add = accumulate || r > 0;
-        matmul(ws, OC, C, std::min(rows - r, SLAB), across_k(dy + r * lddy, lddy), across_k(x + r * C, C),
+        matmul(ws, OC, C, std::min(rows - r, token_slab), across_k(dy + r * lddy, lddy), across_k(x + r * C, C),
                [=](size_t m, size_t n, size_t count, const float* dyx) {
                    float* dw_m = dw + m * C + n;
                    for (size_t i = 0; i < count; i++) dw_m[i] = add ? dw_m[i] + dyx[i] : dyx[i];
@@ -868,7 +896,7 @@ struct HeadScratch {
 
     HeadScratch(float* local, size_t T, size_t HS) {
         auto take = [&](auto*& p, size_t n) {
-            p = (std::remove_reference_t<decltype(p)>)(local + size);
+            p = local ? (std::remove_reference_t<decltype(p)>)(local + size) : nullptr;  // null: only counts
             size += round_up(n, CACHE_LINE);
         };
         size_t rows_T = round_up(T, MR), rows_HS = round_up(HS, MR), columns_HS = round_up(HS, NR);
@@ -1031,7 +1059,7 @@ static void attention_head_decode(float* p, X* o, const X* q, const X* k, const 
     for (size_t d = 0; d < HS; d++) o[d] = sum_o[d] / sum;
 }
 
-// Multiply-adds of causal attention, `products` of T × T × HS: the half below the diagonal counts.
+// Operations of causal attention: 2·T·T·HS for each product and head, of which causality leaves half.
 static double attention_flops(size_t B, size_t T, size_t C, int products) { return 1.0 * products * B * T * T * C; }
 
 // A whole layer. qkv (B, T, 3C) is the layer's own; skipping heads find keys and values in qkv_below, that of layer
@@ -1087,17 +1115,10 @@ struct Columns {
     size_t begin, count;
 };
 static std::vector<Columns> live_columns(const Config& c, int l) {
-    size_t C = c.C, HS = c.head_size(), unread = 0;
-    while (unread < (size_t)c.NH && !has_reader(c, l, unread)) unread++;  // always the first heads
-    if (unread == 0) return {{0, 3 * C}};
-    if (unread * HS == C) return {{0, C}};
-    return {{0, C}, {C + unread * HS, C - unread * HS}, {2 * C + unread * HS, C - unread * HS}};
-}
-
-// The layers whose dk, dv wait at the same time for their own turn: from l - skip_distance, just written, to l.
-static size_t skip_slots(const Config& c) {
-    bool active = c.attention == SKIP && c.skip_heads > 0 && c.skip_distance < c.L;
-    return active ? std::min(c.skip_distance + 1, c.L - c.skip_distance) : 0;
+    size_t C = c.C, kvC = kv_channels(c, l);
+    if (kvC == C) return {{0, 3 * C}};
+    if (kvC == 0) return {{0, C}};
+    return {{0, C}, {2 * C - kvC, kvC}, {3 * C - kvC, kvC}};
 }
 
 // dk, dv of layer l in dqkv = the sum of its readers' shares: dkv, of its own heads that do not skip, and dkv_above, of
@@ -1133,14 +1154,7 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
 // Since Σ_j a_j (da_j - δ) = 0, the layer's own ds_l = -Σ of the others': v_l, overwritten, is not needed.
 // What flows to a source j comes from every later layer m with j in S_m. Instead of scattering it there, layer j gathers
 // it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as backward goes
-// down, nobody reads ṽ_m any more. So depth needs no memory beyond a and ds.
-
-static std::vector<int> depth_sources(const Config& c, int l) {
-    std::vector<int> sources;
-    for (int j = 0; j < l; j++)
-        if (is_source(c, j, l)) sources.push_back(j);
-    return sources;
-}
+// down, nobody reads ṽ_m any more. So depth needs no memory beyond a, ds and one layer's dkv.
 
 // One token: v (C) becomes ṽ. The sources' keys and values are k_of[n], v_of[n], n < sources; a (sources + 1, NH), the
 // layer itself last; mixed (HS) is scratch.
@@ -1272,9 +1286,6 @@ static float softmax_cross_entropy(X* logits, size_t V, int y, float gradient_sc
     return logf(sum) + max - logit_y;
 }
 
-// Tokens at a time: enough that reading wte for them costs little, few enough that their logits do.
-static size_t classifier_rows(size_t rows, size_t Vp) { return std::min(rows, std::max<size_t>(512, (1 << 22) / Vp)); }
-
 // losses (rows); with gradient_scale ≠ 0 also dx = and dwte = or +=. Scratch: logits (classifier_rows, Vp), dx_sum
 // (classifier_rows, C).
 template <class X>
@@ -1293,10 +1304,8 @@ static void classifier(Workspace& ws, float* losses, X* dx, float* dwte, X* logi
                 losses[r + i] = softmax_cross_entropy(logits + i * Vp, V, targets[r + i], gradient_scale);
         }
         if (gradient_scale == 0) continue;
-        constexpr size_t SLAB = 8192;  // of the vocabulary, which here is what the product sums over
-        for (size_t v = 0; v < V; v += SLAB)
-            linear_backward_input(ws, dx_sum, logits + v, wte + v * C, n, C, std::min(V - v, SLAB), Vp, v > 0);
-        std::copy_n(dx_sum, n * C, dx + r * C);
+        for (size_t v = 0; v < V; v += vocabulary_slab)
+            linear_backward_input(ws, dx + r * C, logits + v, wte + v * C, n, C, std::min(V - v, vocabulary_slab), Vp, dx_sum, v == 0, v + vocabulary_slab >= V);
         linear_backward_weight(ws, dwte, nullptr, logits, x + r * C, n, C, V, Vp, accumulate || r > 0);
     }
 }
@@ -1364,7 +1373,7 @@ struct Model {
     double loss_sum;
     size_t loss_count;
     float *dkv, *skip_dkv;            // (B, T, 2C) shares of dk, dv; (skip_slots, B, T, 2C) those that wait for their layer
-    float *ln_partial, *dx_sum;       // scratch of layernorm_backward and classifier
+    float *ln_partial, *dx_sum;       // scratch of layernorm_backward and linear_backward_input
     size_t cache_length;              // positions filled
     Workspace ws;
 };
@@ -1396,12 +1405,6 @@ template <class F>
 static void with_type(Model* m, F f) {
     if (m->precision == BF16) f(*(ModelOf<bf16>*)m);
     else f(*(ModelOf<float>*)m);
-}
-
-// Keys (or values) of layer l that somebody reads, and which therefore are cached.
-static size_t kv_channels(const Config& c, int l) {
-    Columns last = live_columns(c, l).back();
-    return last.begin == 0 ? (last.count == 3 * (size_t)c.C ? c.C : 0) : last.count;
 }
 
 static void* allocate(size_t bytes, bool zero) {
@@ -1468,7 +1471,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.dkv, c.attention == VANILLA ? 0 : BT * 2 * C, scratch);
         take(m.skip_dkv, skip_slots(c) * BT * 2 * C, scratch);
         take(m.ln_partial, ceil_div(BT, LAYERNORM_RUN) * 2 * C, scratch);
-        take(m.dx_sum, classifier_rows(BT, c.Vp) * C, scratch);
+        take(m.dx_sum, (skip_slots(c) ? BT : classifier_rows(BT, c.Vp)) * C, scratch);
     }
     size_t rows = m.work.sequences * (size_t)c.maxT, longest = m.work.sequences ? c.maxT : m.work.T;
     take(m.d_x, rows * C, scratch);
@@ -1477,7 +1480,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     take(m.d_atty, rows * C, scratch);
     take(m.d_fch, rows * 4 * C, scratch);
     // A whole A operand where it is small, else as many rows as 16 MB hold, but 512 at the least.
-    size_t widest = std::max({4 * C, std::min<size_t>(BT, 4096), std::min<size_t>(c.V, 8192)});
+    size_t widest = std::max({4 * C, std::min(BT, token_slab), std::min<size_t>(c.V, vocabulary_slab)});
     m.ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
     m.ws.local_size = std::max({KC * NC + MC * NC, HeadScratch<X>(nullptr, longest, c.head_size()).size, longest + 2 * C});
     take(m.ws.packed, m.ws.packed_size, scratch);
@@ -1527,83 +1530,95 @@ static void model_set_inputs(Model* m, const int* x, const int* y) {
     std::copy_n(y, (size_t)m->work.B * m->work.T, m->y);
 }
 
+// A layer's lines stand once here and once, reversed, in backward. w(WTE) is a weight and d(WTE) its gradient, of layer l;
+// mean[i] and rstd[i] are those of the LayerNorm that reads the residual stream where residual[i] is.
 template <class X>
 static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Config& c = m.config;
     Workspace& ws = m.ws;
-    size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
-    bool kept = m.work.train;
+    const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
+    const bool kept = m.work.train;
     auto residual = [&](int i) { return m.residual + (kept ? i : i % 2) * BT * C; };
     auto mean = [&](int i) { return m.ln_mean + (kept ? i : 0) * BT; };
     auto rstd = [&](int i) { return m.ln_rstd + (kept ? i : 0) * BT; };
 
     embedding_forward(residual(0), m.x, m.weight(WTE), m.weight(WPE), B, T, C);
     for (int l = 0; l < c.L; l++) {
-        size_t slot = kept ? l : 0;
-        X *x = residual(2 * l), *x2 = residual(2 * l + 1), *x3 = residual(2 * l + 2);
-        X *atty = m.atty + slot * BT * C, *fch = m.fch + slot * BT * 4 * C, *qkv_below = m.qkv[std::max(0, l - c.skip_distance)];
+        const int i = 2 * l, slot = kept ? l : 0;
+        auto w = [&](int tensor) { return m.weight(tensor, l); };
+        X *x = residual(i), *x2 = residual(i + 1), *x3 = residual(i + 2);  // into attention, into the MLP, out of it
+        X *qkv = m.qkv[l], *atty = m.atty + slot * BT * C, *fch = m.fch + slot * BT * 4 * C;
+        const X* qkv_below = m.qkv[std::max(0, l - c.skip_distance)];
         float* lse = m.lse + slot * BT * c.NH;
 
-        layernorm_forward(m.ln, mean(2 * l), rstd(2 * l), x, m.weight(LN1W, l), m.weight(LN1B, l), BT, C);
-        for (Columns live : live_columns(c, l))
-            linear_forward(ws, m.qkv[l] + live.begin, m.ln, m.weight(QKVW, l) + live.begin * C, m.weight(QKVB, l) + live.begin, BT, C, live.count, 3 * C);
+        layernorm_forward(m.ln, mean(i), rstd(i), x, w(LN1W), w(LN1B), BT, C);
+        for (auto [at, count] : live_columns(c, l))
+            linear_forward(ws, qkv + at, m.ln, w(QKVW) + at * C, w(QKVB) + at, BT, C, count, 3 * C);
         depth_forward(m.mix[l], m.qkv.data(), c, l, BT);
-        attention_forward(ws, atty, lse, m.qkv[l], qkv_below, c, l, B, T);
-        linear_residual_forward(ws, x2, x, atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), BT, C, C);
-        layernorm_forward(m.ln, mean(2 * l + 1), rstd(2 * l + 1), x2, m.weight(LN2W, l), m.weight(LN2B, l), BT, C);
-        linear_gelu_forward(ws, m.fch_gelu, fch, m.ln, m.weight(FCW, l), m.weight(FCB, l), BT, C, 4 * C);
-        linear_residual_forward(ws, x3, x2, m.fch_gelu, m.weight(FCPROJW, l), m.weight(FCPROJB, l), BT, 4 * C, C);
+        attention_forward(ws, atty, lse, qkv, qkv_below, c, l, B, T);
+        linear_residual_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C);
+        layernorm_forward(m.ln, mean(i + 1), rstd(i + 1), x2, w(LN2W), w(LN2B), BT, C);
+        linear_gelu_forward(ws, m.fch_gelu, fch, m.ln, w(FCW), w(FCB), BT, C, 4 * C);
+        linear_residual_forward(ws, x3, x2, m.fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C);
     }
-    layernorm_forward(m.ln, mean(2 * c.L), rstd(2 * c.L), residual(2 * c.L), m.weight(LNFW), m.weight(LNFB), BT, C);
+    const int last = 2 * c.L;
+    layernorm_forward(m.ln, mean(last), rstd(last), residual(last), m.weight(LNFW), m.weight(LNFB), BT, C);
     // Each token's loss counts loss_scale/(B·T) in the loss that gradients are of.
     classifier(ws, m.losses, m.dln, m.gradients, m.logits, m.dx_sum, m.ln, m.weight(WTE), m.y, BT, C, c.V, c.Vp,
                train ? loss_scale / BT : 0, m.accumulated > 0);
-    for (size_t i = 0; i < BT; i++) m.loss_sum += m.losses[i];
+    for (size_t bt = 0; bt < BT; bt++) m.loss_sum += m.losses[bt];
     m.loss_count += BT;
 }
 
-// Forward's lines in reverse order. dresidual is the gradient of the residual stream: each LayerNorm adds to it what
-// flows back through its branch. dln came from the classifier.
+// dresidual is the gradient of the residual stream: each LayerNorm adds to it what flows back through its branch. dln
+// came from the classifier. `add`: to the gradients of earlier micro-batches.
 template <class X>
 static void backward(ModelOf<X>& m) {
     const Config& c = m.config;
     Workspace& ws = m.ws;
-    size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C, slots = skip_slots(c);
-    bool add = m.accumulated > 0;
-    auto residual = [&](int i) { return m.residual + i * BT * C; };
-    auto mean = [&](int i) { return m.ln_mean + i * BT; };
-    auto rstd = [&](int i) { return m.ln_rstd + i * BT; };
+    const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C, slots = skip_slots(c), slot_size = BT * 2 * C;
+    const bool add = m.accumulated > 0;
+    X* dx = m.dresidual;
+    auto layernorm = [&](int i, float* dw, float* db, const X* w, bool into_stream) {
+        layernorm_backward(dx, dw, db, m.ln_partial, m.dln, m.residual + i * BT * C, w, m.ln_mean + i * BT,
+                           m.ln_rstd + i * BT, BT, C, into_stream, add);
+    };
+    auto layernorm_again = [&](int i, const X* w, const X* b) {
+        layernorm_recompute(m.ln, m.residual + i * BT * C, w, b, m.ln_mean + i * BT, m.ln_rstd + i * BT, BT, C);
+    };
 
-    layernorm_backward(m.dresidual, m.gradient(LNFW), m.gradient(LNFB), m.ln_partial, m.dln, residual(2 * c.L), m.weight(LNFW), mean(2 * c.L), rstd(2 * c.L), BT, C, false, add);
+    layernorm(2 * c.L, m.gradient(LNFW), m.gradient(LNFB), m.weight(LNFW), false);
     for (int l = c.L - 1; l >= 0; l--) {
-        X *x = residual(2 * l), *x2 = residual(2 * l + 1);
-        X *atty = m.atty + l * BT * C, *fch = m.fch + l * BT * 4 * C, *qkv_below = m.qkv[std::max(0, l - c.skip_distance)];
-        float* lse = m.lse + l * BT * c.NH;
-        // Skip: where this layer leaves dk, dv for the one below that it reads, and where the one above left them for it.
-        float* dkv_below = slots && l >= c.skip_distance ? m.skip_dkv + (l - c.skip_distance) % slots * BT * 2 * C : nullptr;
-        float* dkv_above = slots && l + c.skip_distance < c.L ? m.skip_dkv + l % slots * BT * 2 * C : nullptr;
+        const int i = 2 * l, below = l - c.skip_distance, above = l + c.skip_distance;
+        auto w = [&](int tensor) { return m.weight(tensor, l); };
+        auto d = [&](int tensor) { return m.gradient(tensor, l); };
+        const X *qkv = m.qkv[l], *qkv_below = m.qkv[std::max(0, below)], *atty = m.atty + l * BT * C, *fch = m.fch + l * BT * 4 * C;
+        // Skip: where this layer leaves dk, dv for the one that it reads, and where the one that reads it left them.
+        float* dkv_below = slots > 0 && below >= 0 ? m.skip_dkv + below % slots * slot_size : nullptr;
+        float* dkv_above = slots > 0 && above < c.L ? m.skip_dkv + l % slots * slot_size : nullptr;
 
-        linear_gelu_backward_input(ws, m.dfch, m.fch_gelu, fch, m.dresidual, m.weight(FCPROJW, l), BT, 4 * C, C);
-        linear_backward_weight(ws, m.gradient(FCPROJW, l), m.gradient(FCPROJB, l), m.dresidual, m.fch_gelu, BT, 4 * C, C, C, add);
-        linear_backward_input(ws, m.dln, m.dfch, m.weight(FCW, l), BT, C, 4 * C, 4 * C, false);
-        layernorm_recompute(m.ln, x2, m.weight(LN2W, l), m.weight(LN2B, l), mean(2 * l + 1), rstd(2 * l + 1), BT, C);
-        linear_backward_weight(ws, m.gradient(FCW, l), m.gradient(FCB, l), m.dfch, m.ln, BT, C, 4 * C, 4 * C, add);
-        layernorm_backward(m.dresidual, m.gradient(LN2W, l), m.gradient(LN2B, l), m.ln_partial, m.dln, x2, m.weight(LN2W, l), mean(2 * l + 1), rstd(2 * l + 1), BT, C, true, add);
-
-        linear_backward_input(ws, m.datty, m.dresidual, m.weight(ATTPROJW, l), BT, C, C, C, false);
-        linear_backward_weight(ws, m.gradient(ATTPROJW, l), m.gradient(ATTPROJB, l), m.dresidual, atty, BT, C, C, C, add);
-        attention_backward(ws, m.dqkv, m.dkv, dkv_below, m.datty, atty, lse, m.qkv[l], qkv_below, c, l, B, T);
+        linear_gelu_backward_input(ws, m.dfch, m.fch_gelu, fch, dx, w(FCPROJW), BT, 4 * C, C);
+        linear_backward_weight(ws, d(FCPROJW), d(FCPROJB), dx, m.fch_gelu, BT, 4 * C, C, C, add);
+        linear_backward_input(ws, m.dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
+        layernorm_again(i + 1, w(LN2W), w(LN2B));
+        linear_backward_weight(ws, d(FCW), d(FCB), m.dfch, m.ln, BT, C, 4 * C, 4 * C, add);
+        layernorm(i + 1, d(LN2W), d(LN2B), w(LN2W), true);
+        linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
+        linear_backward_weight(ws, d(ATTPROJW), d(ATTPROJB), dx, atty, BT, C, C, C, add);
+        attention_backward(ws, m.dqkv, m.dkv, dkv_below, m.datty, atty, m.lse + l * BT * c.NH, qkv, qkv_below, c, l, B, T);
         if (c.attention == SKIP) skip_backward(m.dqkv, m.dkv, dkv_above, c, l, BT);
         if (c.attention == DEPTH) depth_backward(m.dqkv, m.dkv, m.dmix.data(), m.mix.data(), m.qkv.data(), c, l, BT);
-
-        layernorm_recompute(m.ln, x, m.weight(LN1W, l), m.weight(LN1B, l), mean(2 * l), rstd(2 * l), BT, C);
-        for (Columns live : live_columns(c, l)) {
-            linear_backward_input(ws, m.dln, m.dqkv + live.begin, m.weight(QKVW, l) + live.begin * C, BT, C, live.count, 3 * C, live.begin > 0);
-            linear_backward_weight(ws, m.gradient(QKVW, l) + live.begin * C, m.gradient(QKVB, l) + live.begin, m.dqkv + live.begin, m.ln, BT, C, live.count, 3 * C, add);
+        layernorm_again(i, w(LN1W), w(LN1B));
+        const std::vector<Columns> live = live_columns(c, l);
+        for (const Columns& some : live) {
+            const size_t at = some.begin, count = some.count;
+            linear_backward_input(ws, m.dln, m.dqkv + at, w(QKVW) + at * C, BT, C, count, 3 * C, m.dx_sum,
+                                  &some == &live.front(), &some == &live.back());
+            linear_backward_weight(ws, d(QKVW) + at * C, d(QKVB) + at, m.dqkv + at, m.ln, BT, C, count, 3 * C, add);
         }
-        layernorm_backward(m.dresidual, m.gradient(LN1W, l), m.gradient(LN1B, l), m.ln_partial, m.dln, x, m.weight(LN1W, l), mean(2 * l), rstd(2 * l), BT, C, true, add);
+        layernorm(i, d(LN1W), d(LN1B), w(LN1W), true);
     }
-    embedding_backward(m.gradient(WTE), m.gradient(WPE), m.dresidual, m.x, B, T, C, add);
+    embedding_backward(m.gradient(WTE), m.gradient(WPE), dx, m.x, B, T, C, add);
     m.accumulated++;
 }
 
@@ -1672,14 +1687,12 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
         const X *qkvw = m.weight(QKVW, l), *qkvb = m.weight(QKVB, l);
         layernorm(m.d_x, m.weight(LN1W, l), m.weight(LN1B, l), rows);
         linear_forward(ws, m.d_q, m.d_ln, qkvw, qkvb, rows, C, C, C);
-        for (size_t part = 0; part < 2 && kvC > 0; part++) {  // keys, values
-            size_t column = (part + 2) * C - kvC;
-            matmul(ws, rows, kvC, C, along_k(m.d_ln, C), along_k(qkvw + column * C, C),
-                   [&](size_t r, size_t i0, size_t count, const float* xw) {
-                       X* out = kv_at(l, r / n, before + r % n) + part * kvC + i0;
-                       for (size_t i = 0; i < count; i++) out[i] = xw[i] + qkvb[column + i0 + i];
-                   });
-        }
+        for (size_t sequence = 0; sequence < S && kvC > 0; sequence++)
+            for (size_t part : {0, 1}) {  // keys, values
+                size_t column = (part + 2) * C - kvC;
+                linear_forward(ws, kv_at(l, sequence, before) + part * kvC, m.d_ln + sequence * n * C, qkvw + column * C,
+                               qkvb + column, n, C, kvC, 2 * kvC);
+            }
         const std::vector<int> sources = depth_sources(c, l);
         if (!sources.empty()) {
 #pragma omp parallel for schedule(static)
@@ -1728,14 +1741,23 @@ static void model_reset_cache(Model* m) { m->cache_length = 0; }
 // --------------------------------------------------------------------------------------------------------------------
 // The machine
 
-// The first number in a file of the operating system, or `otherwise` where there is none.
-static double number_in(const char* path, double otherwise) {
+// The numbers at the start of a file of the operating system; those that are not there keep their values.
+static void read_numbers(const char* path, double& first, double& second) {
+    FILE* file = fopen(path, "r");
+    if (!file) return;
+    if (fscanf(file, "%lf %lf", &first, &second) < 1) first = 0;  // "max": no limit
+    fclose(file);
+}
+
+// The number after a word at the start of a line, or `otherwise`.
+static double number_after(const char* path, const char* word, double otherwise) {
     FILE* file = fopen(path, "r");
     if (!file) return otherwise;
-    double number;
-    if (fscanf(file, "%lf", &number) != 1) number = otherwise;
+    char line[256];
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
     fclose(file);
-    return number;
+    return otherwise;
 }
 
 // What the binary was built for, and whether this processor has it.
@@ -1758,13 +1780,15 @@ static bool instructions_found() { return true; }
 
 static void device_init() {
     if (!instructions_found())
-        die("this binary was built for %s, which this processor lacks: run 'make clean' and 'make' here", instruction_set);
+        die("this binary was built for %s, which this processor lacks: run 'make clean' and 'make' here",
+            instruction_set);
 #ifdef _OPENMP
     if (!getenv("OMP_NUM_THREADS")) {  // what the affinity mask and the container's quota allow
-        double quota = number_in("/sys/fs/cgroup/cpu.max", 0), period = 100000;
-        if (quota <= 0) {
-            quota = number_in("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", 0);
-            period = number_in("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period);
+        double quota = 0, period = 100000, unused;
+        read_numbers("/sys/fs/cgroup/cpu.max", quota, period);
+        if (quota <= 0) {  // control groups of version 1
+            read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", quota, unused);
+            read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period, unused);
         }
         int allowed = quota > 0 ? std::max(1, (int)ceil(quota / period)) : omp_get_num_procs();
         omp_set_num_threads(std::min(allowed, omp_get_num_procs()));
@@ -1776,25 +1800,28 @@ static std::string device_name() {
     return std::to_string(thread_count()) + (thread_count() == 1 ? " thread, " : " threads, ") + instruction_set;
 }
 
-// What the system can give without swapping, or what is left of the container's limit where that is less.
+// What the system can give without swapping, or what is left of the container's limit where that is less. File caches
+// count as free.
 static size_t device_free_memory() {
-    double free_bytes = 1e18;
-    if (FILE* file = fopen("/proc/meminfo", "r")) {
-        char line[128];
-        double kilobytes;
-        while (fgets(line, sizeof line, file))
-            if (sscanf(line, "MemAvailable: %lf", &kilobytes) == 1) free_bytes = kilobytes * 1024;
-        fclose(file);
+    double free_bytes = 1024 * number_after("/proc/meminfo", "MemAvailable:", 1e15);
+    const struct { const char *limit, *used, *stat; } groups[] = {
+        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
+        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+         "/sys/fs/cgroup/memory/memory.stat"}};
+    for (const auto& group : groups) {
+        double limit = 0, used = 0, unused;
+        read_numbers(group.limit, limit, unused);
+        read_numbers(group.used, used, unused);
+        double caches = number_after(group.stat, "inactive_file ", 0) + number_after(group.stat, "active_file ", 0);
+        if (limit > 0) free_bytes = std::min(free_bytes, limit - used + caches);
     }
-    double limit = number_in("/sys/fs/cgroup/memory.max", 1e18);
-    if (limit < 1e18) free_bytes = std::min(free_bytes, limit - number_in("/sys/fs/cgroup/memory.current", 0));
     return (size_t)std::max(0.0, free_bytes);
 }
 
 // Independent chains of multiply-adds, enough to hide their latency; the best of five rounds.
 static double device_peak(Precision precision) {
     constexpr int CHAINS = MR * NV, STEPS = 1 << 19;
-    auto measure = [](auto cell, double per_cell) {
+    auto measure = [&](auto cell, double per_cell) {
         double best = 0;
         for (int round = 0; round < 5; round++) {
             double start = seconds();
@@ -1816,6 +1843,32 @@ static double device_peak(Precision precision) {
     };
     if (precision == BF16 && K_PER_STEP<bf16> == 2) return measure(Cell<bf16>{}, 2);
     return measure(1e-3f, 1);
+}
+
+// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; the best of five rounds.
+static double device_bandwidth() {
+    constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 512;
+    std::vector<float> array(N, 1.0f);
+    double best = 0;
+    for (int round = 0; round < 5; round++) {
+        double start = seconds();
+#pragma omp parallel
+        {
+            size_t threads = (size_t)thread_count(), length = N / threads / STREAMS / LANES * LANES;
+            const float* p = array.data() + N / threads * (size_t)thread_id();
+            vec sums[STREAMS] = {};
+            for (size_t i = 0; i < length; i += LANES) {
+#pragma GCC unroll 8
+                for (size_t s = 0; s < STREAMS; s++) {
+                    __builtin_prefetch(p + s * length + i + AHEAD);
+                    sums[s] += load(p + s * length + i);
+                }
+            }
+            for (vec& s : sums) asm volatile("" : : "m"(s));
+        }
+        best = std::max(best, (double)N * sizeof(float) / (seconds() - start));
+    }
+    return best;
 }
 #endif  // GPT2_CUDA
 // ====================================================================================================================
@@ -1897,7 +1950,7 @@ struct Options {
     int precision = FP32, seed = 1;
 
     std::string train, val, out;
-    bool resume = false, overwrite = false, keep = false;
+    bool resume = false, overwrite = false, keep = false, profile = false;
     int batch = 4, sequence = 0, total_batch = 0, steps = 0;
     double lr = 6e-4, min_lr = -1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, clip = 1;
     int warmup = -1, schedule = COSINE;
@@ -1908,7 +1961,7 @@ struct Options {
     double temperature = 0.8, top_p = 0.95;
 };
 
-enum CommandBit { TRAIN = 1, EVAL = 2, GENERATE = 4, DESCRIBE = 8, EVERY = TRAIN | EVAL | GENERATE | DESCRIBE };
+enum CommandBit { TRAIN = 1, EVAL = 2, GENERATE = 4, DESCRIBE = 8, BENCH = 16, EVERY = 31 };
 
 // What a checkpoint does with an option: nothing; remembers it, and --resume refuses another value; remembers it, and
 // --resume may be given another.
@@ -1934,12 +1987,12 @@ static OptionTable option_table(Options& o) {
         {"out", "DIR", &o.out, 0, 0, TRAIN, FORGOTTEN, "folder for model.bin, metrics.csv and tokenizer.bin"},
         {"resume", "", &o.resume, 0, 0, TRAIN, FORGOTTEN, "go on from DIR/model.bin as if never stopped"},
         {"overwrite", "", &o.overwrite, 0, 0, TRAIN, FORGOTTEN, "replace the run that DIR holds"},
-        {"batch", "N", &o.batch, 1, 65536, TRAIN | EVAL | DESCRIBE, FIXED, "sequences computed at a time"},
-        {"sequence", "N", &o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED,
+        {"batch", "N", &o.batch, 1, 65536, TRAIN | EVAL | DESCRIBE | BENCH, FIXED, "sequences computed at a time"},
+        {"sequence", "N", &o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE | BENCH, FIXED,
          "tokens in a sequence [the context, at most 1024]"},
         {"total-batch", "N", &o.total_batch, 1, most, TRAIN, FIXED,
          "tokens in a step, a multiple of batch x sequence, which is the default"},
-        {"steps", "N", &o.steps, 1, most, TRAIN, FIXED, "updates [one pass over the training tokens]"},
+        {"steps", "N", &o.steps, 1, most, TRAIN | BENCH, FIXED, "updates [one pass over the training tokens; bench: 5]"},
         {"lr", "X", &o.lr, 0, 10, TRAIN, FIXED, "highest learning rate"},
         {"min-lr", "X", &o.min_lr, 0, 10, TRAIN, FIXED, "learning rate of the last step [a tenth of --lr]"},
         {"warmup", "N", &o.warmup, 0, most, TRAIN, FIXED, "steps in which the rate rises to --lr [a twentieth of all]"},
@@ -1955,6 +2008,7 @@ static OptionTable option_table(Options& o) {
         {"sample-every", "N", &o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: at the end only"},
         {"save-every", "N", &o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: at the end only"},
         {"keep", "", &o.keep, 0, 0, TRAIN, CHANGEABLE, "keep each checkpoint, as DIR/model_STEP.bin too"},
+        {"profile", "", &o.profile, 0, 0, BENCH, FORGOTTEN, "also where the time goes"},
         {"prompt", "TEXT", &o.prompt, 0, 0, GENERATE, FORGOTTEN,
          "text to go on from [an end-of-text token, or a newline where there is none]"},
         {"prompt-tokens", "LIST", &o.prompt_tokens, 0, 0, GENERATE, FORGOTTEN, "the same as numbers, like 1,2,3"},
@@ -2061,6 +2115,9 @@ static const Command commands[] = {
      "numbers of tokens. Past the context, the latest half of it is read anew from position 0."},
     {"describe", DESCRIBE, "shows a model's tensors and what each attention costs",
      "Memory is for training with --batch and --sequence, and for generating one text."},
+    {"bench", BENCH, "times training steps on random tokens",
+     "All three attentions, or the one that is given. Figures are medians. The peak, which multiply-adds alone reach, is\n"
+     "measured again before each step; memory is the most that the process held."},
 };
 
 static void print_options(FILE* out, const OptionTable& table, int command, bool common) {
@@ -2089,9 +2146,13 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     fprintf(out, "\nOMP_NUM_THREADS sets the number of threads. Exit status: 0, or 1 and one line on what is wrong.\n");
 }
 
-static void parse_options(OptionTable& table, const Command& command, int argc, char** argv) {
+static bool is_help(const std::string& word) { return word == "--help" || word == "-h"; }
+
+// Returns false where an option's place holds --help.
+static bool parse_options(OptionTable& table, const Command& command, int argc, char** argv) {
     for (int i = 2; i < argc; i++) {
         std::string word = argv[i];
+        if (is_help(word)) return false;
         if (word.compare(0, 2, "--") != 0)
             die("'%s': no option stands before it; a GLOB, and a TEXT with blanks, needs quotes", argv[i]);
         std::string name = split(word.substr(2), '=')[0];
@@ -2118,6 +2179,7 @@ static void parse_options(OptionTable& table, const Command& command, int argc, 
         std::string wrong = set_value(*o, value);
         if (!wrong.empty()) die("--%s %s: %s", o->name, value, wrong.c_str());
     }
+    return true;
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -2219,12 +2281,14 @@ struct OutputFile {
 [[noreturn]] static void die_writing(const OutputFile& f) {
     int reason = errno;
     unlink(f.temporary.c_str());
-    die("%s could not be written: %s; what stood there before is still there", f.path.c_str(), strerror(reason));
+    die("%s could not be written: %s%s", f.path.c_str(), strerror(reason),
+        exists(f.path) ? "; what stood there before is still there" : "");
 }
 
 static OutputFile create_file(const std::string& path) {
     OutputFile f = {path, path + ".tmp"};
-    f.fd = open(f.temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    unlink(f.temporary.c_str());  // it may be left from a run that was killed, and be anything
+    f.fd = open(f.temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (f.fd < 0) die_writing(f);
     return f;
 }
@@ -2254,11 +2318,13 @@ static void write_whole(const std::string& path, const std::string& content) {
 
 // The files a pattern stands for, sorted by name.
 static std::vector<std::string> expand_glob(const char* option, const std::string& pattern) {
+    if (exists(pattern)) return {pattern};  // a name may have brackets in it
     glob_t found = {};
-    int status = glob(pattern.c_str(), 0, nullptr, &found);
+    int status = glob(pattern.c_str(), GLOB_ERR, nullptr, &found);
+    int reason = status == GLOB_ABORTED ? errno : ENOENT;  // a folder that cannot be read
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
     globfree(&found);
-    if (paths.empty()) die("--%s %s: no such file", option, pattern.c_str());
+    if (paths.empty()) die("--%s %s: %s", option, pattern.c_str(), strerror(reason));
     std::sort(paths.begin(), paths.end());
     return paths;
 }
@@ -2449,6 +2515,9 @@ static std::vector<Shard> open_shards(const char* option, const std::vector<std:
                 die("%s: has %zu bytes where its header asks for %zu: truncated, or not a shard", name, f.size,
                     HEADER_BYTES + 2 * s.tokens);
         } else {
+            const char *bytes = (const char*)header.data(), *end = bytes + std::min(f.size, HEADER_BYTES);
+            if (std::all_of(bytes, end, [](char b) { return (b >= ' ' && b <= '~') || (b >= '\t' && b <= '\r'); }))
+                die("%s: looks like text; data_prep/prepare.py makes shards of it", name);
             // 1,012 bytes of zeros are no text, but what every header here ends in.
             bool zeros = std::all_of(header.begin() + 3, header.end(), [](int x) { return x == 0; });
             if (f.size >= HEADER_BYTES && zeros)
@@ -2627,7 +2696,7 @@ static void read_window(WindowReader& r, int* x, int* y) {  // the caller keeps 
 // Weights and state are one file, so they never disagree. Values pass through a buffer of a million, so a model is
 // never in memory twice.
 
-constexpr size_t CHUNK = 1 << 20;  // values
+static size_t chunk_values = 1 << 20;  // that are copied at a time (the tests make it small)
 constexpr size_t TRAILER_BYTES = 20;
 
 static std::string config_text(const Config& c) {
@@ -2643,6 +2712,8 @@ static std::string attention_text(const Config& c) {
         return format("skip %d/%d: %d of %d heads in %s read the keys and values of %s", c.skip_distance, c.skip_heads,
                       c.skip_heads, c.NH, layers(c.skip_distance, c.L - 1).c_str(),
                       layers(0, c.L - 1 - c.skip_distance).c_str());
+    if (c.attention == DEPTH && c.L == 1)
+        return format("depth %d/%d: one layer has none below it, so this is vanilla", c.depth_stride, c.depth_window);
     if (c.attention == DEPTH) {
         std::string sources, window = c.depth_window > 0 ? format(", and the %d just below it", c.depth_window) : "";
         for (int j = 0; j < c.L - 1; j += c.depth_stride) sources += format(j > 0 ? ", %d" : "%d", j);
@@ -2719,7 +2790,7 @@ static ModelFile open_model(const std::string& path) {
 
 // The CRC-32 of a part of the file.
 static uint32_t part_crc(const InputFile& f, size_t begin, size_t end) {
-    std::vector<uint8_t> buffer(std::min(end - begin, CHUNK));
+    std::vector<uint8_t> buffer(std::min(end - begin, chunk_values));
     uint32_t crc = 0;
     for (size_t n; begin < end; begin += n) {
         n = std::min(end - begin, buffer.size());
@@ -2730,7 +2801,7 @@ static uint32_t part_crc(const InputFile& f, size_t begin, size_t end) {
 }
 
 // Dies where the file isn't what was once written. A file without a trailer, llm.c's, has nothing to go by.
-static void verify_model(const ModelFile& m, bool state) {
+static void verify_model(const ModelFile& m) {
     if (!m.trailer) return;
     const char* name = m.file.path.c_str();
     uint32_t trailer[5];
@@ -2740,16 +2811,16 @@ static void verify_model(const ModelFile& m, bool state) {
     memcpy(&length, trailer + 3, 8);
     if (trailer[0] != TRAILER_MAGIC || length != m.file.size) die("%s: does not end in its trailer: truncated", name);
     if (part_crc(m.file, 0, state_begin(m)) != trailer[1]) die("%s: the weights' checksum is wrong: damaged", name);
-    if (state && part_crc(m.file, state_begin(m), end) != trailer[2])
+    if (part_crc(m.file, state_begin(m), end) != trailer[2])
         die("%s: the training state's checksum is wrong: damaged", name);
 }
 
 // Copies n fp32 values at a byte offset of the file into the model's, from the first on.
 static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, size_t offset, size_t value_bytes) {
-    std::vector<float> values(std::min(CHUNK, m.values));
+    std::vector<float> values(std::min(chunk_values, m.values));
     std::vector<uint16_t> halves(value_bytes == 2 ? values.size() : 0);
-    for (size_t begin = 0; begin < m.values; begin += CHUNK) {
-        size_t n = std::min(CHUNK, m.values - begin);
+    for (size_t begin = 0; begin < m.values; begin += chunk_values) {
+        size_t n = std::min(chunk_values, m.values - begin);
         void* raw = value_bytes == 2 ? (void*)halves.data() : (void*)values.data();
         must_read_at(m.file, offset + begin * value_bytes, raw, n * value_bytes);
         if (value_bytes == 2)  // bf16 is the upper half of an fp32
@@ -2766,13 +2837,13 @@ static void read_parameters(const ModelFile& m, Model* model) {
 // have a stream each, so that any number of threads makes the same.
 static void initialize_parameters(Model* model, const Config& c, uint64_t seed) {
     constexpr size_t BLOCK = 1 << 16;
-    std::vector<float> values(std::min(CHUNK, parameter_count(c)));
+    std::vector<float> values(std::min(chunk_values, parameter_count(c)));
     TensorTable table = tensor_table(c);
     for (int i = 0; i < TENSORS; i++) {
         const Tensor& t = table[i];
         size_t live = i == WTE ? (size_t)c.V * c.C : t.size();  // wte's padded rows are 0
-        for (size_t begin = 0; begin < t.size(); begin += CHUNK) {
-            size_t n = std::min(CHUNK, t.size() - begin);
+        for (size_t begin = 0; begin < t.size(); begin += chunk_values) {
+            size_t n = std::min(chunk_values, t.size() - begin);
 #pragma omp parallel for schedule(static)
             for (size_t block = 0; block < n; block += BLOCK) {
                 Random r = random_stream(seed, INITIAL_VALUES, (uint64_t)i, begin + block);
@@ -2814,10 +2885,10 @@ static void write_checkpoint(const std::string& path, const std::string& copy, c
     OutputFile f = create_file(path);
     write_file(f, h.data(), HEADER_BYTES);
     size_t total = parameter_count(c);
-    std::vector<float> values(std::min(CHUNK, total));
+    std::vector<float> values(std::min(chunk_values, total));
     auto write_quantity = [&](Quantity quantity) {
-        for (size_t begin = 0; begin < total; begin += CHUNK) {
-            size_t n = std::min(CHUNK, total - begin);
+        for (size_t begin = 0; begin < total; begin += chunk_values) {
+            size_t n = std::min(chunk_values, total - begin);
             model_get(model, quantity, begin, n, values.data());
             write_file(f, values.data(), 4 * n);
         }
@@ -2838,10 +2909,12 @@ static void write_checkpoint(const std::string& path, const std::string& copy, c
     memcpy(trailer + 3, &length, 8);
     write_file(f, trailer, TRAILER_BYTES);
 
-    // A second name for the same file costs nothing. Where the file system has no such names, it is written twice.
-    if (!copy.empty()) unlink(copy.c_str());
-    bool named = copy.empty() || link(f.temporary.c_str(), copy.c_str()) == 0;
     commit_file(f);
+    if (copy.empty()) return;
+    // A second name for the same file costs nothing. Where the file system has no such names, it is written twice.
+    std::string temporary = copy + ".tmp";
+    unlink(temporary.c_str());
+    bool named = link(path.c_str(), temporary.c_str()) == 0 && rename(temporary.c_str(), copy.c_str()) == 0;
     if (!named) write_checkpoint(copy, "", model, c, state);
 }
 
@@ -2887,9 +2960,10 @@ static ModelFile open_weights(const Options& o, const char* command) {
     const char* name = o.model.c_str();
     if (o.model.empty()) die("%s needs --model FILE, a model with weights that train wrote", command);
     if (find_shape(o.model)) die("--model %s is a shape without weights; %s needs a file of train's", name, command);
-    if (!exists(o.model)) die("--model %s: no such file, nor a shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl", name);
+    if (!exists(o.model) && errno == ENOENT)
+        die("--model %s: no such file, nor a shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl", name);
     ModelFile m = open_model(o.model);
-    verify_model(m, false);
+    verify_model(m);
     return m;
 }
 
@@ -2934,7 +3008,8 @@ static Config configure(Options& o, const OptionTable& table, CommandBit command
     if (file && !is_given(table, "attention")) o.attention = c.attention;
     for (const char* option : {"skip-distance", "skip-heads", "depth-stride", "depth-window"}) {
         const char* needed = attention_names[strncmp(option, "skip", 4) == 0 ? SKIP : DEPTH];
-        if (command != DESCRIBE && is_given(table, option) && strcmp(needed, attention_names[o.attention]) != 0)
+        bool any = command == DESCRIBE || command == BENCH;  // they go through all three
+        if (!any && is_given(table, option) && strcmp(needed, attention_names[o.attention]) != 0)
             die("--%s needs --attention %s, and this is %s", option, needed, attention_names[o.attention]);
     }
     c = with_attention(c, o.attention, o, file);
@@ -2943,7 +3018,6 @@ static Config configure(Options& o, const OptionTable& table, CommandBit command
     std::string wrong = config_error(c);
     if (!wrong.empty()) die("the options ask for %s", wrong.c_str());
 
-    if (o.precision == BF16) die("--precision bf16 is not in this build; fp32 is");
     if (o.sequence < 1) o.sequence = std::min(c.maxT, 1024);
     if (o.sequence > c.maxT) die("--sequence %d is longer than the model's context, %d", o.sequence, c.maxT);
     if ((size_t)o.batch * (size_t)o.sequence > 1 << 26)
@@ -2957,11 +3031,9 @@ static double flops_per_token(const Config& c, int T) {
     double L = c.L, C = c.C, V = c.V;
     double flops = 6 * (V * C + 12 * L * C * C) + 6 * L * C * T;
     for (int l = 0; l < c.L; l++) {
-        for (int h = 0; h < c.NH; h++)  // keys and values that nobody reads are not projected
-            if (!has_reader(c, l, h)) flops -= 6 * 2 * c.head_size() * C;
-        int sources = 0;
-        for (int j = 0; j < l; j++) sources += is_source(c, j, l);
-        if (sources > 0) flops += 12 * C * (sources + 1);
+        flops -= 6 * 2 * (C - kv_channels(c, l)) * C;  // keys and values that nobody reads are not projected
+        size_t sources = depth_sources(c, l).size();
+        if (sources > 0) flops += 12 * C * (double)(sources + 1);
     }
     return flops;
 }
@@ -3181,8 +3253,8 @@ static double learning_rate(const Options& o, int step) {
 }
 
 // Locks the folder for this process until it ends, however that may be. Returns false where there is no such folder.
-static bool lock_folder(const std::string& path) {
-    int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+static bool lock_folder(const std::string& path, int& fd) {
+    fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0 && errno == ENOENT) return false;
     if (fd < 0) die("--out %s: %s", path.c_str(), strerror(errno));
     if (flock(fd, LOCK_EX | LOCK_NB) == 0) return true;  // fd stays open
@@ -3192,15 +3264,17 @@ static bool lock_folder(const std::string& path) {
 }
 
 // Dies where the folder isn't fit for what is asked. Returns whether it exists, and is locked now.
-static bool check_folder(const Options& o) {
-    bool found = lock_folder(o.out);
+static bool check_folder(const Options& o, int& fd) {
+    bool found = lock_folder(o.out, fd);
     std::string place = o.out;
     while (!found && !exists(place) && place != folder_of(place)) place = folder_of(place);  // where it would be made
     if (access(place.c_str(), W_OK | X_OK) != 0) die("--out %s: %s: %s", o.out.c_str(), place.c_str(), strerror(errno));
     bool checkpoint = exists(o.out + "/model.bin");
     if (o.resume && !checkpoint) die("--resume: there is nothing to resume in %s: it has no model.bin", o.out.c_str());
-    if (!o.resume && !o.overwrite && (checkpoint || exists(o.out + "/metrics.csv")))
+    if (!o.resume && !o.overwrite && checkpoint)
         die("--out %s holds a run: --resume goes on with it, --overwrite replaces it", o.out.c_str());
+    if (!o.resume && !o.overwrite && exists(o.out + "/metrics.csv"))
+        die("--out %s holds the metrics.csv of a run without its checkpoint: --overwrite replaces it", o.out.c_str());
     return found;
 }
 
@@ -3216,7 +3290,8 @@ struct Run {
     Progress progress = {};
     FILE* metrics = nullptr;
     Evaluation validation = {};  // the latest
-    int saved = 0;               // the step that DIR/model.bin is of; 0: there is none
+    int saved = 0;               // the step that DIR/model.bin is of
+    int folder = -1;             // DIR, open and locked
 
     std::string path(const std::string& name) const { return o.out + "/" + name; }
 };
@@ -3256,7 +3331,7 @@ static Progress read_progress(const State& state, const Options& o, const char* 
     Progress p;
     p.epoch = number("epoch"), p.position = number("position");
     p.step = (int)std::min<uint64_t>(number("step"), INT_MAX);
-    if (p.step < 1 || p.step > o.steps) die("%s: is at step %d of %d: damaged", path, p.step, o.steps);
+    if (p.step > o.steps) die("%s: is at step %d of %d: damaged", path, p.step, o.steps);
     if (auto due = state.find("due"); due != state.end())
         p.due = sscanf(due->second.c_str(), "%lf %lf %lf", &p.loss, &p.norm, &p.milliseconds) == 3;
     return p;
@@ -3282,7 +3357,7 @@ static void remove_run(const Run& run) {
         bool numbered = name.starts_with("model_") && name.ends_with(".bin") && name.size() > 10 &&
                         name.find_first_not_of("0123456789", 6) == name.size() - 4;
         bool tokenizer = name == "tokenizer.bin" && !run.tokenizer.known();
-        if (!numbered && !tokenizer && name != "model.bin" && name != "metrics.csv") continue;
+        if (!numbered && !tokenizer) continue;
         if (unlink(entry.path().c_str()) != 0) die("%s: cannot be removed: %s", entry.path().c_str(), strerror(errno));
     }
 }
@@ -3292,7 +3367,9 @@ static void remove_run(const Run& run) {
 static FILE* open_metrics(const Run& run) {
     std::string path = run.path("metrics.csv"), kept = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n";
     int last = run.progress.step - run.progress.due;
-    if (FILE* old = run.o.resume ? fopen(path.c_str(), "r") : nullptr) {
+    FILE* old = run.o.resume ? fopen(path.c_str(), "r") : nullptr;
+    if (run.o.resume && !old && errno != ENOENT) die("%s: %s", path.c_str(), strerror(errno));
+    if (old) {
         char* line = nullptr;
         size_t size = 0;
         int previous = 0;
@@ -3315,6 +3392,10 @@ static bool is_due(int every, const Run& run) {
 }
 
 static void save_run(Run& run) {
+    struct stat now, locked;
+    if (stat(run.o.out.c_str(), &now) != 0 || fstat(run.folder, &locked) != 0 || now.st_ino != locked.st_ino)
+        die("--out %s: the folder was removed or replaced during the run; step %d could not be saved", run.o.out.c_str(),
+            run.progress.step);
     fsync(fileno(run.metrics));  // its rows up to here are never to be written again
     bool keep = run.o.keep && is_due(run.o.save_every, run);  // and not what a signal asked for
     std::string copy = keep ? run.path(format("model_%06d.bin", run.progress.step)) : "";
@@ -3325,10 +3406,8 @@ static void save_run(Run& run) {
 // A run that has left the finite numbers never comes back.
 static void check_finite(const Run& run, const char* what, double value) {
     if (std::isfinite(value)) return;
-    die("%s became %s in step %d; %s; a lower --lr or a longer --warmup may help", what,
-        std::isnan(value) ? "NaN" : "infinite", run.progress.step,
-        run.saved > 0 ? format("%s is still that of step %d", run.path("model.bin").c_str(), run.saved).c_str()
-                      : "no checkpoint had been saved yet");
+    die("%s became %s in step %d; %s is of step %d; a lower --lr or a longer --warmup may help", what,
+        std::isnan(value) ? "NaN" : "infinite", run.progress.step, run.path("model.bin").c_str(), run.saved);
 }
 
 static void print_start(const Run& run, size_t memory_needed, double peak) {
@@ -3445,12 +3524,12 @@ static void train(Options& o, OptionTable& table, const char* program) {
     Run run = {o, table};
     const std::string checkpoint = run.path("model.bin");
     const char* name = checkpoint.c_str();
-    bool locked = check_folder(o);
+    bool locked = check_folder(o, run.folder);
     std::optional<ModelFile> file;
     State state;
     if (o.resume) {
         file = open_model(checkpoint);
-        verify_model(*file, true);
+        verify_model(*file);
         state = read_state(*file);
         if (state.empty()) die("%s holds weights without training state; begin a new run with --model %s", name, name);
         recall_options(table, state, name);
@@ -3489,7 +3568,7 @@ static void train(Options& o, OptionTable& table, const char* program) {
     if (o.steps < 1) o.steps = (int)std::clamp<size_t>(pass, 1, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
     if (o.warmup > o.steps) die("--warmup %d is more than --steps %d", o.warmup, o.steps);
-    if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // 6e-05, not 5.9999999999999995e-05
+    if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // few digits, as one would give
     if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
     if (o.val_batches < 0) o.val_batches = 20;
     const std::string own_tokenizer = run.path("tokenizer.bin");
@@ -3529,15 +3608,17 @@ static void train(Options& o, OptionTable& table, const char* program) {
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (error) die("--out %s could not be made: %s", o.out.c_str(), error.message().c_str());
-        check_folder(o);  // again: another process may have been faster
+        check_folder(o, run.folder);  // again: another process may have been faster
     }
-    if (o.overwrite) remove_run(run);
-    if (run.tokenizer.known()) write_whole(own_tokenizer, run.tokenizer.content);
-    run.metrics = open_metrics(run);
-
-    // 7. Train. A file size limit or a closed pipe shall be an error of the write, not the end of the process.
-    signal(SIGXFSZ, SIG_IGN);
     signal(SIGPIPE, SIG_IGN);
+    if (run.tokenizer.known()) write_whole(own_tokenizer, run.tokenizer.content);
+    // A new run saves its start. So --resume never takes a former run's checkpoint for this one's, the former run is
+    // whole until this one can take its place, and a disk too full for a checkpoint shows now.
+    if (!o.resume) write_checkpoint(checkpoint, "", run.model, run.c, run_state(run));
+    run.metrics = open_metrics(run);
+    if (o.overwrite) remove_run(run);
+
+    // 7. Train
     struct sigaction action = {};
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
@@ -3681,11 +3762,99 @@ static void describe(Options& o, OptionTable& table) {
     row("generating: all, with a full cache", [&](const Config& a) { return mebibytes(decoding(a).total()); });
 }
 
+// The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
+static double peak_resident() {
+    double kilobytes = 0;
+    char line[128];
+    FILE* status = fopen("/proc/self/status", "r");
+    while (status && fgets(line, sizeof line, status))
+        if (sscanf(line, "VmHWM: %lf", &kilobytes) == 1) break;
+    if (status) fclose(status);
+    if (FILE* reset = fopen("/proc/self/clear_refs", "w")) {
+        fputs("5", reset);  // begins anew
+        fclose(reset);
+    }
+    return kilobytes / 1024;
+}
+
+static double median(std::vector<double> v) {
+    std::sort(v.begin(), v.end());
+    return v[v.size() / 2];
+}
+
+static void bench(Options& o, OptionTable& table) {
+    const Precision precision = (Precision)o.precision;
+    if (!o.model.empty() && !find_shape(o.model)) die("bench takes a shape, not the file --model %s", o.model.c_str());
+    const Config shape = configure(o, table, BENCH, nullptr, {});
+    const int B = o.batch, T = o.sequence, steps = o.steps > 0 ? o.steps : 5;
+    Random r = random_stream((uint64_t)o.seed, SAMPLES);
+    std::vector<int> x((size_t)B * (size_t)T), y(x.size());
+    for (std::vector<int>* tokens : {&x, &y})
+        for (int& t : *tokens) t = (int)r.below((uint64_t)shape.V);
+
+    printf("%s\nbatch %d, sequence %d, %s, %s; %d steps after one to warm up\n\n", config_text(shape).c_str(), B, T,
+           precision_names[precision], device_name().c_str(), steps);
+    printf("%-12s %9s %9s %10s %9s %9s %9s\n", "attention", "ms/step", "best", "tokens/s", "GFLOP/s", "of peak", "MiB");
+    const double bandwidth = o.profile ? device_bandwidth() : 0;
+    for (int a : {VANILLA, SKIP, DEPTH}) {
+        if (is_given(table, "attention") && a != o.attention) continue;
+        const Config c = with_attention(shape, a, o, nullptr);
+        const Workload work = {B, T, true, 0};
+        peak_resident();
+        check_memory(model_memory(c, precision, work), 0, "a smaller --batch, --sequence or model needs less");
+        Model* model = model_create(c, precision, work);
+        initialize_parameters(model, c, (uint64_t)o.seed);
+        std::vector<double> times, peaks;
+        std::vector<Share> before;
+        for (int step = 0; step <= steps; step++) {
+            peaks.push_back(device_peak(precision));
+            double start = seconds();
+            model_set_inputs(model, x.data(), y.data());
+            model_forward(model, true, 1);
+            model_backward(model);
+            model_update(model, {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f}, 1, step + 1);
+            model_loss(model);
+            if (step > 0) times.push_back(seconds() - start);
+            else before = model_profile();
+        }
+        std::vector<Share> after = model_profile();
+        model_free(model);
+        double time = median(times), tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
+        double peak = median(peaks);
+        printf("%-12s %9.1f %9.1f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
+               *std::min_element(times.begin(), times.end()) * 1e3, tokens / time, flops / time * 1e-9,
+               100 * flops / time / peak, peak_resident());
+        fflush(stdout);
+        if (!o.profile) continue;
+
+        // Each kind of work: its time a step, and its rate beside the limit it has: operations or memory.
+        double sum = 0, all = 0;
+        for (double t : times) all += t / steps;
+        auto row = [&](const char* name, double s, double rate, const char* unit, double limit) {
+            printf("    %-14s %9.1f ms %5.1f%%", name, s * 1e3, 100 * s / all);
+            if (limit > 0) printf("  %8.1f %s, %.0f%% of %.0f", rate * 1e-9, unit, 100 * rate / limit, limit * 1e-9);
+            printf("\n");
+        };
+        for (size_t i = 0; i < after.size(); i++) {
+            double s = (after[i].seconds - before[i].seconds) / steps;
+            double operations = (after[i].flops - before[i].flops) / steps, bytes = (after[i].bytes - before[i].bytes) / steps;
+            sum += s;
+            if (s == 0) continue;
+            if (operations / peak > bytes / bandwidth) row(after[i].name, s, operations / s, "GFLOP/s", peak);
+            else row(after[i].name, s, bytes / s, "GB/s", bandwidth);
+        }
+        row("other", all - sum, 0, "", 0);
+    }
+}
+
 // --------------------------------------------------------------------------------------------------------------------
 // The command line
 
 [[maybe_unused]] static int run_program(int argc, char** argv) {
     const char* program = argv[0];
+    for (int fd = 0; fd < 3; fd++)  // lest a file of ours become standard output where that is closed
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
+    signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error of the write, not the end of the process
     Options o;
     OptionTable table = option_table(o);
     std::string word = argc > 1 ? argv[1] : "";
@@ -3695,24 +3864,23 @@ static void describe(Options& o, OptionTable& table) {
         names.push_back(c.name);
         if (word == c.name) command = &c;
     }
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--help") != 0 && strcmp(argv[i], "-h") != 0) continue;
+    if (word.empty() || is_help(word)) {
+        print_help(word.empty() ? stderr : stdout, program, table, nullptr);
+        return word.empty();
+    }
+    if (!command && word[0] == '-') die("a command stands first: %s train, eval, generate, describe or bench", program);
+    if (!command) die("there is no command %s; did you mean %s?", word.c_str(), nearest(word, names).c_str());
+    if (!parse_options(table, *command, argc, argv)) {
         print_help(stdout, program, table, command);
         return 0;
     }
-    if (argc < 2) {
-        print_help(stderr, program, table, nullptr);
-        return 1;
-    }
-    if (!command && word[0] == '-') die("a command stands first: %s train, eval, generate or describe", program);
-    if (!command) die("there is no command %s; did you mean %s?", word.c_str(), nearest(word, names).c_str());
-    parse_options(table, *command, argc, argv);
 
     device_init();
     switch (command->bit) {
         case TRAIN: train(o, table, program); break;
         case EVAL: eval(o, table); break;
         case GENERATE: generate(o, table); break;
+        case BENCH: bench(o, table); break;
         default: describe(o, table);
     }
     if (command->bit != TRAIN && (fflush(stdout) != 0 || ferror(stdout))) die("standard output could not be written");

@@ -5,8 +5,9 @@ It is written from the formulas alone and for clarity, not speed: no KV cache, n
 
     reference.py dump --out PREFIX ...      a random model and what it computes: PREFIX.model.bin, PREFIX.state.bin
     reference.py check MODEL STATE          computes such a pair again and compares
+    reference.py round MODEL STATE          writes how far rounding to bf16 moves each part of it: PREFIX.bf16.txt
     reference.py generate --model MODEL ... greedy decoding: in each line a token, and by how much its logit led
-    reference.py all                        rewrites the dumps that are kept in dev/reference/
+    reference.py all                        rewrites what is kept in dev/reference/: dumps and what `round` writes
 
 Dimensions: B batch, T time, C channels, NH heads, HS = C/NH head size, L layers, V vocabulary, Vp = V padded to a
 multiple of 128, maxT context.
@@ -76,6 +77,28 @@ class Config:
                 "fcprojw": (L, C, 4 * C), "fcprojb": (L, C), "lnfw": (C,), "lnfb": (C,)}
 
 
+class Rounded(torch.autograd.Function):
+    """x rounded to bf16, and on the way back its gradient, which by then is summed over all that read x."""
+
+    @staticmethod
+    def forward(ctx, x, values, gradients):
+        ctx.gradients = gradients
+        return x.bfloat16().double() if values else x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx.bfloat16().double() if ctx.gradients else dx, None, None
+
+
+# The model is written with a rounding r(x) at each point where bf16 training rounds: r is one of these two.
+def exact(x, values=True, gradients=True):
+    return x
+
+
+def to_bf16(x, values=True, gradients=True):
+    return Rounded.apply(x, values, gradients)
+
+
 def layernorm(x, w, b):
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
@@ -90,11 +113,21 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def causal_attention(q, k, v):  # each (B, NH, T, HS)
+def softmax_mean(scores, x, r_weights, r):
+    """softmax(scores) x, with scores (.., n, S) and x (.., S, HS)."""
+    weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True).detach())
+    total = weights.sum(-1, keepdim=True)  # 1, but not constant
+    mean = r_weights(weights, gradients=False) @ x
+    # mean / total, whose derivative by the total is -mean. Backward reads that from memory, rounded; hence it stands apart.
+    return mean + (1 - total) * r(mean).detach()
+
+
+def causal_attention(q, k, v, r):  # each (B, NH, T, HS)
     T, HS = q.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(HS)  # (B, NH, T, T)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(future, -math.inf), dim=-1) @ v
+    scores = r(scores.masked_fill(future, -math.inf), values=False)
+    return softmax_mean(scores, v, r, r)
 
 
 def skip_sources(c, l, k, v):
@@ -104,41 +137,46 @@ def skip_sources(c, l, k, v):
     return tuple(torch.stack([y[source[h]][:, h] for h in range(c.NH)], dim=1) for y in (k, v))
 
 
-def depth_mix(c, l, q, k, mixed, v):
+def depth_mix(c, l, q, k, mixed, v, r):
     """Layer l's values v mixed, at each token, with those of its sources, which are mixed already."""
     sources = [j for j in range(l) if j % c.depth_stride == 0 or j >= l - c.depth_window]
-    k = torch.stack([k[j] for j in [*sources, l]])  # (S, B, NH, T, HS)
-    x = torch.stack([mixed[j] for j in sources] + [v])  # (S, B, NH, T, HS)
-    scores = (q * k).sum(-1) / math.sqrt(q.shape[-1])  # (S, B, NH, T): a token's query with its own keys only
-    a = torch.exp(scores) / torch.exp(scores).sum(0)  # softmax over the sources and the layer itself
-    return (a.unsqueeze(-1) * x).sum(0)
+    k = torch.stack([k[j] for j in [*sources, l]], dim=-2)  # (B, NH, T, S, HS)
+    x = torch.stack([mixed[j] for j in sources] + [v], dim=-2)  # (B, NH, T, S, HS)
+    # A token's query with its own keys only: (B, NH, T, 1, S)
+    scores = q.unsqueeze(-2) @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    # Softmax sees differences only. Taken from the own score, its gradient is minus the sum of the others', without v.
+    scores = scores - scores[..., -1:]
+    return softmax_mean(scores, x, exact, r).squeeze(-2)
 
 
-def forward(c, p, x):
-    """Tokens x (B, T) to logits (B, T, V), with the parameters p."""
+def forward(c, p, x, r=exact):
+    """Tokens x (B, T) to logits (B, T, V), with the parameters p, rounded by r."""
     B, T = x.shape
-    residual = p["wte"][x] + p["wpe"][:T]  # (B, T, C)
+    p = {name: r(t, gradients=False) for name, t in p.items()}  # a working copy; p itself and its gradient stay exact
+    residual = r(p["wte"][x] + p["wpe"][:T])  # (B, T, C)
     keys, values = [], []  # one (B, NH, T, HS) a layer; with depth the values are the mixed ones
 
     for l in range(c.L):
-        normed = layernorm(residual, p["ln1w"][l], p["ln1b"][l])
-        qkv = linear(normed, p["qkvw"][l], p["qkvb"][l])  # (B, T, 3C)
+        normed = r(layernorm(residual, p["ln1w"][l], p["ln1b"][l]))
+        qkv = r(linear(normed, p["qkvw"][l], p["qkvb"][l]))  # (B, T, 3C)
         q, k, v = (y.reshape(B, T, c.NH, c.C // c.NH).transpose(1, 2) for y in qkv.split(c.C, dim=-1))
         keys.append(k)
         if c.attention == "depth":
-            v = depth_mix(c, l, q, keys, values, v)
+            v = r(depth_mix(c, l, q, keys, values, v, r))
         values.append(v)
         if c.attention == "skip":
             k, v = skip_sources(c, l, keys, values)
-        o = causal_attention(q, k, v).transpose(1, 2).reshape(B, T, c.C)
-        residual = residual + linear(o, p["attprojw"][l], p["attprojb"][l])
+        q = r(q, values=False)  # attention's dq is rounded before the mixing adds its share
+        o = r(causal_attention(q, k, v, r).transpose(1, 2).reshape(B, T, c.C))
+        residual = r(residual + linear(o, p["attprojw"][l], p["attprojb"][l]))
 
-        normed = layernorm(residual, p["ln2w"][l], p["ln2b"][l])
-        hidden = gelu(linear(normed, p["fcw"][l], p["fcb"][l]))  # (B, T, 4C)
-        residual = residual + linear(hidden, p["fcprojw"][l], p["fcprojb"][l])
+        normed = r(layernorm(residual, p["ln2w"][l], p["ln2b"][l]))
+        hidden = r(linear(normed, p["fcw"][l], p["fcb"][l]))  # (B, T, 4C)
+        hidden = r(gelu(hidden), gradients=False)  # its gradient goes on, in fp32, through GELU
+        residual = r(residual + linear(hidden, p["fcprojw"][l], p["fcprojb"][l]))
 
-    normed = layernorm(residual, p["lnfw"], p["lnfb"])
-    return normed @ p["wte"][: c.V].T  # the padding is no token: no logit, no gradient
+    normed = r(layernorm(residual, p["lnfw"], p["lnfb"]))
+    return r(normed @ p["wte"][: c.V].T)  # the padding is no token: no logit, no gradient
 
 
 def cross_entropy(logits, y):  # mean over (B, T)
@@ -149,9 +187,9 @@ def cross_entropy(logits, y):  # mean over (B, T)
 # What a dump records
 
 
-def compute(c, p, x, y, adamw, steps):
+def compute(c, p, x, y, adamw=(0.0,) * 5, steps=0, r=exact):
     """Logits, loss and gradients on x, y; then AdamW steps, with the loss before each. The parameters p change."""
-    logits = forward(c, p, x)
+    logits = forward(c, p, x, r)
     loss = cross_entropy(logits, y)
     loss.backward()
     result = {"logits": logits.detach(), "loss": loss.detach()}
@@ -164,11 +202,37 @@ def compute(c, p, x, y, adamw, steps):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = cross_entropy(forward(c, p, x), y)
+        loss = cross_entropy(forward(c, p, x, r), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     return result | ({"losses": torch.stack(losses)} if losses else {})
+
+
+def blocks(result):
+    """What is compared on its own: logits, loss, and of each gradient each layer; of qkv the share of q, k and v."""
+    for name, a in result.items():
+        whole = name in ("logits", "loss", "dwte", "dwpe", "dlnfw", "dlnfb")
+        for l, layer in enumerate([a] if whole else a):
+            parts = zip((".q", ".k", ".v"), layer.chunk(3)) if name.startswith("dqkv") else [("", layer)]
+            for part, block in parts:
+                yield name + ("" if whole else f".{l}") + part, block
+
+
+NEARBY = 128  # models
+
+
+def rounding_errors(c, p, x, y):
+    """By block, the rms error of bf16. In one model it is an accident where a block is small (the loss is one number).
+    So it is taken over models around p, far enough from each other that each rounds in its own way."""
+    rng = np.random.default_rng(0)
+    squares = {}
+    for _ in range(NEARBY):
+        near = {name: a.detach().numpy() * rng.normal(1, 0.01, a.shape) for name, a in p.items()}
+        should, does = (dict(blocks(compute(c, promote(near), x, y, r=r))) for r in (exact, to_bf16))
+        for name in should:
+            squares[name] = squares.get(name, 0) + ((does[name] - should[name]) ** 2).mean().item()
+    return {name: math.sqrt(s / NEARBY) for name, s in squares.items()}
 
 
 def random_parameters(c, rng):
@@ -310,6 +374,21 @@ def check(args):
         die(f"{args.state}: {wrong} of {len(result)} arrays are not what {args.model} computes")
 
 
+def write_rounding(model, state):
+    torch.set_num_threads(1)
+    c, p = read_model(model, {})
+    arrays, _ = read_state(state, c)
+    errors = rounding_errors(c, p, torch.tensor(arrays["x"]).long(), torch.tensor(arrays["y"]).long())
+    path = state.removesuffix(".state.bin") + ".bf16.txt"
+    try:
+        with open(f"{path}.part", "w") as file:
+            file.writelines(f"{name} {error:.3e}\n" for name, error in errors.items())
+        os.replace(f"{path}.part", path)
+    except OSError as e:
+        die(f"{path}: {e.strerror}")
+    print(path)
+
+
 @torch.no_grad()
 def greedy(c, p, tokens, n):
     """The likeliest next token, n times, each with its logit's lead over the next best."""
@@ -352,8 +431,10 @@ def write_all(args):
         n = {field: int(number) for field, number in re.findall(r"_([A-Za-z]+)(\d+)", name)}
         c = Config(n["T"] + 3, n["V"], n["L"], n["NH"], n["C"], name.split("_")[0],
                    n.get("nl"), n.get("nh"), n.get("s"), n.get("w"))
-        write_dump(os.path.join(args.out, name), c, n["B"], n["T"], seed, steps=4, adamw=list(ADAMW.values()))
+        prefix = os.path.join(args.out, name)
+        write_dump(prefix, c, n["B"], n["T"], seed, steps=4, adamw=list(ADAMW.values()))
         print(name)
+        write_rounding(f"{prefix}.model.bin", f"{prefix}.state.bin")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -387,6 +468,8 @@ KEPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reference")
 COMMANDS = [
     ("dump", dump, DUMP_OPTIONS, "write a random model and what it computes"),
     ("check", check, [], "compute a dump again and compare"),
+    ("round", lambda args: write_rounding(args.model, args.state), [],
+     "write beside STATE, as .bf16.txt, how far rounding to bf16 moves each part of it"),
     ("generate", generate, GENERATE_OPTIONS, "greedy decoding: in each line a token and its logit's lead"),
     ("all", write_all, [("out", str, KEPT, "folder")], "rewrite the dumps that are kept"),
 ]
@@ -408,7 +491,7 @@ def main(argv=None):
             meaning += "" if default in (None, ...) else f" (default: {default})"
             command.add_argument("--" + option.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
                                  choices=ATTENTIONS if option == "attention" else None, help=meaning, **given)
-        if function is check:
+        if name in ("check", "round"):
             command.add_argument("model", metavar="MODEL")
             command.add_argument("state", metavar="STATE")
     args = parser.parse_args(argv)

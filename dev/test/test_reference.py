@@ -111,7 +111,7 @@ def test_vanilla_from_pytorch_layers(monkeypatch):
     p, x, y = random_case(c, 2, 9, seed=4)
     ours = reference.compute(c, p, x, y, ADAMW, 0)
     for name, theirs in {
-        "causal_attention": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "causal_attention": lambda q, k, v, r: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         "layernorm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
         "gelu": lambda x: F.gelu(x, approximate="tanh"),
         "cross_entropy": lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()),
