@@ -2324,7 +2324,7 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
     int reason = status == GLOB_ABORTED ? errno : ENOENT;  // a folder that cannot be read
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
     globfree(&found);
-    if (paths.empty()) die("--%s %s: %s", option, pattern.c_str(), strerror(reason));
+    if (paths.empty()) die("--%s %s: %s", option, pattern.c_str(), reason == ENOENT ? "no such file" : strerror(reason));
     std::sort(paths.begin(), paths.end());
     return paths;
 }
@@ -3406,7 +3406,7 @@ static void save_run(Run& run) {
 // A run that has left the finite numbers never comes back.
 static void check_finite(const Run& run, const char* what, double value) {
     if (std::isfinite(value)) return;
-    die("%s became %s in step %d; %s is of step %d; a lower --lr or a longer --warmup may help", what,
+    die("%s became %s in step %d; %s is still that of step %d; a lower --lr or a longer --warmup may help", what,
         std::isnan(value) ? "NaN" : "infinite", run.progress.step, run.path("model.bin").c_str(), run.saved);
 }
 

@@ -1,9 +1,16 @@
-"""Shared by the tests: the repository's root, the real texts of TEST_DATA, GPT-2's vocabulary for tiktoken."""
+"""Shared by the tests: the repository's root, the program and runs of it, the real texts of TEST_DATA, GPT-2's
+vocabulary for tiktoken."""
 
 import os
 import pathlib
 
 import pytest
+
+pytest.register_assert_rewrite("helpers")
+from helpers import (
+    ATTENTIONS, BYTES_AND_END_OF_TEXT, END_OF_TEXT, Program, made_up_tokens, training, write_shard,
+    write_tokenizer,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The names under which tiktoken looks for the files that it would otherwise download.
@@ -11,6 +18,10 @@ TIKTOKEN_NAMES = {
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
     "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
 }
+# PROGRAM=train_gpt2_sanitized runs all tests with that build.
+PROGRAM = os.environ.get("PROGRAM", "train_gpt2")
+SANITIZED = "train_gpt2_sanitized"
+BUILDS = [PROGRAM] + [SANITIZED] * (PROGRAM != SANITIZED and (ROOT / SANITIZED).exists())
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +51,45 @@ def gpt2_bpe(test_data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         yield tiktoken.get_encoding("gpt2")
+
+
+def find_program(name):
+    if not (ROOT / name).is_file():
+        pytest.fail(f"there is no {name}: run make")
+    return Program(ROOT / name)
+
+
+@pytest.fixture(scope="session")
+def program():
+    return find_program(PROGRAM)
+
+
+@pytest.fixture(scope="session", params=BUILDS)
+def each_build(request):
+    """For quick tests: the program, and the one that watches its own memory and arithmetic, where that is built."""
+    return find_program(request.param)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Three shards to train on, one to validate on, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    for i, n in enumerate([700, 1500, 333]):
+        write_shard(folder / f"train_{i}.bin", made_up_tokens(n, seed=i))
+    write_shard(folder / "val_0.bin", made_up_tokens(400, seed=7))
+    write_tokenizer(folder / "tokenizer.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(program, data, tmp_path_factory):
+    """The folder of a finished run for each attention. Tests do not write into it."""
+    folder = tmp_path_factory.mktemp("finished")
+    for attention in ATTENTIONS:
+        program.run(*training(data, folder / attention, "--attention", attention))
+    return {attention: folder / attention for attention in ATTENTIONS}
+
+
+@pytest.fixture(scope="session")
+def model(finished):
+    return finished["depth"] / "model.bin"

@@ -1,0 +1,530 @@
+"""What users get wrong: each mistake is told in one line, with exit status 1, and nothing is left half-written."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+
+import pytest
+
+from helpers import (
+    ATTENTIONS, BYTES_AND_END_OF_TEXT, CHANNELS, CONTEXT, END_OF_TEXT, HEADER_BYTES, HEADS, LAYERS,
+    PADDED_VOCABULARY, SEQUENCE, SHARD_MAGIC, TIMEOUT, TOKENIZER_MAGIC, TRAILER_BYTES, VOCABULARY, WEIGHTS_END,
+    assert_one_line, changed, contents, ended, header, read_to_step, tokens_bytes, training, weights_only,
+    write_shard, write_tokenizer,
+)
+
+LARGEST = 2**31 - 1  # of an int32
+NEVER = 10**6        # steps of runs that do not end by themselves
+
+
+def joined(case):
+    """A test's name from words of the command line."""
+    return " ".join(case) if isinstance(case, list) else None
+
+
+# The command line
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--step", "3"], "no option --step; did you mean --steps"),
+    (["--temperature", "1"], "not an option of train"),
+    (["stray"], "'stray': no option stands before it"),
+    (["--lr"], "--lr needs a value"),
+    (["--lr", "--steps", "5"], "--lr needs a value"),
+    (["--lr", "1", "--lr", "1"], "--lr is given twice"),
+    (["--lr=1"], "blank in place of '='"),
+    (["--resume=1"], "blank in place of '='"),
+    (["--steps", "12abc"], "whole number"),
+    (["--steps", "1.5"], "whole number"),
+    (["--steps", ""], "whole number"),
+    (["--steps", " 5"], "whole number"),
+    (["--steps", "nan"], "whole number"),
+    (["--steps", "-5"], "must be from 1"),
+    (["--steps", "0"], "must be from 1"),
+    (["--steps", "99999999999999999999"], "must be from 1"),
+    (["--lr", "nan"], "must be a number"),
+    (["--lr", "inf"], "must be a number"),
+    (["--lr", "0x1"], "must be a number"),
+    (["--lr", "1e-3x"], "must be a number"),
+    (["--lr", "-1"], "must be from 0"),
+    (["--lr", "1e999"], "must be from 0"),
+    (["--min-lr", "1"], "--min-lr 1 is more than --lr"),
+    (["--warmup", "100"], "--warmup 100 is more than --steps"),
+    (["--attention", "skp"], "did you mean skip"),
+    (["--schedule", "cos"], "cosine"),
+    (["--precision", "fp64"], "must be one of"),
+    (["--heads", "3"], "16 channels, which are not a multiple of the 3 heads"),
+    (["--sequence", "33"], "--sequence 33 is longer than the model's context, 32"),
+    (["--total-batch", "100"], "--total-batch 100 is not a multiple of batch x sequence"),
+    (["--batch", "65536"], "not a multiple of batch x sequence"),
+    (["--vocab", "100"], "tokenizer.bin has 257 tokens"),
+    (["--vocab", "65537"], "must be from 1 to 65536"),
+    (["--skip-heads", "1"], "--skip-heads needs --attention skip"),
+    (["--attention", "depth", "--skip-distance", "1"], "--skip-distance needs --attention skip"),
+    (["--attention", "skip", "--depth-stride", "1"], "--depth-stride needs --attention depth"),
+    (["--attention", "skip", "--skip-heads", "3"], "skip heads 3, which must be from 0 to 2"),
+    (["--attention", "skip", "--skip-heads", "-1"], "must be from 0"),
+    (["--attention", "skip", "--skip-distance", "0"], "must be from 1"),
+    (["--attention", "skip", "--skip-distance", "65537"], "must be from 1"),
+    (["--attention", "depth", "--depth-stride", "0"], "must be from 1"),
+    (["--attention", "depth", "--depth-window", "-1"], "must be from 0"),
+    (["--model", "gpt3"], "gpt3: no such file, nor a shape"),
+    (["--model", "/tmp"], "is a folder"),
+    (["--tokenizer", "/none"], "No such file"),
+    (["--resume", "--overwrite"], "one of them"),
+], ids=joined)
+def test_option_is_refused(each_build, data, tmp_path, more, says):
+    each_build.fails(*training(data, tmp_path / "out", *more), says=says)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args, says", [
+    (["trian"], "no command trian; did you mean train"),
+    (["--steps", "5"], "a command stands first"),
+    (["train"], "train needs --out"),
+    (["train", "--out", "out"], "train needs --train"),
+    (["train", "--out", "out", "--train", ""], "train needs --train"),
+    (["eval"], "eval needs --model"),
+    (["generate"], "generate needs --model"),
+    (["generate", "--model", "gpt2"], "gpt2 is a shape without weights; generate needs a file"),
+    (["eval", "--model", "gpt2-xl", "--val", "x"], "gpt2-xl is a shape without weights; eval needs a file"),
+    (["describe", "--skip-heads", "13"], "skip heads 13, which must be from 0 to 12"),
+], ids=joined)
+def test_command_is_refused(each_build, args, says):
+    each_build.fails(*args, says=says)
+
+
+def test_no_command_shows_the_commands(each_build):
+    status, out, err = each_build.finish()
+    assert (status, out) == (1, b"")
+    assert b"Commands" in err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["train", "--help"], ["eval", "--batch", "2", "--help"],
+                                  ["generate", "-h"], ["describe", "--help"]], ids=joined)
+def test_help_is_no_error(each_build, args):
+    said = each_build.run(*args)
+    assert "--attention" in said
+    assert ("--lr " in said) == (args[0] == "train")
+
+
+def test_model_too_large_for_memory(each_build, data, tmp_path):
+    out = tmp_path / "out"
+    each_build.fails(*training(data, out, "--layers", 1000, "--channels", 16384, "--heads", 64), says="of memory")
+    assert not out.exists()
+
+
+# --train, --val
+
+
+@pytest.mark.parametrize("option", ["--train", "--val"])
+def test_glob_that_matches_nothing(each_build, data, tmp_path, option):
+    pattern = f"{tmp_path}/none*"
+    each_build.fails(*training(data, tmp_path / "out", option, pattern), says=re.escape(f"{option} {pattern}: no such"))
+
+
+@pytest.mark.parametrize("option", ["--train", "--val"])
+@pytest.mark.parametrize("path, says", [("/tmp", "is a folder"), ("/dev/null", "not a regular file")])
+def test_glob_that_matches_no_file(each_build, data, tmp_path, option, path, says):
+    each_build.fails(*training(data, tmp_path / "out", option, path), says=says)
+
+
+def test_glob_without_quotes(each_build, data, tmp_path):
+    """The shell then makes several words of it."""
+    args = ["train", "--train", data / "train_0.bin", data / "train_1.bin", "--out", tmp_path / "out"]
+    each_build.fails(*args, says="needs quotes")
+
+
+GOOD_SHARD = header(SHARD_MAGIC, 1, 100) + tokens_bytes(range(100))
+BAD_SHARDS = {
+    "empty": (b"", "is empty"),
+    "header cut": (GOOD_SHARD[:500], "has 500 bytes where its header asks for 1224"),
+    "token cut": (GOOD_SHARD[:-2], "has 1222 bytes where its header asks for 1224"),
+    "token half": (GOOD_SHARD[:-1], "has 1223 bytes where its header asks for 1224"),
+    "longer": (GOOD_SHARD + b"xx", "has 1226 bytes where its header asks for 1224"),
+    "magic": (changed(GOOD_SHARD, 0, "<i", 1234), "begins with 1234"),
+    "version": (changed(GOOD_SHARD, 4, "<i", 2), "shard version 2"),
+    "count": (changed(GOOD_SHARD, 8, "<i", -1), "asks for"),
+    "half tokens": (b"\x01" * 101, "whole uint16 tokens"),
+    "text": (b"To be, or not to be.\n" * 100, "looks like text; data_prep/prepare.py"),
+    "model": (changed(GOOD_SHARD, 0, "<i", 20240326), "is a model"),
+    "tokenizer": (changed(GOOD_SHARD, 0, "<i", TOKENIZER_MAGIC), "is a tokenizer"),
+    "all tokens past the vocabulary": (GOOD_SHARD[:HEADER_BYTES] + tokens_bytes([300] * 100),
+                                       r"token \d+ .at byte 1\d+. is 300, outside the vocabulary of 257"),
+    "one token past the vocabulary": (changed(GOOD_SHARD, HEADER_BYTES + 2 * 40, "<H", VOCABULARY),
+                                      "token 40 .at byte 1104. is 257"),
+}
+
+
+@pytest.mark.parametrize("option", ["--train", "--val"])
+@pytest.mark.parametrize("content, says", BAD_SHARDS.values(), ids=BAD_SHARDS)
+def test_shard_is_damaged(each_build, data, tmp_path, content, says, option):
+    """A batch takes more windows than the shard has, so the first one meets each token."""
+    shard, out = tmp_path / "shard.bin", tmp_path / "out"
+    shard.write_bytes(content)
+    more = [option, shard, "--batch", 8, "--tokenizer", data / "tokenizer.bin"]
+    each_build.fails(*training(data, out, *more), says=says)
+    assert not out.exists()
+
+
+def test_sequence_longer_than_every_shard(each_build, data, tmp_path):
+    write_shard(tmp_path / "shard.bin", range(SEQUENCE))
+    each_build.fails(*training(data, tmp_path / "out", "--train", tmp_path / "shard.bin"),
+                     says="longest shard has 16 tokens, and --sequence 16 takes 17")
+
+
+@pytest.mark.parametrize("what, says", [("cut", "was truncated since the start|could not be read to its end"),
+                                        ("removed", "No such file"), ("overwritten", "outside the vocabulary")])
+def test_shard_changes_during_the_run(program, data, tmp_path, what, says):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    shard = folder / "train_1.bin"
+    with program.start(*training(folder, tmp_path / "out", steps=NEVER)) as process:
+        read_to_step(process, 5)
+        if what == "cut":
+            os.truncate(shard, HEADER_BYTES + 400)
+        elif what == "removed":
+            shard.unlink()
+        else:
+            with shard.open("r+b") as file:
+                file.seek(HEADER_BYTES)
+                file.write(b"\xff" * 2000)
+        status, _, err = ended(process)
+    assert_one_line(status, err, f"train_1.bin: .*({says})")
+
+
+# --out
+
+
+def test_out_is_or_lies_below_a_file(each_build, data, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for out in file, file / "below":
+        each_build.fails(*training(data, out), says=f"--out {out}: .*Not a directory")
+    assert file.read_text() == "in the way"
+
+
+def test_out_cannot_be_made(each_build, data):
+    each_build.fails(*training(data, "/proc/out"), says="--out /proc/out")
+
+
+def test_out_holds_a_run(each_build, data, finished):
+    before = contents(finished["skip"])
+    each_build.fails(*training(data, finished["skip"]), says="holds a run: --resume goes on with it, --overwrite")
+    assert contents(finished["skip"]) == before
+
+
+def test_out_holds_another_tokenizer(each_build, data, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.bin", BYTES_AND_END_OF_TEXT[:-1])
+    before = contents(tmp_path)
+    each_build.fails(*training(data, tmp_path), says="tokenizer.bin is another tokenizer than")
+    assert contents(tmp_path) == before
+
+
+def test_out_is_in_use_by_another_process(each_build, data, tmp_path):
+    args = training(data, tmp_path / "out", steps=NEVER)
+    with each_build.start(*args) as process:
+        read_to_step(process, 5)
+        each_build.fails(*args, says="in use by another process")
+        each_build.fails(*args, "--overwrite", says="in use by another process")
+        each_build.fails("train", "--out", tmp_path / "out", "--resume", says="in use by another process")
+    each_build.fails(*args, says="holds a run")  # the lock ends with its owner
+
+
+def test_overwrite_with_another_mistake_keeps_the_run(each_build, data, finished):
+    before = contents(finished["vanilla"])
+    for mistake in ["--total-batch", 63], ["--tokenizer", "/none"], ["--sequence", 999], ["--train", "/none"]:
+        each_build.fails(*training(data, finished["vanilla"], "--overwrite", *mistake))
+        assert contents(finished["vanilla"]) == before
+
+
+def test_disk_full_in_a_checkpoint_keeps_the_former(program, data, tmp_path):
+    """In place of a full disk a limit on the size of files, which the checkpoint meets half-way."""
+    out = tmp_path / "out"
+    program.stop(*training(data, out, steps=5000), after=5, by=signal.SIGTERM)
+    former = (out / "model.bin").read_bytes()
+    blocks = len(former) // 1024 // 2
+    limited = ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "bash"]
+    resume = program.command(["train", "--out", out, "--resume"])
+    done = subprocess.run(limited + resume, capture_output=True, text=True, env=program.environment(), timeout=TIMEOUT)
+    assert_one_line(done.returncode, done.stderr, "model.bin could not be written: File too large")
+    assert (out / "model.bin").read_bytes() == former
+    assert not list(out.glob("*.tmp"))
+
+
+def test_checkpoint_has_a_folder_in_its_way(each_build, data, tmp_path):
+    out = tmp_path / "out"
+    (out / "model.bin.tmp").mkdir(parents=True)
+    each_build.fails(*training(data, out), says="model.bin could not be written: File exists")
+    assert not (out / "model.bin").exists()
+
+
+def test_overwrite_that_fails_keeps_the_former_checkpoint(each_build, data, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished["vanilla"], out)
+    (out / "model.bin.tmp").mkdir()
+    each_build.fails(*training(data, out, "--overwrite"), says="File exists; what stood there before is still there")
+    assert (out / "model.bin").read_bytes() == (finished["vanilla"] / "model.bin").read_bytes()
+    assert (out / "metrics.csv").read_bytes() == (finished["vanilla"] / "metrics.csv").read_bytes()
+
+
+def test_leftover_name_is_a_link_to_something_else(program, data, tmp_path):
+    out, precious = tmp_path / "out", tmp_path / "precious.txt"
+    precious.write_text("precious")
+    out.mkdir()
+    (out / "model.bin.tmp").symlink_to(precious)
+    program.run(*training(data, out))
+    assert precious.read_text() == "precious" and not (out / "model.bin").is_symlink()
+
+
+def test_output_cannot_be_written(each_build, model):
+    with open("/dev/full", "w") as full:
+        command = each_build.command(["generate", "--model", model, "--tokens", 20])
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: standard output could not be written\n")
+
+
+def test_out_vanishes_during_the_run(program, data, tmp_path):
+    with program.start(*training(data, tmp_path / "out", steps=NEVER, save_every=100)) as process:
+        read_to_step(process, 5)
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+        status, _, err = ended(process)
+    assert_one_line(status, err, "folder was removed or replaced during the run; step 100 could not be saved")
+
+
+# --resume
+
+
+def test_resume_with_nothing_to_resume(each_build, tmp_path):
+    out = tmp_path / "out"
+    each_build.fails("train", "--out", out, "--resume", says="nothing to resume")
+    assert not out.exists()
+    out.mkdir()
+    each_build.fails("train", "--out", out, "--resume", says="nothing to resume")
+    assert os.listdir(out) == []
+
+
+@pytest.mark.parametrize("more", [["--steps", "11"], ["--lr", "1e-2"], ["--seed", "2"], ["--batch", "2"],
+                                  ["--attention", "skip"], ["--layers", "2"], ["--model", "gpt2"], ["--vocab", "300"],
+                                  ["--schedule", "linear"], ["--depth-stride", "3"], ["--skip-heads", "1"]], ids=joined)
+def test_resume_with_an_option_that_contradicts(each_build, finished, more):
+    each_build.fails("train", "--resume", "--out", finished["depth"], *more, says=f"{' '.join(more[:1])} .*contradicts")
+
+
+def test_resume_with_options_that_repeat_the_checkpoint(each_build, finished):
+    repeated = ["--steps", 10, "--lr", "0.003", "--layers", LAYERS, "--attention", "depth"]
+    said = each_build.run("train", "--resume", "--out", finished["depth"], *repeated, "--val-every", 3)
+    assert "is complete" in said
+
+
+def test_resume_with_other_data(program, data, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    program.stop(*training(data, out, steps=400), after=5, by=signal.SIGTERM)
+    shutil.copytree(data, other)
+    write_shard(other / "train_3.bin", range(50))
+    write_shard(other / "val_0.bin", [5] * 99)
+    before = contents(out)
+    for option in "train", "val":
+        program.fails("train", "--resume", "--out", out, f"--{option}", f"{other}/{option}_*.bin",
+                      says=f"--{option}: .*these are other data")
+    assert contents(out) == before
+
+
+# Models and checkpoints
+
+CUTS = [0, 4, HEADER_BYTES - 1, HEADER_BYTES, 2000, WEIGHTS_END - 1, WEIGHTS_END, WEIGHTS_END + 8,
+        -TRAILER_BYTES - 1, -TRAILER_BYTES, -1]  # negative: from the end
+
+
+@pytest.mark.parametrize("length", CUTS)
+def test_checkpoint_is_cut(each_build, finished, tmp_path, length):
+    out = tmp_path / "out"
+    shutil.copytree(finished["skip"], out)
+    (out / "model.bin").write_bytes((out / "model.bin").read_bytes()[:length])
+    before = contents(out)
+    each_build.fails("generate", "--model", out / "model.bin", says="model.bin: .*(are no model|truncated)")
+    each_build.fails("train", "--resume", "--out", out, says="model.bin: .*(are no model|truncated)")
+    assert contents(out) == before
+
+
+def test_checkpoint_is_longer(each_build, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished["skip"], out)
+    with (out / "model.bin").open("ab") as file:
+        file.write(b"x")
+    each_build.fails("train", "--resume", "--out", out, says="does not end in its trailer")
+
+
+def test_checkpoint_is_changed_at_any_byte(each_build, finished, tmp_path):
+    """One bit of it: in what the header holds, in the trailer, where parts begin, and at random."""
+    out = tmp_path / "out"
+    shutil.copytree(finished["skip"], out)
+    good = (out / "model.bin").read_bytes()
+    r = random.Random(1)
+    places = [*range(0, 60, 4), HEADER_BYTES - 1, HEADER_BYTES, WEIGHTS_END - 1, WEIGHTS_END, WEIGHTS_END + 9,
+              *range(len(good) - TRAILER_BYTES, len(good)), *[r.randrange(len(good)) for _ in range(30)]]
+    for at in places:
+        (out / "model.bin").write_bytes(changed(good, at, "B", good[at] ^ 1 << r.randrange(8)))
+        each_build.fails("train", "--resume", "--out", out, says="model.bin")
+
+
+# What a model's header may not hold: the field, its place, values.
+BAD_FIELDS = [
+    ("magic", 0, [1, SHARD_MAGIC]),
+    ("version", 1, [0, 1, 2, 3, 5, 1004, 1005, -1]),
+    ("context", 2, [0, -1, CONTEXT + 1, LARGEST]),
+    ("vocabulary", 3, [0, VOCABULARY - 1, VOCABULARY + 1, 70000, -5]),
+    ("layers", 4, [0, LAYERS - 1, -1, LARGEST]),
+    ("heads", 5, [0, 1, HEADS + 1, CHANNELS + 1, -LARGEST]),
+    ("channels", 6, [0, CHANNELS - 1, 2 * CHANNELS, -CHANNELS, LARGEST]),
+    ("padded vocabulary", 7, [0, PADDED_VOCABULARY - 1, PADDED_VOCABULARY - 128, PADDED_VOCABULARY + 128]),
+    ("attention", 8, [ATTENTIONS.index("vanilla"), ATTENTIONS.index("depth"), len(ATTENTIONS), -1]),
+    ("skip distance", 9, [0, -1, 1, LARGEST]),
+    ("skip heads", 10, [-1, 0, HEADS, HEADS + 1, LARGEST]),
+    ("unused", 100, [1]),
+    ("trailer", 255, [0, 2, -1]),
+]
+
+
+@pytest.mark.parametrize("field, values", [case[1:] for case in BAD_FIELDS], ids=[case[0] for case in BAD_FIELDS])
+def test_model_has_a_wrong_header(each_build, finished, tmp_path, field, values):
+    good, bad = (finished["skip"] / "model.bin").read_bytes(), tmp_path / "model.bin"
+    shutil.copy(finished["skip"] / "tokenizer.bin", tmp_path)
+    for value in values:
+        if struct.unpack_from("<i", good, 4 * field)[0] != value:
+            bad.write_bytes(changed(good, 4 * field, "<i", value))
+            each_build.fails("generate", "--model", bad, says="model.bin")
+
+
+def test_weights_without_training_state(each_build, finished, tmp_path):
+    """llm.c's files: what is there of them can be used, and only that."""
+    out = tmp_path / "out"
+    shutil.copytree(finished["vanilla"], out)
+    weights = weights_only((out / "model.bin").read_bytes())
+    (out / "model.bin").write_bytes(weights)
+    each_build.fails("train", "--resume", "--out", out, says="without training state")
+    each_build.run("generate", "--model", out / "model.bin", "--tokens", 3)
+    for wrong in weights[:-1], weights + b"x":
+        (out / "model.bin").write_bytes(wrong)
+        each_build.fails("generate", "--model", out / "model.bin", says="where its header asks for")
+
+
+def test_model_and_options_disagree(each_build, data, finished, tmp_path):
+    model = finished["skip"] / "model.bin"
+    each_build.fails("generate", "--model", model, "--layers", LAYERS + 1, says="--layers 4 contradicts .*model.bin")
+    each_build.fails("generate", "--model", model, "--vocab", 4, says="contradicts")
+    each_build.fails("eval", "--model", model, "--val", data / "val_0.bin", "--sequence", CONTEXT + 1,
+                     says="--sequence 33 is longer than the model's context, 32")
+    each_build.fails(*training(data, tmp_path / "out", "--model", model, "--channels", 2 * CHANNELS),
+                     says="--channels 32 contradicts")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate"])
+def test_weights_are_not_finite(each_build, data, finished, tmp_path, command):
+    good, bad = (finished["vanilla"] / "model.bin").read_bytes(), tmp_path / "nan.bin"
+    bad.write_bytes(changed(weights_only(good), WEIGHTS_END - 4, "<f", float("nan")))
+    if command == "train":
+        each_build.fails("train", "--model", bad, "--train", f"{data}/train_*.bin", "--out", tmp_path / "out",
+                         says="became NaN in step 1; .*model.bin is still that of step 0")
+    elif command == "eval":
+        each_build.fails("eval", "--model", bad, "--val", data / "val_0.bin", says="not finite")
+    else:
+        each_build.fails("generate", "--model", bad, "--prompt-tokens", "0", says="not finite")
+
+
+def test_loss_becomes_nan(program, data, tmp_path):
+    """Decay by a hundred times the weights drives them past the largest number within twenty steps."""
+    out = tmp_path / "out"
+    mad = ["--lr", 10, "--weight-decay", 10, "--clip", 0, "--schedule", "constant", "--warmup", 0]
+    status, _, err = program.finish(*training(data, out, *mad, steps=100, save_every=1))
+    assert_one_line(status, err.decode(), r"became (NaN|infinite) in step \d+; .*model.bin is still that of step \d+; ")
+    failed, saved = (int(n) for n in re.findall(r"step (\d+);", err.decode()))
+    assert saved == failed - 1
+    assert f"checkpoint of step {saved}" in program.run("describe", "--model", out / "model.bin")
+
+
+def test_eval_without_shards(each_build, model):
+    each_build.fails("eval", "--model", model, says="eval needs --val")
+
+
+# Tokenizers and prompts
+
+
+def bad_tokenizers(folder):
+    path = folder / "good.bin"
+    write_tokenizer(path, BYTES_AND_END_OF_TEXT, END_OF_TEXT)
+    good = path.read_bytes()
+    return [
+        (b"", "0 bytes are no tokenizer"),
+        (good[:100], "100 bytes are no tokenizer"),
+        (good[:HEADER_BYTES + 6], "truncated in token 3 of 257"),
+        (good[:-1], "truncated in token 256 of 257"),
+        (good + b"x", "ask for"),
+        (changed(good, 0, "<i", 5), "begins with 5"),
+        (changed(good, 4, "<i", 3), "tokenizer version 3"),
+        (changed(good, 8, "<i", 0), "vocabulary of 0"),
+        (changed(good, 8, "<i", LARGEST), "vocabulary of 2147483647"),
+        (changed(good, 8, "<i", 256), "ask for"),
+        (changed(good, 8, "<i", 258), "truncated"),
+        (changed(good, 16, "<i", 1), "ask for"),
+        (changed(good, 16, "<i", -1), "ask for"),
+        (changed(good, HEADER_BYTES, "B", 0), "token 0 is empty"),
+    ]
+
+
+def test_tokenizer_is_damaged(each_build, model, tmp_path):
+    bad = tmp_path / "bad.bin"
+    for content, says in bad_tokenizers(tmp_path):
+        bad.write_bytes(content)
+        each_build.fails("generate", "--model", model, "--tokenizer", bad, says=f"bad.bin: .*{says}")
+    each_build.fails("generate", "--model", model, "--tokenizer", tmp_path / "none.bin", says="none.bin: No such file")
+
+
+def test_tokenizer_of_another_vocabulary(each_build, model, tmp_path):
+    write_tokenizer(tmp_path / "other.bin", BYTES_AND_END_OF_TEXT[:-1])
+    each_build.fails("generate", "--model", model, "--tokenizer", tmp_path / "other.bin", says="has 256 tokens")
+
+
+@pytest.mark.parametrize("tokens", ["1,", ",1", "", "1,,2", "1, 2", "-1", "257", "99999999999", "1.5", "a", "+1"])
+def test_prompt_tokens_are_malformed(each_build, model, tokens):
+    each_build.fails("generate", "--model", model, "--prompt-tokens", tokens, says="--prompt-tokens: .*from 0 to 256")
+
+
+def test_two_prompts(each_build, model):
+    each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1", says="not both")
+
+
+def test_prompt_without_tokenizer(each_build, model, tmp_path):
+    alone = tmp_path / "model.bin"
+    shutil.copy(model, alone)
+    each_build.fails("generate", "--model", alone, says="an empty prompt .* give --prompt-tokens")
+    each_build.fails("generate", "--model", alone, "--prompt", "x", says="a --prompt needs a tokenizer")
+
+
+def test_prompt_that_needs_merges(each_build, model, tmp_path):
+    tokenizer = tmp_path / "merges.bin"
+    write_tokenizer(tokenizer, [b"ab%c" % i for i in range(VOCABULARY - 1)] + [b"x"])
+    each_build.fails("generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "a", says="merges")
+    each_build.fails("generate", "--model", model, "--tokenizer", tokenizer, says="an empty prompt")
+
+
+# Dumps, which test_gpt2 reads
+
+
+def test_dump_is_damaged(root, tmp_path):
+    state = min((root / "dev/reference").glob("*.state.bin"), key=lambda path: path.stat().st_size)
+    model = state.with_name(state.name.replace(".state.", ".model."))
+    good, bad = state.read_bytes(), tmp_path / "state.bin"
+    cases = [(good[:100], "too short"), (good[:-4], "bytes, not the"), (good + b"xxxx", "bytes, not the"),
+             (changed(good, 0, "<i", SHARD_MAGIC), "not a debug state"), (changed(good, 4, "<i", 1), "version 1"),
+             (changed(good, 8, "<i", LARGEST), ""), (changed(good, 12, "<i", -1), ""),
+             (changed(good, HEADER_BYTES, "<i", VOCABULARY), "outside the vocabulary")]
+    for content, says in cases:
+        bad.write_bytes(content)
+        done = subprocess.run([root / "test_gpt2", model, bad], capture_output=True, text=True, timeout=TIMEOUT)
+        assert_one_line(done.returncode, done.stderr, says)

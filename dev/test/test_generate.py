@@ -1,0 +1,200 @@
+"""train_gpt2 generate, eval and describe: text from a model, its loss, its shape."""
+
+import math
+import random
+import re
+import shutil
+import signal
+import struct
+
+from collections import Counter
+
+import pytest
+
+from helpers import (
+    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, HEADER_BYTES, PARAMETERS, SEQUENCE,
+    VOCABULARY, changed, metrics, read_shard, weights_only, write_tokenizer,
+)
+
+
+@pytest.fixture
+def no_tokenizer(model, tmp_path):
+    """The model in a folder of its own: it reads and writes numbers of tokens."""
+    return shutil.copy(model, tmp_path / "model.bin")
+
+
+def tokens_after(program, model, prompt, n):
+    """The likeliest continuation, prompt included."""
+    said = program.run("generate", "--model", model, "--prompt-tokens", ",".join(map(str, prompt)), "--tokens", n,
+                       "--temperature", 0)
+    return [int(token) for token in said.split()]
+
+
+def test_generate_depends_on_the_seed_alone(program, model):
+    args = ["generate", "--model", model, "--prompt", "abc", "--tokens", 100]
+    text = program.run(*args)
+    assert text.startswith("abc")
+    assert program.run(*args) == text != program.run(*args, "--seed", 5)
+
+
+@pytest.mark.parametrize("more", [["--top-k", 1], ["--top-p", 0], ["--temperature", 1e-9]], ids=lambda more: more[0])
+def test_generate_greedily_in_several_ways(program, model, more):
+    args = ["generate", "--model", model, "--prompt", "abc", "--tokens", 100]
+    assert program.run(*args, *more) == program.run(*args, "--temperature", 0)
+
+
+def test_generate_says_how_fast_it_was(each_build, model):
+    status, _, err = each_build.finish("generate", "--model", model, "--tokens", 10)
+    assert status == 0
+    assert err.endswith(b"tokens/s\n")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_generate_under_each_attention(each_build, finished, attention):
+    model = finished["skip"] / "model.bin"
+    each_build.run("generate", "--model", model, "--attention", attention, "--tokens", CONTEXT + 8)
+
+
+def test_generate_takes_options_that_repeat_the_model(each_build, model):
+    each_build.run("generate", "--model", model, "--layers", 3, "--vocab", VOCABULARY, "--tokens", 1)
+
+
+def test_generate_without_tokenizer_writes_numbers(each_build, no_tokenizer):
+    said = each_build.run("generate", "--model", no_tokenizer, "--prompt-tokens", "5,256,7", "--tokens", 50)
+    tokens = [int(word) for word in said.split()]
+    assert tokens[:3] == [5, 256, 7] and len(tokens) == 53
+    assert all(0 <= token < VOCABULARY for token in tokens)
+
+
+@pytest.mark.parametrize("length", range(1, 3 * CONTEXT + 10, 7))
+def test_prompt_of_any_length_goes_on_as_if_generated(program, no_tokenizer, length):
+    """Tokens read in one pass and tokens decoded one by one leave the same behind, past the context's end too."""
+    prompt = tokens_after(program, no_tokenizer, [97], length)
+    assert tokens_after(program, no_tokenizer, prompt, 20) == tokens_after(program, no_tokenizer, [97], length + 20)
+
+
+def test_reader_that_goes_away_ends_generate(program, model):
+    with program.start("generate", "--model", model, "--prompt", "a", "--tokens", 10**6) as process:
+        process.stdout.close()
+        assert "error" not in process.stderr.read()
+        assert process.wait() == -signal.SIGPIPE
+
+
+def test_weights_in_bf16_are_read(each_build, finished, tmp_path):
+    """llm.c's version 5: the upper halves of fp32."""
+    weights = weights_only((finished["vanilla"] / "model.bin").read_bytes())
+    values = struct.unpack(f"<{PARAMETERS}I", weights[HEADER_BYTES:])
+    halves = struct.pack(f"<{PARAMETERS}H", *(value >> 16 for value in values))
+    path = tmp_path / "model.bin"
+    path.write_bytes(changed(weights[:HEADER_BYTES], 4, "<i", 5) + halves)
+    assert len(each_build.run("generate", "--model", path, "--prompt-tokens", "1", "--tokens", 5).split()) <= 6
+    path.write_bytes(path.read_bytes() + b"x")
+    each_build.fails("generate", "--model", path, "--prompt-tokens", "1", says="asks for")
+
+
+# Prompts and text
+
+
+def test_prompt_in_bytes(each_build, model, tmp_path):
+    """Tokens of bytes in another order; what looks like a special token is text."""
+    tokenizer = tmp_path / "tokenizer.bin"
+    write_tokenizer(tokenizer, BYTES_AND_END_OF_TEXT[-2::-1] + BYTES_AND_END_OF_TEXT[-1:], END_OF_TEXT)
+    prompt = "a é日b😀\n<|endoftext|>"
+    said = each_build.run("generate", "--model", model, "--tokenizer", tokenizer, "--prompt", prompt, "--tokens", 0)
+    assert said == prompt + "\n"
+
+
+def test_prompt_in_characters(each_build, model, tmp_path):
+    characters = ["\n", " ", "a", "b", "é", "日", "😀"]
+    characters += [chr(0x4000 + i) for i in range(VOCABULARY - 1 - len(characters))]
+    tokenizer = tmp_path / "tokenizer.bin"
+    write_tokenizer(tokenizer, [c.encode() for c in characters] + [b"<|endoftext|>"], END_OF_TEXT)
+    args = ["generate", "--model", model, "--tokenizer", tokenizer, "--tokens", 0, "--prompt"]
+    assert each_build.run(*args, "a é日b😀\n") == "a é日b😀\n\n"
+    each_build.fails(*args, "aéx", says=r"'x' \(at byte 3\) is not in the vocabulary")
+    each_build.fails(*args, "aü", says="'ü'")
+    each_build.fails(*args, "<|endoftext|>", says="'<'")
+
+
+def test_bytes_that_are_no_utf8_become_replacement_characters(each_build, model):
+    r = random.Random(0)
+    edges = bytes.fromhex("41 80 82 8f 90 9f a0 ac bf c0 c2 e0 e2 ed ef f0 f4 f5 ff")
+    for _ in range(30):
+        text = bytes(r.choices(edges, k=40))
+        said = each_build.run("generate", "--model", model, "--prompt-tokens", ",".join(map(str, text)), "--tokens", 0)
+        assert said == text.decode("utf-8", "replace") + "\n"
+
+
+def test_tokenizer_with_an_appendix(each_build, model, tmp_path):
+    write_tokenizer(tmp_path / "t.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT, appendix=b"merges")
+    each_build.run("generate", "--model", model, "--tokenizer", tmp_path / "t.bin", "--tokens", 3)
+
+
+def test_tokenizer_without_end_of_text_begins_with_a_newline(each_build, model, tmp_path):
+    """Version 1 has GPT-2's, 50256, which lies outside this vocabulary."""
+    write_tokenizer(tmp_path / "t.bin", BYTES_AND_END_OF_TEXT, version=1)
+    said = each_build.run("generate", "--model", model, "--tokenizer", tmp_path / "t.bin", "--tokens", 3)
+    assert said.startswith("\n")
+
+
+def test_tokens_of_several_bytes_are_written(each_build, model, tmp_path):
+    write_tokenizer(tmp_path / "t.bin", [b"ab%c" % i for i in range(VOCABULARY - 1)] + [b"x"])
+    args = ["generate", "--model", model, "--tokenizer", tmp_path / "t.bin", "--prompt-tokens", "1,2", "--tokens", 0]
+    assert each_build.run(*args) == "ab\x01ab\x02\n"
+
+
+# eval
+
+
+def number(pattern, text):
+    return float(re.search(pattern, text)[1])
+
+
+def test_eval_is_what_train_measured_last(each_build, finished, data):
+    said = each_build.run("eval", "--model", finished["depth"] / "model.bin", "--val", data / "val_0.bin",
+                          "--batch", BATCH, "--sequence", SEQUENCE)
+    assert number(r"loss +([\d.]+)", said) == pytest.approx(float(metrics(finished["depth"])[-1][2]), abs=1e-5)
+
+
+def test_eval_does_not_depend_on_the_batch(program, model, data):
+    losses = [number(r"loss +([\d.]+)", program.run("eval", "--model", model, "--val", data / "val_0.bin",
+                                                    "--sequence", SEQUENCE, "--batch", batch))
+              for batch in (1, 3, 7, 100)]
+    assert losses == pytest.approx(losses[:1] * len(losses), abs=2e-6)
+
+
+def test_eval_figures_agree(each_build, model, data):
+    said = each_build.run("eval", "--model", model, "--val", data / "val_0.bin", "--sequence", SEQUENCE)
+    loss = number(r"loss +([\d.]+)", said)
+    assert number(r"perplexity +([\d.]+)", said) == pytest.approx(math.exp(loss), rel=1e-5)
+    assert number(r"bits/byte +([\d.]+)", said) == pytest.approx(loss / math.log(2), abs=1e-4)  # a token is a byte
+    tokens = read_shard(data / "val_0.bin")
+    n = (len(tokens) - 1) // SEQUENCE * SEQUENCE
+    shares = [count / n for count in Counter(tokens[1:n + 1]).values()]
+    entropy = -sum(share * math.log(share) for share in shares)
+    assert number(r"entropy of ([\d.]+)", said) == pytest.approx(entropy, abs=1e-5)
+
+
+def test_eval_under_another_attention(each_build, model, data):
+    said = each_build.run("eval", "--model", model, "--val", data / "val_0.bin", "--attention", "vanilla")
+    assert "attention  vanilla" in said
+
+
+# describe
+
+
+def test_describe_counts_the_parameters(each_build, model):
+    said = each_build.run("describe", "--model", model)
+    assert f"{PARAMETERS:,}" in said
+    assert "checkpoint of step 10" in said
+    assert "124,475,904" in each_build.run("describe")  # GPT-2 with the 47 rows that pad its vocabulary
+
+
+def test_describe_of_shapes_and_settings(each_build):
+    each_build.run("describe", "--model", "gpt2-xl", "--attention", "skip")
+    each_build.run("describe", "--skip-heads", 3, "--depth-window", 2)
+
+
+def test_describe_of_the_largest_shape(each_build):
+    each_build.run("describe", "--layers", 1024, "--channels", 65536, "--heads", 1024, "--context", 2**20,
+                   "--vocab", 65536, "--batch", 64)
