@@ -47,11 +47,9 @@ TEXT = $(wildcard README.md Makefile data_prep/*.py dev/*.py dev/test/*.py) $(wi
 # 0.4 million parameters, 2 million tokens. A short context is learned soonest: its positions come by more often.
 SMALL = --layers 2 --heads 4 --channels 128 --context 64 --batch 8 --steps 3500 --lr 3e-3 \
         --val-every 500 --val-batches 0 --save-every 500
-# So small a step is many short loops. Threads that wait for each other between them spin, which on cores that other
-# programs use too makes it several times slower; this lets them spin for microseconds only.
 run: train_gpt2
 	python3 data_prep/prepare.py --tokenizer bytes --out data/demo --overwrite $(TEXT)
-	GOMP_SPINCOUNT=2000 ./train_gpt2 train --train 'data/demo/train_*.bin' --val 'data/demo/val_*.bin' \
+	./train_gpt2 train --train 'data/demo/train_*.bin' --val 'data/demo/val_*.bin' \
 	    --out run/demo --overwrite $(SMALL)
 
 test: all train_gpt2_sanitized test_gpt2_sanitized .venv/ready

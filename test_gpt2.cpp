@@ -724,7 +724,7 @@ static void test_exp() {
 int main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     poison_memory = true;
-    device_init();
+    device_init(argv);
     std::vector<std::string> paths(argv + 1, argv + argc);
     bool verbose = !paths.empty() && paths[0] == "-v";
     if (verbose) paths.erase(paths.begin());

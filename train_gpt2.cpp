@@ -240,7 +240,7 @@ static std::vector<Share> model_profile();
 struct Model;  // parameters, gradients, moments, activations, KV cache: the backend's own
 
 // The machine. device_init goes first; it dies where the machine lacks what this binary was built for.
-static void device_init();
+static void device_init(char** argv);
 static std::string device_name();              // "2 threads, AVX-512"
 static size_t device_free_memory();            // bytes that can still be allocated
 static double device_bandwidth();              // bytes/s that reading large arrays reaches, measured now
@@ -1778,11 +1778,18 @@ static const char* const instruction_set = "128-bit vectors";
 static bool instructions_found() { return true; }
 #endif
 
-static void device_init() {
+static void device_init(char** argv) {
     if (!instructions_found())
         die("this binary was built for %s, which this processor lacks: run 'make clean' and 'make' here",
             instruction_set);
 #ifdef _OPENMP
+    // OpenMP's threads spin for a while wherever they wait for each other, in the hope of going on sooner. On cores that
+    // other programs use too, this made small steps four times slower. How to wait is read as OpenMP is loaded, hence the
+    // second start.
+    if (!getenv("OMP_WAIT_POLICY")) {
+        setenv("OMP_WAIT_POLICY", "passive", 1);
+        execv("/proc/self/exe", argv);
+    }
     if (!getenv("OMP_NUM_THREADS")) {  // what the affinity mask and the container's quota allow
         double quota = 0, period = 100000, unused;
         read_numbers("/sys/fs/cgroup/cpu.max", quota, period);
@@ -3875,7 +3882,7 @@ static void bench(Options& o, OptionTable& table) {
         return 0;
     }
 
-    device_init();
+    device_init(argv);
     switch (command->bit) {
         case TRAIN: train(o, table, program); break;
         case EVAL: eval(o, table); break;
