@@ -374,8 +374,8 @@ static void test_threads(Precision precision) {
 static void test_finite_differences() {
     for (const Config& c : settings()) {
         size_t P = parameter_count(c);
-        Batch batch(c, 2, 21);
-        Model* m = random_model(c, FP32, {.B = 2, .T = 21, .train = true});
+        Batch batch(c, 1, 21);
+        Model* m = random_model(c, FP32, {.B = 1, .T = 21, .train = true});
         std::vector<float> gradients(P), w = random_parameters(c, 3), moved;
         model_set_inputs(m, batch.x.data(), batch.y.data());
         model_forward(m, true, 1);
@@ -547,7 +547,7 @@ static void test_decoding(Precision precision) {
         double scale = largest(expected.data(), expected.size()), worst = 0;
         double rounding = precision == BF16 ? rms_difference(forward_logits(c, BF16, batch), expected) : 0;
         Model* m = random_model(c, precision, {.sequences = 2});
-        for (int piece : precision == BF16 ? std::vector<int>{1, 33, 150} : std::vector<int>{1, 2, 3, 31, 32, 33, 149, 150}) {
+        for (int piece : precision == BF16 ? std::vector<int>{33, 150} : std::vector<int>{1, 2, 33, 150}) {
             model_reset_cache(m);
             std::vector<int> tokens(2 * (size_t)piece);
             decoded = expected;
