@@ -150,9 +150,11 @@ static void check_rounding(const std::string& path, const Config& c, int B, int 
     report(worst.ok() && reference.size() == blocks.size(), path, format("bf16's rms errors up to %.2f of the reference's times %.1f, in %s", worst.ratio, FACTOR, where.c_str()));
 }
 
+enum Bf16 { NEVER, MAY, MUST };  // whether a file of bf16's errors beside a dump is used, or has to be there
+
 // Compares the model of one file with what a dump says of it: logits, loss, every gradient, the losses of AdamW steps.
-// And with what stands beside the dump about bf16: `kept` says that it must.
-static void check_dump(const std::string& model_path, const std::string& state_path, bool verbose, bool kept) {
+// And with what stands beside the dump about bf16.
+static void check_dump(const std::string& model_path, const std::string& state_path, bool verbose, Bf16 bf16) {
     ModelFile file = open_model(model_path);
     verify_model(file);
     InputFile state = open_file(state_path);
@@ -236,7 +238,7 @@ static void check_dump(const std::string& model_path, const std::string& state_p
     close(file.file.fd);
     report(worst <= 1, model_path, format("worst error %.3g of its tolerance", worst));
     std::string rounding = state_path.substr(0, state_path.rfind(".state.bin")) + ".bf16.txt";
-    if (kept || access(rounding.c_str(), R_OK) == 0) check_rounding(rounding, c, B, T, x, y, parameters, verbose);
+    if (bf16 == MUST || (bf16 == MAY && access(rounding.c_str(), R_OK) == 0)) check_rounding(rounding, c, B, T, x, y, parameters, verbose);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -733,21 +735,21 @@ int main(int argc, char** argv) {
         return 1;
     }
     if (!paths.empty()) {
-        for (size_t i = 0; i < paths.size(); i += 2) check_dump(paths[i], paths[i + 1], verbose, false);
+        for (size_t i = 0; i < paths.size(); i += 2) check_dump(paths[i], paths[i + 1], verbose, MAY);
     } else {
         const std::string ending = ".state.bin";
-        auto check_all = [&](bool bf16_too) {
+        auto check_all = [&](Bf16 bf16) {
             for (std::string state : expand_glob("dumps", "dev/reference/*" + ending))
-                check_dump(state.substr(0, state.size() - ending.size()) + ".model.bin", state, verbose, bf16_too);
+                check_dump(state.substr(0, state.size() - ending.size()) + ".model.bin", state, verbose, bf16);
         };
-        check_all(true);
+        check_all(MUST);
         // Again with every loop in more rounds than one, as large models have them.
         printf("the same in small pieces\n");
         chunk_values = 1000, classifier_rows_least = 8, classifier_logits_most = 1;
 #ifndef GPT2_CUDA
         token_slab = 16, vocabulary_slab = 32;
 #endif
-        check_all(false);
+        check_all(NEVER);
 #ifndef GPT2_CUDA
         test_exp();
         test_matmul<float>("fp32");

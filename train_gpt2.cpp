@@ -494,7 +494,10 @@ static inline vec cells_along_k(const X* row, size_t left) {
     constexpr int count = LANES * K_PER_STEP<X>;
     X buffer[count];
     row = padded<count>(buffer, row, left);
-    return K_PER_STEP<X> == 2 ? load((const float*)row) : load(row);  // a pair is two neighbours as they lie
+    if constexpr (K_PER_STEP<X> == 1) return load(row);
+    vec cells;
+    memcpy(&cells, row, sizeof cells);  // a pair is two neighbours as they lie
+    return cells;
 }
 
 // One cell of LANES rows, of which n exist: k, and k + 1 unless it is the last.
@@ -1273,9 +1276,12 @@ static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* c
 // One token: returns its loss; with gradient_scale ≠ 0, logits (V) become gradient_scale · dlogits.
 template <class X>
 static float softmax_cross_entropy(X* logits, size_t V, int y, float gradient_scale) {
-    float max = -INFINITY, sum = 0, logit_y = logits[y];
-#pragma omp simd reduction(max : max)
-    for (size_t i = 0; i < V; i++) max = logits[i] > max ? (float)logits[i] : max;
+    float max = -INFINITY, sum = 0, logit_y = logits[y], maxima[NR];
+    std::fill_n(maxima, NR, -INFINITY);
+    for (size_t i = 0; i + NR <= V; i += NR)  // lane by lane: not every compiler makes vectors of a single maximum
+        for (int lane = 0; lane < NR; lane++) maxima[lane] = std::max(maxima[lane], (float)logits[i + lane]);
+    for (float m : maxima) max = std::max(max, m);
+    for (size_t i = V / NR * NR; i < V; i++) max = std::max(max, (float)logits[i]);
 #pragma omp simd reduction(+ : sum)
     for (size_t i = 0; i < V; i++) sum += exp_approx(logits[i] - max);
     if (gradient_scale != 0) {
@@ -1783,11 +1789,12 @@ static void device_init(char** argv) {
         die("this binary was built for %s, which this processor lacks: run 'make clean' and 'make' here",
             instruction_set);
 #ifdef _OPENMP
-    // OpenMP's threads spin for a while wherever they wait for each other, in the hope of going on sooner. On cores that
-    // other programs use too, this made small steps four times slower. How to wait is read as OpenMP is loaded, hence the
-    // second start.
+    // OpenMP's threads spin for milliseconds wherever they wait for each other. On cores that other programs use too, this
+    // makes small steps several times slower; spinning for microseconds costs nothing elsewhere. GNU's OpenMP takes the
+    // number of spins, others sleep at once. It is read as OpenMP is loaded, hence the second start.
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
+        setenv("GOMP_SPINCOUNT", "1000", 0);
         execv("/proc/self/exe", argv);
     }
     if (!getenv("OMP_NUM_THREADS")) {  // what the affinity mask and the container's quota allow

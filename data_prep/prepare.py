@@ -188,6 +188,10 @@ def options():
     former = former_files(o.out)
     if former and not o.overwrite:
         fail(f"{os.path.join(o.out, former[0])} exists; give another --out, or --overwrite to remove all shards there")
+    shards = {os.path.realpath(os.path.join(o.out, name)) for name in former}
+    for path in o.files + o.val:
+        if os.path.realpath(path) in shards:
+            fail(f"{path} has the name of a shard in --out, which --overwrite removes; give another --out")
     return o
 
 
