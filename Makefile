@@ -3,6 +3,7 @@
 # make run TEXT=FILE   the same on your text; several names, and the shell's quotes, as in TEXT="'my novel.txt' b.txt"
 # make test            all tests that need no PyTorch; packages for them go into .venv
 # make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-amx        test_gpt2 with Intel's AMX, emulated
 # make test-peers      the tests against PyTorch, which is installed into .venv-peers (3 GB)
 # make reference       writes dev/reference anew, with PyTorch
 # make clean           removes what was built; data/, run/ and the environments stay
@@ -34,6 +35,8 @@ train_gpt2_sanitized: train_gpt2.cpp .flags | found
 	$(CXX) $(CXXFLAGS) $(SANITIZE) $< -o $@
 test_gpt2_sanitized: test_gpt2.cpp train_gpt2.cpp .flags | found
 	$(CXX) $(CXXFLAGS) $(SANITIZE) $< -o $@
+test_gpt2_amx: test_gpt2.cpp train_gpt2.cpp dev/test/amx.h .flags | found
+	$(CXX) $(CXXFLAGS) -include dev/test/amx.h $< -o $@
 
 found:
 	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"
@@ -43,7 +46,7 @@ found:
 always:
 
 # The C++ stands last, and so is also what the model is validated on.
-TEXT = $(wildcard README.md Makefile data_prep/*.py dev/*.py dev/test/*.py) $(wildcard test_*.cpp) train_gpt2.cpp
+TEXT = $(wildcard data_prep/*.py dev/*.py dev/test/*.py test_*.cpp) train_gpt2.cpp
 # 0.45 million parameters, 1.5 million tokens. A short context is learned soonest: its positions come by more often.
 SMALL = --layers 2 --heads 4 --channels 128 --context 64 --batch 8 --steps 3000 --lr 3e-3 \
         --val-every 500 --val-batches 0 --save-every 500
@@ -52,10 +55,12 @@ run: train_gpt2
 	./train_gpt2 train --train 'data/demo/train_*.bin' --val 'data/demo/val_*.bin' \
 	    --out run/demo --overwrite $(SMALL)
 
-test: all train_gpt2_sanitized test_gpt2_sanitized .venv/ready
+test: all train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx .venv/ready
 	@python3 dev/test/run.py
 test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
+test-amx: test_gpt2_amx
+	./test_gpt2_amx
 test-peers: all .venv-peers/ready
 	@python3 dev/test/run.py --peers
 reference: .venv-peers/ready
@@ -72,8 +77,8 @@ reference: .venv-peers/ready
 install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-binary :all: -r dev/test/$(2) && touch $@
 
 clean:
-	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized .flags
+	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx .flags
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all found always run test test-sanitized test-peers reference clean help
+.PHONY: all found always run test test-sanitized test-amx test-peers reference clean help

@@ -2,7 +2,7 @@
 test_gpt2.cpp: is every gradient right?
 
     ./test_gpt2                               the dumps in dev/reference, and all tests below
-    ./test_gpt2 [-v] MODEL DEBUG_STATE ...    any pairs in the formats of the README, llm.c's included; -v: a line per tensor
+    ./test_gpt2 [-v] MODEL DEBUG_STATE ...    any pairs of files, llm.c's included; -v: a line per tensor
 
 Exit status 0 if all is well, else 1. It tests through the model interface of train_gpt2.cpp, so the same tests serve
 every backend; only the parts that a backend does not export (matmul, one head's attention) are held against plain
@@ -61,8 +61,8 @@ static std::vector<Block> blocks_of(const Tensor& t) {
     return blocks;
 }
 
-// A gradient that is mathematically 0, like vanilla's key bias, has rounding errors of the size of its neighbours'; hence
-// the second term.
+// A gradient that is mathematically 0, like vanilla's key bias, has rounding errors of the size of its neighbours';
+// hence the second term.
 static Worst compare_block(const float* ours, const float* theirs, size_t n, double tensor_max, double factor) {
     Worst worst;
     double tolerance = factor * (5e-5 * largest(theirs, n) + 1e-6 * tensor_max);
@@ -128,7 +128,8 @@ static void check_rounding(const std::string& path, const Config& c, int B, int 
         for (size_t k = 0; k < blocks.size(); k++) {
             const Block& block = blocks[k];
             double sum = 0;
-            for (size_t at = block.begin; at < block.begin + block.n; at++) sum += pow((double)result[BF16][at] - result[FP32][at], 2);
+            for (size_t at = block.begin; at < block.begin + block.n; at++)
+                sum += pow((double)result[BF16][at] - result[FP32][at], 2);
             squares[k] += sum / block.n / NEARBY;
             double& max = tensor_max[tensors[k]];
             max = std::max(max, largest(&result[FP32][block.begin], block.n));
@@ -142,12 +143,15 @@ static void check_rounding(const std::string& path, const Config& c, int B, int 
         auto found = reference.find(blocks[k].name);
         double theirs = found == reference.end() ? NAN : found->second;
         Worst w;
-        w.see(sqrt(squares[k]), FACTOR * theirs + 1e-6 * tensor_max[tensors[k]]);  // 0 in theory, and so in the reference's float64
+        // The second term is for what is 0 in theory, and so in the reference's float64.
+        w.see(sqrt(squares[k]), FACTOR * theirs + 1e-6 * tensor_max[tensors[k]]);
         if (verbose || !w.ok())
-            printf("    bf16: %-14s rms error %9.3g, the reference's %9.3g  %s\n", blocks[k].name.c_str(), w.error, theirs, w.ok() ? "ok" : "OFF");
+            printf("    bf16: %-14s rms error %9.3g, the reference's %9.3g  %s\n", blocks[k].name.c_str(), w.error, theirs,
+                   w.ok() ? "ok" : "OFF");
         if (!(w.ratio <= worst.ratio)) worst = w, where = blocks[k].name;
     }
-    report(worst.ok() && reference.size() == blocks.size(), path, format("bf16's rms errors up to %.2f of the reference's times %.1f, in %s", worst.ratio, FACTOR, where.c_str()));
+    report(worst.ok() && reference.size() == blocks.size(), path,
+           format("bf16's rms errors up to %.2f of the reference's times %.1f, in %s", worst.ratio, FACTOR, where.c_str()));
 }
 
 enum Bf16 { NEVER, MAY, MUST };  // whether a file of bf16's errors beside a dump is used, or has to be there
@@ -161,18 +165,19 @@ static void check_dump(const std::string& model_path, const std::string& state_p
     Header header;
     if (state.size < HEADER_BYTES) die("%s: only %zu bytes, too short for a header", state_path.c_str(), state.size);
     must_read_at(state, 0, header.data(), HEADER_BYTES);
-    if (header[0] != DUMP_MAGIC) die("%s: not a debug state (magic %d, not %d)", state_path.c_str(), header[0], DUMP_MAGIC);
-    if (header[1] != 2) die("%s: debug state of version %d, not 2", state_path.c_str(), header[1]);
+    const char* name = state_path.c_str();
+    if (header[0] != DUMP_MAGIC) die("%s: not a debug state (magic %d, not %d)", name, header[0], DUMP_MAGIC);
+    if (header[1] != 2) die("%s: debug state of version %d, not 2", name, header[1]);
     const Config& c = file.config;
     int B = header[2], T = header[3], steps = header[4];
-    if (header[5] != 0 && header[5] != 64) die("%s: computed in float%d? 0 or 64 is known", state_path.c_str(), header[5]);
+    if (header[5] != 0 && header[5] != 64) die("%s: computed in float%d? 0 or 64 is known", name, header[5]);
     double factor = header[5] == 64 ? 1 : 10;  // a dump made in fp32 has rounding errors of its own
     if (B < 1 || T < 1 || T > c.maxT || B > 1 << 20 || steps < 0)
-        die("%s: B %d, T %d, %d steps do not fit a context of %d", state_path.c_str(), B, T, steps, c.maxT);
+        die("%s: B %d, T %d, %d steps do not fit a context of %d", name, B, T, steps, c.maxT);
     size_t BT = (size_t)B * T, V = c.V, P = parameter_count(c);
     size_t size = HEADER_BYTES + 4 * (2 * BT + BT * V + 1 + P + (steps > 0 ? 5 + (size_t)steps : 0));
     if (state.size != size)
-        die("%s: %zu bytes, not the %zu of B %d, T %d and this model", state_path.c_str(), state.size, size, B, T);
+        die("%s: %zu bytes, not the %zu of B %d, T %d and this model", name, state.size, size, B, T);
 
     size_t offset = HEADER_BYTES;
     auto read = [&](void* out, size_t n) {
@@ -186,7 +191,7 @@ static void check_dump(const std::string& model_path, const std::string& state_p
     read(y.data(), BT);
     for (size_t i = 0; i < 2 * BT; i++) {
         int token = i < BT ? x[i] : y[i - BT];
-        if (token < 0 || token >= c.V) die("%s: token %d, outside the vocabulary of %d", state_path.c_str(), token, c.V);
+        if (token < 0 || token >= c.V) die("%s: token %d, outside the vocabulary of %d", name, token, c.V);
     }
     read(logits.data(), BT * V);
     read(&loss, 1);
@@ -208,19 +213,18 @@ static void check_dump(const std::string& model_path, const std::string& state_p
     model_get(m, PARAMETERS, 0, P, parameters.data());
 
     double worst = 0;
-    auto see = [&](const char* name, const Worst& w) {
+    auto see = [&](const std::string& what, const Worst& w) {
         if (!(w.ratio <= worst)) worst = w.ratio;
         if (verbose || !w.ok())
-            printf("    %-10s largest error %9.3g, tolerance %9.3g  %s\n", name, w.error, w.tolerance, w.ok() ? "ok" : "OFF");
+            printf("    %-10s largest error %9.3g, tolerance %9.3g  %s\n", what.c_str(), w.error, w.tolerance,
+                   w.ok() ? "ok" : "OFF");
     };
     see("logits", compare_block(our_logits.data(), logits.data(), BT * V, 0, factor));
     Worst loss_error;
     loss_error.see(fabs(our_loss - loss), factor * 1e-5 * fabs(loss));
     see("loss", loss_error);
-    for (const Tensor& t : tensor_table(c)) {
-        std::string name = std::string("d") + t.name;
-        see(name.c_str(), compare_tensor(t, our_gradients.data(), gradients.data(), factor));
-    }
+    for (const Tensor& t : tensor_table(c))
+        see(std::string("d") + t.name, compare_tensor(t, our_gradients.data(), gradients.data(), factor));
     for (int step = 0; step < steps; step++) {
         if (step > 0) {
             model_set_inputs(m, x.data(), y.data());
@@ -231,14 +235,14 @@ static void check_dump(const std::string& model_path, const std::string& state_p
         model_update(m, {adamw[0], adamw[1], adamw[2], adamw[3], adamw[4]}, 0, step + 1);
         Worst w;
         w.see(fabs(our_loss - step_losses[step]), factor * 2e-5 * fabs(step_losses[step]));
-        see(format("step %d", step).c_str(), w);
+        see(format("step %d", step), w);
     }
     model_free(m);
     close(state.fd);
     close(file.file.fd);
     report(worst <= 1, model_path, format("worst error %.3g of its tolerance", worst));
     std::string rounding = state_path.substr(0, state_path.rfind(".state.bin")) + ".bf16.txt";
-    if (bf16 == MUST || (bf16 == MAY && access(rounding.c_str(), R_OK) == 0)) check_rounding(rounding, c, B, T, x, y, parameters, verbose);
+    if (bf16 == MUST || (bf16 == MAY && exists(rounding))) check_rounding(rounding, c, B, T, x, y, parameters, verbose);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -252,7 +256,8 @@ static Config small_config(int attention, int L = 5, int NH = 3, int HS = 12) {
 }
 
 static std::string name_of(const Config& c) {
-    if (c.attention == SKIP) return format("skip, L %d, distance %d, %d of %d heads", c.L, c.skip_distance, c.skip_heads, c.NH);
+    if (c.attention == SKIP)
+        return format("skip, L %d, distance %d, %d of %d heads", c.L, c.skip_distance, c.skip_heads, c.NH);
     if (c.attention == DEPTH) return format("depth, L %d, stride %d, window %d", c.L, c.depth_stride, c.depth_window);
     return "vanilla";
 }
@@ -278,7 +283,9 @@ static std::vector<int> random_tokens(size_t n, int V, uint64_t seed) {
 struct Batch {
     int B, T;
     std::vector<int> x, y;
-    Batch(const Config& c, int b, int t) : B(b), T(t), x(random_tokens(b * t, c.V, 1)), y(random_tokens(b * t, c.V, 2)) {}
+
+    Batch(const Config& c, int b, int t)
+        : B(b), T(t), x(random_tokens(b * t, c.V, 1)), y(random_tokens(b * t, c.V, 2)) {}
 };
 
 static Model* random_model(const Config& c, Precision precision, const Workload& work) {
@@ -295,6 +302,7 @@ static std::vector<float> everything(const Config& c, Precision precision, const
     size_t P = parameter_count(c), BT = batch.x.size();
     Model* m = random_model(c, precision, {.B = batch.B, .T = batch.T, .train = true});
     std::vector<float> all(BT * c.V + BT + 4 * P);
+    float* tensors = all.data() + BT * c.V + BT;
     for (int step = 1; step <= steps; step++) {
         model_set_inputs(m, batch.x.data(), batch.y.data());
         model_forward(m, true, 1);
@@ -303,8 +311,7 @@ static std::vector<float> everything(const Config& c, Precision precision, const
         model_backward(m);
         model_update(m, test_adamw, 1, step);
     }
-    int i = 0;
-    for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, all.data() + BT * c.V + BT + P * i++);
+    for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, tensors + q * P);
     model_free(m);
     return all;
 }
@@ -338,16 +345,19 @@ static std::vector<Config> settings() {
 static void test_identities(Precision precision) {
     Config c = small_config(VANILLA), one_layer = small_config(VANILLA, 1);
     Batch batch(c, 2, 37);
-    std::vector<float> vanilla = everything(c, precision, batch), vanilla_one_layer = everything(one_layer, precision, batch);
+    std::vector<float> vanilla = everything(c, precision, batch), vanilla_1 = everything(one_layer, precision, batch);
+    auto same = [&](const Config& other, const std::vector<float>& as) {
+        return same_bits(everything(other, precision, batch), as);
+    };
     std::string in = format("%s: ", precision_names[precision]);
     c.attention = SKIP, c.skip_heads = 0;
-    report(same_bits(everything(c, precision, batch), vanilla), in + "skip with no heads equals vanilla to the bit");
+    report(same(c, vanilla), in + "skip with no heads equals vanilla to the bit");
     c.skip_heads = 2, c.skip_distance = c.L;
-    report(same_bits(everything(c, precision, batch), vanilla), in + "skip as far as the depth equals vanilla to the bit");
+    report(same(c, vanilla), in + "skip as far as the depth equals vanilla to the bit");
     one_layer.attention = DEPTH;
-    report(same_bits(everything(one_layer, precision, batch), vanilla_one_layer), in + "depth with one layer equals vanilla to the bit");
+    report(same(one_layer, vanilla_1), in + "depth with one layer equals vanilla to the bit");
     c.skip_distance = 2;
-    report(!same_bits(everything(c, precision, batch), vanilla), in + "skip with heads does not equal vanilla");
+    report(!same(c, vanilla), in + "skip with heads does not equal vanilla");
 }
 
 static void test_threads(Precision precision) {
@@ -363,7 +373,8 @@ static void test_threads(Precision precision) {
             omp_set_num_threads(n);
             same = same && same_bits(everything(c, precision, batch), one);
         }
-        report(same, format("%s: 1, 2, 3 and 7 threads give the same bits: %s", precision_names[precision], attention_names[attention]));
+        report(same, format("%s: 1, 2, 3 and 7 threads give the same bits: %s", precision_names[precision],
+                            attention_names[attention]));
     }
     omp_set_num_threads(threads);
 #else
@@ -410,16 +421,18 @@ static void test_finite_differences() {
                 }
                 double difference = (losses[0] - losses[1]) / (2 * h);
                 double error = fabs(difference - expected) / (0.02 * fabs(expected) + 1e-4);
-                if (!(error <= worst)) worst = error, where = format("%s: %.5g, not %.5g", name.c_str(), expected, difference);
+                if (!(error <= worst))
+                    worst = error, where = format("%s: %.5g, not %.5g", name.c_str(), expected, difference);
             }
         }
         model_free(m);
-        report(worst <= 1, "finite differences, each tensor of each layer: " + name_of(c), format("worst %.2f of its tolerance, in ", worst) + where);
+        report(worst <= 1, "finite differences, each tensor of each layer: " + name_of(c),
+               format("worst %.2f of its tolerance, in ", worst) + where);
     }
 }
 
-// Two micro-batches at half the scale each are one batch. A token's activations and their gradients are then the same bits,
-// rounded or not; only sums over tokens, in fp32, run in another order.
+// Two micro-batches at half the scale each are one batch. A token's activations and their gradients are then the same
+// bits, rounded or not; only sums over tokens, in fp32, run in another order.
 static void test_accumulation(Precision precision) {
     for (int attention : {VANILLA, SKIP, DEPTH}) {
         Config c = small_config(attention);
@@ -457,7 +470,8 @@ static void test_accumulation(Precision precision) {
         std::vector<float> again(P);
         model_get(m, GRADIENTS, 0, P, again.data());
         model_free(m);
-        report(worst.ok() && same_bits(again, halves), format("%s: gradients accumulate: %s", precision_names[precision], attention_names[attention]),
+        report(worst.ok() && same_bits(again, halves),
+               format("%s: gradients accumulate: %s", precision_names[precision], attention_names[attention]),
                format("worst %.2f of its tolerance", worst.ratio));
     }
 }
@@ -474,6 +488,7 @@ static void test_update(Precision precision) {
     model_get(m, PARAMETERS, 0, P, ours.data());
     std::copy(ours.begin(), ours.end(), w.begin());
     const double lr = 1e-2, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.3, clip = 0.7;
+    const AdamW adamw = {(float)lr, (float)beta1, (float)beta2, (float)eps, (float)decay};
     bool norms_ok = true;
     for (int step = 1; step <= 3; step++) {
         model_set_inputs(m, batch.x.data(), batch.y.data());
@@ -483,7 +498,7 @@ static void test_update(Precision precision) {
         double norm = 0;
         for (float g : gradients) norm += (double)g * g;
         norm = sqrt(norm);
-        double our_norm = model_update(m, {(float)lr, (float)beta1, (float)beta2, (float)eps, (float)decay}, (float)clip, step);
+        double our_norm = model_update(m, adamw, (float)clip, step);
         norms_ok = norms_ok && fabs(our_norm - norm) <= 1e-6 * norm && norm > clip;
         for (const Tensor& t : tensor_table(c))
             for (size_t i = t.offset; i < t.offset + t.size(); i++) {
@@ -499,11 +514,13 @@ static void test_update(Precision precision) {
     Worst worst;
     for (size_t i = 0; i < P; i++) worst.see(fabs(ours[i] - w[i]), 3e-6 * (1 + fabs(w[i])));
     std::string in = format("%s: ", precision_names[precision]);
-    report(worst.ok() && norms_ok, in + "AdamW, decay and clipping equal their definition", format("worst %.2f of its tolerance", worst.ratio));
+    report(worst.ok() && norms_ok, in + "AdamW, decay and clipping equal their definition",
+           format("worst %.2f of its tolerance", worst.ratio));
 
-    bool padding = true;
-    for (size_t i = (size_t)c.V * c.C; i < (size_t)c.Vp * c.C; i++) padding = padding && gradients[i] == 0 && ours[i] == 0;
-    report(padding, in + "padded rows of wte get no gradient and no update");
+    auto zero = [&](const std::vector<float>& p) {
+        return std::all_of(&p[(size_t)c.V * c.C], &p[(size_t)c.Vp * c.C], [](float f) { return f == 0; });
+    };
+    report(zero(gradients) && zero(ours), in + "padded rows of wte get no gradient and no update");
 
     // The model computes with what it was updated to.
     std::vector<float> updated(batch.x.size() * c.V), put(updated.size());
@@ -537,8 +554,8 @@ static double rms_difference(const std::vector<float>& a, const std::vector<floa
 }
 
 // A sequence decoded from a cache, in pieces of several lengths, against all at once. Sums run in another order where a
-// piece is a single token: in fp32, logits agree to rounding. In bf16, where each then rounds in its own way, decoding must
-// be as near to fp32 as the forward pass is.
+// piece is a single token: in fp32, logits agree to rounding. In bf16, where each then rounds in its own way, decoding
+// must be as near to fp32 as the forward pass is.
 static void test_decoding(Precision precision) {
     for (Config c : settings()) {
         c.maxT = 150;
@@ -566,7 +583,8 @@ static void test_decoding(Precision precision) {
             if (!(w.ratio <= worst)) worst = w.ratio;
         }
         model_free(m);
-        report(worst <= 1, format("%s: cached decoding equals the forward pass: ", precision_names[precision]) + name_of(c),
+        std::string in = format("%s: ", precision_names[precision]);
+        report(worst <= 1, in + "cached decoding equals the forward pass: " + name_of(c),
                format("worst %.2f of its tolerance", worst));
     }
 }
@@ -600,7 +618,9 @@ static std::vector<X> random_values(size_t n, uint64_t seed) {
 struct TestWorkspace {
     std::vector<float> packed, local;
     Workspace ws;
-    TestWorkspace(size_t packed_size, size_t local_size) : packed(packed_size, NAN), local(thread_count() * local_size, NAN) {
+
+    TestWorkspace(size_t packed_size, size_t local_size)
+        : packed(packed_size, NAN), local(thread_count() * local_size, NAN) {
         ws = {packed.data(), packed_size, local.data(), local_size};
     }
 };
@@ -617,7 +637,9 @@ static void test_matmul(const char* type) {
             Operand<X> A = layout & 1 ? along_k(a.data(), K) : across_k(a.data(), M);
             Operand<X> B = layout & 2 ? along_k(b.data(), K) : across_k(b.data(), N);
             std::fill(c.begin(), c.end(), NAN);
-            matmul(ws, M, N, K, A, B, [&](size_t m, size_t n, size_t count, const float* row) { std::copy_n(row, count, &c[m * N + n]); });
+            matmul(ws, M, N, K, A, B, [&](size_t m, size_t n, size_t count, const float* row) {
+                std::copy_n(row, count, &c[m * N + n]);
+            });
             for (size_t m = 0; m < M; m++)
                 for (size_t n = 0; n < N; n++) {
                     double sum = 0, absolute = 0;
@@ -643,9 +665,10 @@ static void test_matmul(const char* type) {
     check(29, 2 * NC + 1, KC + 1, large.ws);
     check(3, 130, 2 * KC + 7, large.ws);
     check(31, 130, 4 * KC + 7, large.ws);  // more than two rounds of KC where a step is a pair
-    TestWorkspace small(3 * MR * (KC + 9), KC * NC + MC * NC);  // three panels of A at once
-    check(10 * MR + 1, 40, KC + 9, small.ws);
-    report(worst <= 1, format("matmul of %s equals the triple loop", type), format("worst %.2f of the error bound, at ", worst) + where);
+    TestWorkspace small(3 * MR<X> * (KC + 9), KC * NC + MC * NC);  // three panels of A at once
+    check(10 * MR<X> + 1, 40, KC + 9, small.ws);
+    report(worst <= 1, format("matmul of %s equals the triple loop", type),
+           format("worst %.2f of the error bound, at ", worst) + where);
 }
 
 // softmax(causal(q kᵀ/√HS)) v and its derivatives, in double, from the definition.
@@ -653,16 +676,20 @@ template <class X>
 static void test_attention_head(const char* type, double tolerance) {
     double worst = 0;
     std::string where;
+    const size_t keys = KEYS<X>, queries = NR;
     for (size_t HS : {1, 3, 8, 12, 17, 32, 64, 80})
-        for (size_t T : {1, 2, 7, NR - 1, NR, NR + 1, (int)KEYS, (int)KEYS + 1, 2 * (int)KEYS + 5}) {
+        for (size_t T : {(size_t)1, (size_t)2, (size_t)7, queries - 1, queries, queries + 1, keys, keys + 1, 2 * keys + 5}) {
             size_t ld = HS + 3;  // rows lie further apart than they are long
-            std::vector<X> q = random_values<X>(T * ld, 1), k = random_values<X>(T * ld, 2), v = random_values<X>(T * ld, 3),
-                           dout = random_values<X>(T * ld, 4), o(T * ld, NAN), dq(o), dk(o), dv(o);
+            std::vector<X> q = random_values<X>(T * ld, 1), k = random_values<X>(T * ld, 2);
+            std::vector<X> v = random_values<X>(T * ld, 3), dout = random_values<X>(T * ld, 4);
+            std::vector<X> o(T * ld, NAN), dq(o), dk(o), dv(o);
+            auto in = [&](const std::vector<X>& a, size_t row = 0) { return Rows<const X>{&a[row * ld], ld}; };
+            auto out = [&](std::vector<X>& a) { return Rows<X>{a.data(), ld}; };
             std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS).size, NAN);
-            attention_head_forward(local.data(), o.data(), lse.data(), q.data(), k.data(), v.data(), T, 0, HS, ld, ld, ld);
+            attention_head_forward(local.data(), out(o), lse.data(), in(q), in(k), in(v), T, 0, HS);
             std::fill(local.begin(), local.end(), NAN);
-            attention_head_backward(local.data(), dq.data(), dk.data(), dv.data(), ld, ld, dout.data(), o.data(), lse.data(),
-                                    q.data(), k.data(), v.data(), T, HS, ld, ld);
+            attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k),
+                                    in(v), T, HS);
             std::vector<double> rdq(T * HS, 0.0), rdk(rdq), rdv(rdq), p(T), dp(T);
             auto see = [&](double ours, double expected, const char* what) {
                 double error = fabs(ours - expected) / (tolerance * (1 + fabs(expected)) * sqrt(T));
@@ -696,9 +723,12 @@ static void test_attention_head(const char* type, double tolerance) {
                 // A few positions decoded, given those before as cached
                 if (i % 5 == 4) {
                     std::vector<X> one(HS), few(2 * ld);
-                    attention_head_decode(local.data(), one.data(), &q[i * ld], k.data(), v.data(), i + 1, HS, ld);
-                    attention_head_forward(local.data(), few.data(), nullptr, &q[(i - 1) * ld], k.data(), v.data(), 2, i - 1, HS, ld, ld, ld);
-                    for (size_t d = 0; d < HS; d++) see(one[d], o[i * ld + d], "decode"), see(few[ld + d], o[i * ld + d], "prompt");
+                    attention_head_decode(local.data(), one.data(), &q[i * ld], in(k), in(v), i + 1, HS);
+                    attention_head_forward(local.data(), out(few), nullptr, in(q, i - 1), in(k), in(v), 2, i - 1, HS);
+                    for (size_t d = 0; d < HS; d++) {
+                        see(one[d], o[i * ld + d], "decode");
+                        see(few[ld + d], o[i * ld + d], "prompt");
+                    }
                 }
             }
             for (size_t t = 0; t < T; t++)
@@ -708,7 +738,8 @@ static void test_attention_head(const char* type, double tolerance) {
                     see(dv[t * ld + d], rdv[t * HS + d], "dv");
                 }
         }
-    report(worst <= 1, format("attention in tiles equals its definition, in %s", type), format("worst %.2f of its tolerance: ", worst) + where);
+    report(worst <= 1, format("attention in tiles equals its definition, in %s", type),
+           format("worst %.2f of its tolerance: ", worst) + where);
 }
 
 static void test_exp() {

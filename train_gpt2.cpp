@@ -107,7 +107,7 @@ struct Random {
 // 2 · The model interface
 //
 // All that the program knows of a model. Section 3 implements it on a CPU, train_gpt2.cu on a GPU; train, eval,
-// generate and the tests are written once, against what follows. Values cross it as fp32, whatever the backend computes in.
+// generate and the tests are written once, against what follows. Values cross it as fp32, whatever it computes in.
 
 enum Attention { VANILLA, SKIP, DEPTH };
 static const char* const attention_names[] = {"vanilla", "skip", "depth"};
@@ -263,12 +263,12 @@ static void model_set_inputs(Model*, const int* x, const int* y);
 // loss_scale · (mean loss of this micro-batch), are begun: exactly one backward must follow.
 static void model_forward(Model*, bool train, float loss_scale);
 static void model_backward(Model*);  // gradients = (first since update or create) or +=
-// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are. Returns the norm before that.
+// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are. Returns that norm.
 static double model_update(Model*, const AdamW&, float clip, int step);
 // Mean cross-entropy, in nats a token, over the forwards since the last call.
 static double model_loss(Model*);
-static void model_token_losses(const Model*, float* out);  // (B, T), of the last forward
-[[maybe_unused]] static void model_logits(Model*, float* out);              // (B, T, V), of the last forward, before its backward
+static void model_token_losses(const Model*, float* out);      // (B, T), of the last forward
+[[maybe_unused]] static void model_logits(Model*, float* out);  // (B, T, V), of the last forward, before its backward
 
 // Decoding, one cache a sequence. Prompt appends n tokens to each, decode one; both give the logits (sequences, V)
 // that follow the last. The caller keeps the length within maxT.
@@ -277,8 +277,11 @@ static void model_decode(Model*, const int* tokens, float* logits);
 static void model_reset_cache(Model*);
 
 #ifndef GPT2_CUDA
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
 #endif
 // ====================================================================================================================
 // 3 · The CPU model
@@ -304,19 +307,18 @@ struct bf16 {
     operator float() const { return std::bit_cast<float>((uint32_t)bits << 16); }
 };
 
-// A register of floats: GCC's and Clang's vector extension works lane by lane. MR × NR is the tile of a product that
-// matmul's inner loop keeps in registers: MR rows of NV vectors. MR·NV sums, NV vectors of B and one broadcast element
-// of A fill the register file, and MR·NV is more than latency times throughput of a fused multiply-add.
+// A register of floats: GCC's and Clang's vector extension works lane by lane. A product's tile that stays in registers
+// has ROWS rows of NV vectors: these sums, NV vectors of B and one broadcast element of A fill the register file, and
+// ROWS·NV is more than latency times throughput of a fused multiply-add.
 #if defined(__AVX512F__)                     // 32 registers of 16 floats
-constexpr int LANES = 16, MR = 14, NV = 2;
+constexpr int LANES = 16, ROWS = 14, NV = 2;
 #elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
-constexpr int LANES = 8, MR = 6, NV = 2;
+constexpr int LANES = 8, ROWS = 6, NV = 2;
 #elif defined(__ARM_NEON)                    // 32 registers of 4
-constexpr int LANES = 4, MR = 8, NV = 3;
+constexpr int LANES = 4, ROWS = 8, NV = 3;
 #else                                        // x86-64 at its plainest: 16 registers of 4
-constexpr int LANES = 4, MR = 4, NV = 2;
+constexpr int LANES = 4, ROWS = 4, NV = 2;
 #endif
-constexpr int NR = NV * LANES;
 constexpr size_t CACHE_LINE = 16;  // floats
 typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
 typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -376,21 +378,28 @@ static int thread_count() {
 }
 
 // Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
-// cannot do without.
-enum Part { EMBEDDING, LAYERNORM, MATMUL, ATTENTION, DEPTH_MIXING, SOFTMAX, ADAMW, PARTS };
-static Share profile[PARTS] = {{"embedding"}, {"LayerNorm"}, {"matmul"}, {"attention"}, {"depth mixing"}, {"softmax"}, {"AdamW"}};
+// cannot do without; a function that another calls counts under that other's.
+enum Part { EMBEDDING, LAYERNORM, MATMUL, MATMUL_DX, MATMUL_DW, ATTENTION, DEPTH_MIXING, CLASSIFIER, ADAMW, PARTS };
+static Share profile[PARTS] = {{"embedding"}, {"LayerNorm"}, {"matmuls"},     {"matmuls, dx"}, {"matmuls, dw"},
+                               {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
 
 static std::vector<Share> model_profile() { return {profile, profile + PARTS}; }
 
 struct Timed {
+    static inline Timed* outermost = nullptr;
     Part part;
-    double start = seconds();
+    double start = 0;
 
-    Timed(Part p, double flops, double bytes) : part(p) {
-        profile[p].flops += flops;
-        profile[p].bytes += bytes;
+    Timed(Part p, double flops, double bytes) : part(outermost ? outermost->part : p) {
+        if (!outermost) outermost = this, start = seconds();
+        profile[part].flops += flops;
+        profile[part].bytes += bytes;
     }
-    ~Timed() { profile[part].seconds += seconds() - start; }
+    ~Timed() {
+        if (outermost != this) return;
+        profile[part].seconds += seconds() - start;
+        outermost = nullptr;
+    }
 };
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -404,7 +413,7 @@ struct Timed {
 // Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
 //     - A is packed into panels of MR rows, [panel][step][MR], once, by all threads together;
 //     - C is cut into blocks of MC × NC, which threads take one by one. A block stays in its thread's L2 cache while K
-//       goes by, KC steps at a time: pack KC × NC of B into panels [panel][step][NR], then, tile by tile, the microkernel.
+//       goes by, KC steps at a time: pack KC × NC of B in panels [panel][step][NR], then, tile by tile, the microkernel.
 //     - The finished block goes through `store_row` while in cache: bias, GELU, residual and the like cost no pass over
 //       memory.
 // Each element is summed over k in one order, which depends on the sizes alone, never on the number of threads.
@@ -414,17 +423,26 @@ struct Timed {
 struct Pair {
     bf16 low, high;
 };
-#ifdef __AVX512BF16__
-template <class X> using Cell = std::conditional_t<std::is_same_v<X, bf16>, Pair, float>;
+#if defined(__AMX_BF16__)      // tiles of 16 × 16 sums, 16 pairs of k at a time
+constexpr bool HAS_PAIRS = true, HAS_AMX = true;
+#elif defined(__AVX512BF16__)  // vectors of 16 sums, a pair at a time
+constexpr bool HAS_PAIRS = true, HAS_AMX = false;
 #else
-template <class X> using Cell = float;
+constexpr bool HAS_PAIRS = false, HAS_AMX = false;
 #endif
-template <class X> constexpr size_t K_PER_STEP = std::is_same_v<Cell<X>, Pair> ? 2 : 1;
-template <class X> static constexpr size_t steps(size_t K) { return ceil_div(K, K_PER_STEP<X>); }
+template <class X> constexpr bool PAIRS = HAS_PAIRS && std::is_same_v<X, bf16>;
+template <class X> constexpr bool AMX = HAS_AMX && std::is_same_v<X, bf16>;
+template <class X> using Cell = std::conditional_t<PAIRS<X>, Pair, float>;
+template <class X> constexpr size_t K_PER_STEP = PAIRS<X> ? 2 : 1;
+template <class X> constexpr size_t steps(size_t K) {  // whole tiles with AMX; what is past K is 0
+    return round_up(ceil_div(K, K_PER_STEP<X>), AMX<X> ? LANES : 1);
+}
 
-constexpr size_t KC = 384;             // an A panel of MR × KC cells (21 KB) stays in L1 while a block's B panels pass by
-constexpr size_t NC = 128 / NR * NR;   // KC × NC cells of B take 196 KB of L2; narrow, so that small N feeds all threads
-constexpr size_t MC = 504 / MR * MR;   // MC × NC floats of C take 258 KB of L2; tall, so that packing B is a small part
+constexpr int NR = NV * LANES;
+template <class X> constexpr int MR = AMX<X> ? 2 * LANES : ROWS;
+constexpr size_t KC = 384;            // an A panel of MR × KC cells (21 KB) stays in L1 while a block's B panels pass by
+constexpr size_t NC = 128 / NR * NR;  // KC × NC cells of B take 196 KB of L2; narrow, so that small N feeds all threads
+constexpr size_t MC = 532;            // MC × NC floats of C take 272 KB of L2; tall, so that packing B is a small part
 
 // An operand's element (i, k) is data[i·stride + k] where k is the contiguous index, else data[k·stride + i];
 // i is a row of A or a column of B, k is what the product sums over.
@@ -434,7 +452,9 @@ struct Operand {
     size_t stride;
     bool along_k;
 
-    Operand at(size_t i, size_t k) const { return {data + (along_k ? i * stride + k : k * stride + i), stride, along_k}; }
+    Operand at(size_t i, size_t k) const {
+        return {data + (along_k ? i * stride + k : k * stride + i), stride, along_k};
+    }
 };
 template <class X> static Operand<X> along_k(const X* data, size_t stride) { return {data, stride, true}; }
 template <class X> static Operand<X> across_k(const X* data, size_t stride) { return {data, stride, false}; }
@@ -488,31 +508,30 @@ static inline const X* padded(X (&buffer)[count], const X* p, size_t n) {
     return buffer;
 }
 
-// LANES cells of one row: `left` values of k are left.
+// LANES cells of a's first row: `left` values of k are left.
 template <class X>
-static inline vec cells_along_k(const X* row, size_t left) {
+static inline vec cells_along_k(Operand<X> a, size_t left) {
     constexpr int count = LANES * K_PER_STEP<X>;
     X buffer[count];
-    row = padded<count>(buffer, row, left);
-    if constexpr (K_PER_STEP<X> == 1) return load(row);
+    const X* row = padded<count>(buffer, a.data, left);
+    if constexpr (!PAIRS<X>) return load(row);
     vec cells;
     memcpy(&cells, row, sizeof cells);  // a pair is two neighbours as they lie
     return cells;
 }
 
-// One cell of LANES rows, of which n exist: k, and k + 1 unless it is the last.
+// One cell each of a's first n rows, at most LANES: its k, and k + 1, as far as they are less than K.
 template <class X>
-static inline vec cells_across_k(const X* k, const X* next_k, size_t n) {
+static inline vec cells_across_k(Operand<X> a, size_t K, size_t k, size_t n) {
     X buffer[LANES];
-    if constexpr (K_PER_STEP<X> == 1) return load(padded<LANES>(buffer, k, n));
-    else {
-        vec low = load(padded<LANES>(buffer, k, n)), high = {};  // bf16 as float: the upper half of each lane
-        if (next_k) high = load(padded<LANES>(buffer, next_k, n));
-        return (vec)((bits_vec)low >> 16 | (bits_vec)high);
-    }
+    if (n == 0 || k >= K) return vec{};
+    vec low = load(padded<LANES>(buffer, a.data, n)), high = {};
+    if constexpr (!PAIRS<X>) return low;
+    if (k + 1 < K) high = load(padded<LANES>(buffer, a.at(0, 1).data, n));
+    return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
-// Packs one panel, `width` being MR or NR: panel[step][i] from a(i, k) for k < K and i < n; cells past n are 0.
+// Packs one panel, `width` being MR or NR: panel[step][i] from a(i, k) for k < K and i < n; cells past these are 0.
 template <int width, class X>
 static void pack(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
@@ -529,48 +548,118 @@ static void pack(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
         if (a.along_k) {
             for (size_t step = 0; step < S; step += LANES) {
                 vec block[LANES] = {};
-                for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER).data, K - step * PER);
+                for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER), K - step * PER);
                 transpose(block);
                 for (size_t j = 0; j < std::min<size_t>(LANES, S - step); j++) put(step + j, block[j]);
             }
         } else {
-            for (size_t step = 0; step < S; step++) {
-                size_t k = step * PER;
-                put(step, rows ? cells_across_k(a.at(i0, k).data, k + 1 < K ? a.at(i0, k + 1).data : nullptr, rows) : vec{});
-            }
+            for (size_t step = 0; step < S; step++) put(step, cells_across_k(a.at(i0, step * PER), K, step * PER, rows));
         }
     }
 }
 
-// [panel][step][MR], the A operand of a microkernel
+// An A panel. AMX takes a row's 16 pairs together, so there it lies [step/16][MR][16], which spares the transposition
+// where k is contiguous.
+template <class X>
+static void pack_A(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
+    if constexpr (!AMX<X>) return pack<MR<X>>(panel, a, n, K);
+    constexpr size_t PER = K_PER_STEP<X>;
+    for (size_t step = 0; step < steps<X>(K); step += LANES)
+        for (size_t i0 = 0; i0 < MR<X>; i0 += LANES) {
+            size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0;
+            vec block[LANES] = {};
+            if (a.along_k) {
+                for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER), K - step * PER);
+            } else {
+                for (size_t j = 0; j < LANES; j++)
+                    block[j] = cells_across_k(a.at(i0, (step + j) * PER), K, (step + j) * PER, rows);
+                transpose(block);
+            }
+            for (vec& row : block) store((float*)(panel + step * MR<X> + (i0 + (&row - block)) * LANES), row);
+        }
+}
+
+// One A panel after the other, for n rows
 template <class X>
 static void pack_panels(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
-    for (size_t i = 0; i < n; i += MR) pack<MR>(panels + i * steps<X>(K), a.at(i, 0), n - i, K);
+    for (size_t i = 0; i < n; i += MR<X>) pack_A(panels + i * steps<X>(K), a.at(i, 0), n - i, K);
 }
 
 static inline void multiply_add(vec& sum, float a, const float* b) { sum += a * load(b); }
 #ifdef __AVX512BF16__
 static inline void multiply_add(vec& sum, Pair a, const Pair* b) {  // sum += a.low b.low + a.high b.high
-    sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(std::bit_cast<int>(a)), (__m512bh)_mm512_loadu_si512(b));
+    __m512bh a_all = (__m512bh)_mm512_set1_epi32(std::bit_cast<int>(a));
+    sum = (vec)_mm512_dpbf16_ps((__m512)sum, a_all, (__m512bh)_mm512_loadu_si512(b));
 }
 #endif
 
-// The microkernel: c (MR, NR) = or += Σ over steps of a[step][MR] ⊗ b[step][NR], all of c in registers meanwhile.
+#ifdef __AMX_BF16__
+// AMX has eight tiles of 16 rows of 64 bytes: sums of 16 × 16 floats, or 16 rows of 16 pairs. Tiles 0 to 3 are the
+// four quarters of c, 4 and 5 the halves of a, 6 and 7 those of b.
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A thread says once how it divides its tiles.
+static inline void shape_tiles() {
+    static thread_local bool shaped = false;
+    if (shaped) return;
+    const TileShapes shapes;
+    asm volatile("" : : "m"(shapes));  // all of it is read, which some compilers do not see
+    _tile_loadconfig(&shapes);
+    shaped = true;
+}
+
+// c (32, 32) = or += Σ over steps of a ⊗ b; a [steps/16][32][16] pairs, b [steps][32].
+static inline void microkernel(float* c, size_t ldc, const Pair* a, const Pair* b, size_t steps, bool accumulate) {
+    const size_t row = ldc * sizeof(float), a_row = LANES * sizeof(Pair), b_row = NR * sizeof(Pair);
+    shape_tiles();
+    if (accumulate) {
+        _tile_loadd(0, c, row);
+        _tile_loadd(1, c + LANES, row);
+        _tile_loadd(2, c + LANES * ldc, row);
+        _tile_loadd(3, c + LANES * ldc + LANES, row);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (size_t step = 0; step < steps; step += LANES, a += MR<bf16> * LANES, b += NR * LANES) {
+        _tile_loadd(4, a, a_row);
+        _tile_loadd(6, b, b_row);
+        _tile_loadd(7, b + LANES, b_row);
+        _tile_loadd(5, a + LANES * LANES, a_row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, row);
+    _tile_stored(1, c + LANES, row);
+    _tile_stored(2, c + LANES * ldc, row);
+    _tile_stored(3, c + LANES * ldc + LANES, row);
+}
+#endif
+
+// The microkernel: c (ROWS, NR) = or += Σ over steps of a[step][ROWS] ⊗ b[step][NR], all of c in registers meanwhile.
 template <class Cell>
 static inline void microkernel(float* c, size_t ldc, const Cell* a, const Cell* b, size_t steps, bool accumulate) {
-    vec sum[MR][NV];
+    vec sum[ROWS][NV];
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
+    for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * LANES) : vec{};
-    for (size_t step = 0; step < steps; step++, a += MR, b += NR) {
+    for (size_t step = 0; step < steps; step++, a += ROWS, b += NR) {
 #pragma GCC unroll 16
-        for (int i = 0; i < MR; i++)
+        for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) multiply_add(sum[i][j], a[i], b + j * LANES);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
+    for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
@@ -615,6 +704,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
     const size_t S = steps<X>(K);
     Cell<X>* packed = (Cell<X>*)ws.packed;
     // As many rows of A at once as fit the packed buffer; blocks of C small enough to go round.
+    constexpr size_t MR = ::MR<X>, MC = ::MC / MR * MR;
     size_t rows_at_once = std::min(round_up(M, MR), ws.packed_size / S / MR * MR);
     size_t column_blocks = ceil_div(N, NC), row_blocks = ceil_div(rows_at_once, MC);
     while (column_blocks * row_blocks < 3 * (size_t)thread_count() && rows_at_once / row_blocks > 6 * MR) row_blocks++;
@@ -623,7 +713,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
     for (size_t first = 0; first < M; first += rows_at_once) {
         size_t rows = std::min(rows_at_once, M - first);
 #pragma omp for schedule(static)
-        for (size_t m = 0; m < rows; m += MR) pack<MR>(packed + m * S, A.at(first + m, 0), M - first - m, K);
+        for (size_t m = 0; m < rows; m += MR) pack_A(packed + m * S, A.at(first + m, 0), M - first - m, K);
 
         Cell<X>* b_block = (Cell<X>*)ws.mine();  // [NC/NR][KC][NR]
         float* c_block = ws.mine() + KC * NC;    // (block_rows, NC)
@@ -635,10 +725,11 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
                     size_t depth = std::min(S - step, KC), k = step * K_PER_STEP<X>;
                     for (size_t n = 0; n < columns; n += NR)
                         pack<NR>(b_block + n * depth, B.at(n0 + n, k), N - n0 - n, std::min(K - k, depth * K_PER_STEP<X>));
-                    for (size_t m = 0; m < block; m += MR)
+                    for (size_t m = 0; m < block; m += MR) {
+                        const Cell<X>* a_panel = packed + (m0 + m) * S + step * MR;
                         for (size_t n = 0; n < columns; n += NR)
-                            microkernel(c_block + m * NC + n, NC, packed + (m0 + m) * S + step * MR, b_block + n * depth,
-                                        depth, step > 0);
+                            microkernel(c_block + m * NC + n, NC, a_panel, b_block + n * depth, depth, step > 0);
+                    }
                 }
                 for (size_t m = 0; m < block; m++) store_row(first + m0 + m, n0, columns, c_block + m * NC);
             }
@@ -698,11 +789,12 @@ static void linear_gelu_forward(Workspace& ws, X* y, X* h, const X* x, const X* 
     });
 }
 
-// dx = dy w. Where dy and w come in pieces, a few columns of dy and as many rows of w, dx_sum (rows, C) gathers what they
-// give, in fp32, and the last one writes dx.
+// dx = dy w. Where dy and w come in pieces, a few columns of dy and as many rows of w, dx_sum (rows, C) gathers what
+// they give, in fp32, and the last one writes dx.
 template <class X>
-static void linear_backward_input(Workspace& ws, X* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC, size_t lddy,
-                                  float* dx_sum = nullptr, bool first = true, bool last = true) {
+static void linear_backward_input(Workspace& ws, X* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC,
+                                  size_t lddy, float* dx_sum = nullptr, bool first = true, bool last = true) {
+    Timed timed(MATMUL_DX, 0, 0);
     matmul(ws, rows, C, OC, along_k(dy, lddy), across_k(w, C), [=](size_t m, size_t n, size_t count, const float* dyw) {
         size_t at = m * C + n;
         for (size_t i = 0; i < count; i++) {
@@ -715,8 +807,9 @@ static void linear_backward_input(Workspace& ws, X* dx, const X* dy, const X* w,
 
 // The same through the GELU that made the layer's input from h: dh = (dy w) gelu'(h); and gelu(h) again, which dw needs
 template <class X>
-static void linear_gelu_backward_input(Workspace& ws, X* dh, X* gelu_h, const X* h, const X* dy, const X* w, size_t rows,
-                                       size_t C, size_t OC) {
+static void linear_gelu_backward_input(Workspace& ws, X* dh, X* gelu_h, const X* h, const X* dy, const X* w,
+                                       size_t rows, size_t C, size_t OC) {
+    Timed timed(MATMUL_DX, 0, 0);
     matmul(ws, rows, C, OC, along_k(dy, OC), across_k(w, C), [=](size_t m, size_t n, size_t count, const float* dyw) {
         X *dh_m = dh + m * C + n, *gelu_m = gelu_h + m * C + n;
         const X* h_m = h + m * C + n;
@@ -730,6 +823,7 @@ static void linear_gelu_backward_input(Workspace& ws, X* dh, X* gelu_h, const X*
 template <class X>
 static void linear_backward_weight(Workspace& ws, float* dw, float* db, const X* dy, const X* x, size_t rows, size_t C,
                                    size_t OC, size_t lddy, bool accumulate) {
+    Timed timed(MATMUL_DW, 0, 0);
     for (size_t r = 0; r < rows; r += token_slab) {
         bool add = accumulate || r > 0;
         matmul(ws, OC, C, std::min(rows - r, token_slab), across_k(dy + r * lddy, lddy), across_k(x + r * C, C),
@@ -739,7 +833,6 @@ static void linear_backward_weight(Workspace& ws, float* dw, float* db, const X*
                });
     }
     if (!db) return;
-    Timed timed(MATMUL, 0, rows * OC * sizeof(X));
     constexpr size_t COLUMNS = 64;
 #pragma omp parallel for schedule(static)
     for (size_t n0 = 0; n0 < OC; n0 += COLUMNS) {
@@ -792,7 +885,8 @@ static void layernorm_normalize(X* y, const X* x, const X* w, const X* b, float 
 }
 
 template <class X>
-static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows, size_t C) {
+static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows,
+                              size_t C) {
     Timed timed(LAYERNORM, 0, 2.0 * rows * C * sizeof(X));
 #pragma omp parallel for schedule(static)
     for (size_t r = 0; r < rows; r++) {
@@ -880,7 +974,16 @@ static void layernorm_backward(X* dx, float* dw, float* db, float* partial /* (r
 // makes them what they would have been with max' from the start; then the tile's own terms are added. At the end
 // o/sum is softmax(s) v, and lse = max + log(sum) is all that backward needs: p_j = e^(s_j - lse).
 
-constexpr size_t KEYS = 8 * MR;
+template <class X> constexpr size_t KEYS = 8 * MR<X>;
+
+// One head's rows in an array of many heads: row i begins at data + i·stride.
+template <class X>
+struct Rows {
+    X* data;
+    size_t stride;
+
+    X* operator[](size_t i) const { return data + i * stride; }
+};
 
 // A thread's scratch memory for one head of T keys, laid out from `local` on. Panels are operands of the microkernel:
 // A operands lie in panels of MR rows, B operands in panels of NR columns.
@@ -902,57 +1005,69 @@ struct HeadScratch {
             p = local ? (std::remove_reference_t<decltype(p)>)(local + size) : nullptr;  // null: only counts
             size += round_up(n, CACHE_LINE);
         };
-        size_t rows_T = round_up(T, MR), rows_HS = round_up(HS, MR), columns_HS = round_up(HS, NR);
+        size_t rows_T = round_up(T, MR<X>), rows_HS = round_up(HS, MR<X>), columns_HS = round_up(HS, NR);
         for (auto* panels : {&k_panels, &v_panels}) take(*panels, rows_T * steps<X>(HS));
         for (auto* panels : {&kT_panels, &vT_panels}) take(*panels, rows_HS * steps<X>(T));
         for (auto* panel : {&q_panel, &do_panel}) take(*panel, steps<X>(HS) * NR);
         for (auto* rows : {&q_rows, &do_rows}) take(*rows, columns_HS * steps<X>(NR));
-        for (float** tile : {&s, &ds}) take(*tile, KEYS * NR);
-        take(p, KEYS * NR);
-        for (auto* packed : {&p_rows, &p_panels}) take(*packed, KEYS * NR);
+        for (float** tile : {&s, &ds}) take(*tile, KEYS<X> * NR);
+        take(p, KEYS<X> * NR);
+        for (auto* packed : {&p_rows, &p_panels}) take(*packed, KEYS<X> * NR);
         for (float** sum : {&oT, &dqT}) take(*sum, rows_HS * NR);
         for (float** sum : {&dk_sum, &dv_sum}) take(*sum, rows_T * columns_HS);
     }
 };
 
 // sᵀ (keys, NR) of the NR queries in q_panel; key j0 + r against query i0 + lane is causal if j0 + r ≤ i0 + lane.
-template <class Cell>
-static void scores_tile(float* s, const Cell* k_panels, const Cell* q_panel, size_t keys, size_t j0, size_t i0, size_t steps_HS) {
-    for (size_t r = 0; r < keys; r += MR)
-        microkernel(s + r * NR, NR, k_panels + (j0 + r) * steps_HS, q_panel, steps_HS, false);
+template <class X>
+static void scores_tile(HeadScratch<X>& h, size_t keys, size_t j0, size_t i0, size_t HS) {
+    for (size_t r = 0; r < keys; r += MR<X>)
+        microkernel(h.s + r * NR, NR, h.k_panels + (j0 + r) * steps<X>(HS), h.q_panel, steps<X>(HS), false);
     for (size_t r = i0 > j0 ? i0 - j0 : 0; r < keys; r++)
-        for (size_t lane = 0; lane < std::min<size_t>(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
+        for (size_t lane = 0; lane < std::min<size_t>(j0 + r - i0, NR); lane++) h.s[r * NR + lane] = -INFINITY;
 }
 
 // sumᵀ (HS, NR) += aᵀ (HS, keys) p (keys, NR), for keys from j0 on; aT_panels (HS, T)
 template <class X>
-static void add_over_keys(float* sumT, HeadScratch<X>& h, const Cell<X>* aT_panels, size_t keys, size_t j0, size_t T, size_t HS) {
+static void add_over_keys(float* sumT, HeadScratch<X>& h, const Cell<X>* aT_panels, size_t keys, size_t j0, size_t T,
+                          size_t HS) {
     pack<NR>(h.p_rows, across_k<X>(h.p, NR), NR, keys);
-    for (size_t d = 0; d < HS; d += MR)
-        microkernel(sumT + d * NR, NR, aT_panels + d * steps<X>(T) + steps<X>(j0) * MR, h.p_rows, steps<X>(keys), true);
+    for (size_t d = 0; d < HS; d += MR<X>)
+        microkernel(sumT + d * NR, NR, aT_panels + d * steps<X>(T) + steps<X>(j0) * MR<X>, h.p_rows, steps<X>(keys), true);
 }
 
-// q, o (queries, HS) with ldq, ldo values from row to row; k, v (before + queries, HS) with ldkv; lse (queries) or null.
-// Query i is at position before + i.
+// sum (keys from j0 on, HS) += p (keys, n queries) a (n, HS); a_rows packed
 template <class X>
-static void attention_head_forward(float* local, X* o, float* lse, const X* q, const X* k, const X* v, size_t queries,
-                                   size_t before, size_t HS, size_t ldo, size_t ldq, size_t ldkv) {
-    size_t T = before + queries, steps_HS = steps<X>(HS);
+static void add_over_queries(float* sum, HeadScratch<X>& h, const Cell<X>* a_rows, size_t keys, size_t j0, size_t n,
+                             size_t HS) {
+    size_t columns = round_up(HS, NR);
+    pack_panels(h.p_panels, along_k<X>(h.p, NR), keys, n);
+    for (size_t r = 0; r < keys; r += MR<X>)
+        for (size_t d = 0; d < HS; d += NR)
+            microkernel(sum + (j0 + r) * columns + d, columns, h.p_panels + r * steps<X>(n), a_rows + d * steps<X>(n),
+                        steps<X>(n), true);
+}
+
+// o (queries, HS); q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
+template <class X>
+static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k, Rows<const X> v,
+                                   size_t queries, size_t before, size_t HS) {
+    size_t T = before + queries;
     float scale = 1.0f / sqrtf(HS);
     HeadScratch<X> h(local, T, HS);
-    pack_panels(h.k_panels, along_k(k, ldkv), T, HS);
-    pack_panels(h.vT_panels, across_k(v, ldkv), HS, T);
+    pack_panels(h.k_panels, along_k(k.data, k.stride), T, HS);
+    pack_panels(h.vT_panels, across_k(v.data, v.stride), HS, T);
 
     for (size_t i0 = 0; i0 < queries; i0 += NR) {
         size_t n = std::min<size_t>(queries - i0, NR), visible = before + i0 + n;
         float max[NR], sum[NR];
         std::fill_n(max, NR, -INFINITY);
         std::fill_n(sum, NR, 0.0f);
-        std::fill_n(h.oT, round_up(HS, MR) * NR, 0.0f);
-        pack<NR>(h.q_panel, along_k(q + i0 * ldq, ldq), n, HS);
-        for (size_t j0 = 0; j0 < visible; j0 += KEYS) {
-            size_t keys = std::min(visible - j0, KEYS);
-            scores_tile(h.s, h.k_panels, h.q_panel, keys, j0, before + i0, steps_HS);
+        std::fill_n(h.oT, round_up(HS, MR<X>) * NR, 0.0f);
+        pack<NR>(h.q_panel, along_k(q[i0], q.stride), n, HS);
+        for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
+            size_t keys = std::min(visible - j0, KEYS<X>);
+            scores_tile(h, keys, j0, before + i0, HS);
             float new_max[NR], rescale[NR];
             std::copy_n(max, NR, new_max);
             for (size_t r = 0; r < keys; r++)
@@ -971,84 +1086,76 @@ static void attention_head_forward(float* local, X* o, float* lse, const X* q, c
             std::copy_n(new_max, NR, max);
         }
         for (size_t i = 0; i < n; i++) {
-            for (size_t d = 0; d < HS; d++) o[(i0 + i) * ldo + d] = h.oT[d * NR + i] / sum[i];
+            for (size_t d = 0; d < HS; d++) o[i0 + i][d] = h.oT[d * NR + i] / sum[i];
             if (lse) lse[i0 + i] = scale * max[i] + logf(sum[i]);
         }
     }
 }
 
-// dq, dk, dv = from do; dk, dv of type DKV. With p = softmax(s), s = scale q kᵀ, o = p v:
+// dq, dk, dv = from do; dk, dv of type DKV; all (T, HS). With p = softmax(s), s = scale q kᵀ, o = p v:
 //     dv_j = Σ_i p_ij do_i        dp_ij = do_i·v_j
 //     ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij')     (softmax: ∂p_j'/∂s_j = p_j' (δ_jj' - p_j))
 // and Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i, so the sum over a whole row needs no second sweep. Then
 //     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i
 template <class X, class DKV>
-static void attention_head_backward(float* local, X* dq, DKV* dk, DKV* dv, size_t lddq, size_t lddkv, const X* dout,
-                                    const X* o, const float* lse, const X* q, const X* k, const X* v, size_t T, size_t HS,
-                                    size_t ldo, size_t ldqkv) {
-    size_t columns = round_up(HS, NR), steps_HS = steps<X>(HS);
+static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
+                                    Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k, Rows<const X> v,
+                                    size_t T, size_t HS) {
+    size_t columns = round_up(HS, NR);
     float scale = 1.0f / sqrtf(HS);
     HeadScratch<X> h(local, T, HS);
-    pack_panels(h.k_panels, along_k(k, ldqkv), T, HS);
-    pack_panels(h.v_panels, along_k(v, ldqkv), T, HS);
-    pack_panels(h.kT_panels, across_k(k, ldqkv), HS, T);
-    std::fill_n(h.dk_sum, round_up(T, MR) * columns, 0.0f);
-    std::fill_n(h.dv_sum, round_up(T, MR) * columns, 0.0f);
+    pack_panels(h.k_panels, along_k(k.data, k.stride), T, HS);
+    pack_panels(h.v_panels, along_k(v.data, v.stride), T, HS);
+    pack_panels(h.kT_panels, across_k(k.data, k.stride), HS, T);
+    std::fill_n(h.dk_sum, round_up(T, MR<X>) * columns, 0.0f);
+    std::fill_n(h.dv_sum, round_up(T, MR<X>) * columns, 0.0f);
 
     for (size_t i0 = 0; i0 < T; i0 += NR) {
         size_t n = std::min<size_t>(T - i0, NR), visible = i0 + n;
-        float row_lse[NR] = {}, row_sum[NR] = {};  // row_sum: do·o; both stay 0 in lanes past the last query, whose rows are 0
+        float row_lse[NR] = {}, row_sum[NR] = {};  // row_sum: do·o. In lanes past the last query, whose rows are 0, so are they
         for (size_t i = 0; i < n; i++) {
             row_lse[i] = lse[i0 + i];
-            row_sum[i] = dot(dout + (i0 + i) * ldo, o + (i0 + i) * ldo, HS);
+            row_sum[i] = dot(dout[i0 + i], o[i0 + i], HS);
         }
-        pack<NR>(h.q_panel, along_k(q + i0 * ldqkv, ldqkv), n, HS);
-        pack<NR>(h.do_panel, along_k(dout + i0 * ldo, ldo), n, HS);
+        pack<NR>(h.q_panel, along_k(q[i0], q.stride), n, HS);
+        pack<NR>(h.do_panel, along_k(dout[i0], dout.stride), n, HS);
         for (size_t d = 0; d < HS; d += NR) {
-            pack<NR>(h.q_rows + d * steps<X>(n), across_k(q + i0 * ldqkv + d, ldqkv), HS - d, n);
-            pack<NR>(h.do_rows + d * steps<X>(n), across_k(dout + i0 * ldo + d, ldo), HS - d, n);
+            pack<NR>(h.q_rows + d * steps<X>(n), across_k(q[i0] + d, q.stride), HS - d, n);
+            pack<NR>(h.do_rows + d * steps<X>(n), across_k(dout[i0] + d, dout.stride), HS - d, n);
         }
-        std::fill_n(h.dqT, round_up(HS, MR) * NR, 0.0f);
-        for (size_t j0 = 0; j0 < visible; j0 += KEYS) {
-            size_t keys = std::min(visible - j0, KEYS);
-            // sum (T, HS) += pᵀ (keys, NR) rows (NR, HS)
-            auto add_over_queries = [&](float* sum, const Cell<X>* rows) {
-                pack_panels(h.p_panels, along_k<X>(h.p, NR), keys, n);
-                for (size_t r = 0; r < keys; r += MR)
-                    for (size_t d = 0; d < HS; d += NR)
-                        microkernel(sum + (j0 + r) * columns + d, columns, h.p_panels + r * steps<X>(n),
-                                    rows + d * steps<X>(n), steps<X>(n), true);
-            };
-            scores_tile(h.s, h.k_panels, h.q_panel, keys, j0, i0, steps_HS);
-            for (size_t r = 0; r < keys; r += MR)
-                microkernel(h.ds + r * NR, NR, h.v_panels + (j0 + r) * steps_HS, h.do_panel, steps_HS, false);  // dpᵀ
+        std::fill_n(h.dqT, round_up(HS, MR<X>) * NR, 0.0f);
+        for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
+            size_t keys = std::min(visible - j0, KEYS<X>);
+            scores_tile(h, keys, j0, i0, HS);
+            for (size_t r = 0; r < keys; r += MR<X>)  // dpᵀ
+                microkernel(h.ds + r * NR, NR, h.v_panels + (j0 + r) * steps<X>(HS), h.do_panel, steps<X>(HS), false);
             for (size_t r = 0; r < keys; r++)
                 for (int lane = 0; lane < NR; lane++) {
                     float p = exp_approx(scale * h.s[r * NR + lane] - row_lse[lane]);
                     h.p[r * NR + lane] = p;
                     h.ds[r * NR + lane] = scale * p * (h.ds[r * NR + lane] - row_sum[lane]);
                 }
-            add_over_queries(h.dv_sum, h.do_rows);
+            add_over_queries(h.dv_sum, h, h.do_rows, keys, j0, n, HS);
             for (size_t i = 0; i < keys * NR; i++) h.p[i] = h.ds[i];
-            add_over_queries(h.dk_sum, h.q_rows);
+            add_over_queries(h.dk_sum, h, h.q_rows, keys, j0, n, HS);
             add_over_keys(h.dqT, h, h.kT_panels, keys, j0, T, HS);
         }
         for (size_t i = 0; i < n; i++)
-            for (size_t d = 0; d < HS; d++) dq[(i0 + i) * lddq + d] = h.dqT[d * NR + i];
+            for (size_t d = 0; d < HS; d++) dq[i0 + i][d] = h.dqT[d * NR + i];
     }
     for (size_t t = 0; t < T; t++) {
-        std::copy_n(h.dk_sum + t * columns, HS, dk + t * lddkv);
-        std::copy_n(h.dv_sum + t * columns, HS, dv + t * lddkv);
+        std::copy_n(h.dk_sum + t * columns, HS, dk[t]);
+        std::copy_n(h.dv_sum + t * columns, HS, dv[t]);
     }
 }
 
-// One query against `keys` keys, as in decoding: no tile to fill, so plain loops.
+// One query against `keys` keys, as in decoding: no tile to fill, so plain loops. local: (keys + HS)
 template <class X>
-static void attention_head_decode(float* p, X* o, const X* q, const X* k, const X* v, size_t keys, size_t HS, size_t ldkv) {
+static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> k, Rows<const X> v, size_t keys, size_t HS) {
+    float *p = local, *sum_o = p + keys;
     float scale = 1.0f / sqrtf(HS), max = -INFINITY, sum = 0;
-    float* sum_o = p + keys;
     for (size_t j = 0; j < keys; j++) {
-        p[j] = scale * dot(q, k + j * ldkv, HS);
+        p[j] = scale * dot(q, k[j], HS);
         max = std::max(max, p[j]);
     }
 #pragma omp simd reduction(+ : sum)
@@ -1058,7 +1165,7 @@ static void attention_head_decode(float* p, X* o, const X* q, const X* k, const 
     }
     std::fill_n(sum_o, HS, 0.0f);
     for (size_t j = 0; j < keys; j++)
-        for (size_t d = 0; d < HS; d++) sum_o[d] += p[j] * v[j * ldkv + d];
+        for (size_t d = 0; d < HS; d++) sum_o[d] += p[j] * v[j][d];
     for (size_t d = 0; d < HS; d++) o[d] = sum_o[d] / sum;
 }
 
@@ -1076,33 +1183,35 @@ static void attention_forward(Workspace& ws, X* o, float* lse, const X* qkv, con
     for (size_t b = 0; b < B; b++) {
         for (size_t h = 0; h < NH; h++) {
             size_t at = b * T * 3 * C + h * HS;
-            const X* kv = (skips(c, l, h) ? qkv_below : qkv) + at + C;
-            attention_head_forward(ws.mine(), o + b * T * C + h * HS, lse + (b * NH + h) * T, qkv + at, kv, kv + C,
-                                   T, 0, HS, C, 3 * C, 3 * C);
+            const X *q = qkv + at, *k = (skips(c, l, h) ? qkv_below : qkv) + at + C, *v = k + C;
+            attention_head_forward<X>(ws.mine(), {o + b * T * C + h * HS, C}, lse + (b * NH + h) * T, {q, 3 * C},
+                                      {k, 3 * C}, {v, 3 * C}, T, 0, HS);
         }
     }
 }
 
-// dq = in dqkv (B, T, 3C). dk, dv = there too if dkv is null, as with vanilla; else they are only shares of a sum, and go
-// to dkv (B, T, 2C), those of skipping heads to dkv_below, which belongs to layer l - skip_distance.
+// dq = in dqkv (B, T, 3C). dk, dv = there too if dkv is null, as with vanilla; else they are only shares of a sum, and
+// go to dkv (B, T, 2C), those of skipping heads to dkv_below, which belongs to layer l - skip_distance.
 template <class X>
 static void attention_backward(Workspace& ws, X* dqkv, float* dkv, float* dkv_below, const X* dout, const X* o,
-                               const float* lse, const X* qkv, const X* qkv_below, const Config& c, int l, size_t B, size_t T) {
+                               const float* lse, const X* qkv, const X* qkv_below, const Config& c, int l, size_t B,
+                               size_t T) {
     size_t C = c.C, NH = c.NH, HS = c.head_size();
     Timed timed(ATTENTION, attention_flops(B, T, C, 4), 0);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t b = 0; b < B; b++) {
         for (size_t h = 0; h < NH; h++) {
             size_t at = b * T * 3 * C + h * HS, at_o = b * T * C + h * HS, at_dkv = b * T * 2 * C + h * HS;
-            const X *q = qkv + at, *kv = (skips(c, l, h) ? qkv_below : qkv) + at + C;
-            const float* head_lse = lse + (b * NH + h) * T;
+            const X *q = qkv + at, *k = (skips(c, l, h) ? qkv_below : qkv) + at + C, *v = k + C;
+            auto head = [&](auto* dk, size_t stride) {
+                using DKV = std::remove_pointer_t<decltype(dk)>;
+                attention_head_backward<X, DKV>(ws.mine(), {dqkv + at, 3 * C}, {dk, stride}, {dk + C, stride},
+                                                {dout + at_o, C}, {o + at_o, C}, lse + (b * NH + h) * T, {q, 3 * C},
+                                                {k, 3 * C}, {v, 3 * C}, T, HS);
+            };
             float* share = skips(c, l, h) ? dkv_below : dkv;
-            if (!share)
-                attention_head_backward(ws.mine(), dqkv + at, dqkv + at + C, dqkv + at + 2 * C, 3 * C, 3 * C, dout + at_o,
-                                        o + at_o, head_lse, q, kv, kv + C, T, HS, C, 3 * C);
-            else
-                attention_head_backward(ws.mine(), dqkv + at, share + at_dkv, share + at_dkv + C, 3 * C, 2 * C, dout + at_o,
-                                        o + at_o, head_lse, q, kv, kv + C, T, HS, C, 3 * C);
+            if (share) head(share + at_dkv, 2 * C);
+            else head(dqkv + at + C, 3 * C);
         }
     }
 }
@@ -1155,9 +1264,9 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
 //     da_j = dṽ_l·x_j        ds_j = a_j (da_j - δ)        δ = Σ_j a_j da_j = dṽ_l·ṽ_l
 //     dq_l += Σ_j ds_j k_j/√HS       dk_j += ds_j q_l/√HS       dx_j += a_j dṽ_l     (dx_l is dv_l)
 // Since Σ_j a_j (da_j - δ) = 0, the layer's own ds_l = -Σ of the others': v_l, overwritten, is not needed.
-// What flows to a source j comes from every later layer m with j in S_m. Instead of scattering it there, layer j gathers
-// it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as backward goes
-// down, nobody reads ṽ_m any more. So depth needs no memory beyond a, ds and one layer's dkv.
+// What flows to a source j comes from every later layer m with j in S_m. Instead of scattering it there, layer j
+// gathers it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as
+// backward goes down, nobody reads ṽ_m any more. So depth needs no memory beyond a, ds and one layer's dkv.
 
 // One token: v (C) becomes ṽ. The sources' keys and values are k_of[n], v_of[n], n < sources; a (sources + 1, NH), the
 // layer itself last; mixed (HS) is scratch.
@@ -1205,8 +1314,8 @@ static void depth_forward(float* a, X* const* qkv, const Config& c, int l, size_
 }
 
 // dqkv (rows, 3C) comes in with causal attention's dq, dkv (rows, 2C) with its dk and dṽ of layer l; dqkv goes out with
-// dq, dk, dv complete. a[m] (rows, |S_m| + 1, NH) and ds[m] (rows, |S_m|, NH) of each layer m; ds[l] =, and dṽ_l in place
-// of ṽ_l in qkv[l].
+// dq, dk, dv complete. a[m] (rows, |S_m| + 1, NH) and ds[m] (rows, |S_m|, NH) of each layer m; ds[l] =, and dṽ_l in
+// place of ṽ_l in qkv[l].
 template <class X>
 static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* const* a, X* const* qkv, const Config& c,
                            int l, size_t rows) {
@@ -1223,7 +1332,8 @@ static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* c
     }
     size_t C = c.C, NH = c.NH, HS = c.head_size(), S = sources.size(), R = readers.size();
     float scale = 1.0f / sqrtf(HS);
-    Timed timed(DEPTH_MIXING, (8.0 * (S > 0 ? S + 1 : 0) + 4.0 * R) * rows * C, (4.0 * S + 2.0 * R + 6) * rows * C * sizeof(X));
+    Timed timed(DEPTH_MIXING, (8.0 * (S > 0 ? S + 1 : 0) + 4.0 * R) * rows * C,
+                (4.0 * S + 2.0 * R + 6) * rows * C * sizeof(X));
 #pragma omp parallel
     {
         std::vector<float> dq_sum(HS);
@@ -1295,23 +1405,22 @@ static float softmax_cross_entropy(X* logits, size_t V, int y, float gradient_sc
 // losses (rows); with gradient_scale ≠ 0 also dx = and dwte = or +=. Scratch: logits (classifier_rows, Vp), dx_sum
 // (classifier_rows, C).
 template <class X>
-static void classifier(Workspace& ws, float* losses, X* dx, float* dwte, X* logits, float* dx_sum, const X* x, const X* wte,
-                       const int* targets, size_t rows, size_t C, size_t V, size_t Vp, float gradient_scale, bool accumulate) {
+static void classifier(Workspace& ws, float* losses, X* dx, float* dwte, X* logits, float* dx_sum, const X* x,
+                       const X* wte, const int* targets, size_t rows, size_t C, size_t V, size_t Vp,
+                       float gradient_scale, bool accumulate) {
+    Timed timed(CLASSIFIER, 0, 0);
     size_t at_once = classifier_rows(rows, Vp);
     for (size_t r = 0; r < rows; r += at_once) {
         size_t n = std::min(rows - r, at_once);
-        matmul(ws, n, V, C, along_k(x + r * C, C), along_k(wte, C), [=](size_t m, size_t v, size_t count, const float* xw) {
-            std::copy_n(xw, count, logits + m * Vp + v);
-        });
-        {
-            Timed timed(SOFTMAX, 0, (gradient_scale != 0 ? 2.0 : 1.0) * n * V * sizeof(X));
+        matmul(ws, n, V, C, along_k(x + r * C, C), along_k(wte, C),
+               [=](size_t m, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + m * Vp + v); });
 #pragma omp parallel for schedule(static)
-            for (size_t i = 0; i < n; i++)
-                losses[r + i] = softmax_cross_entropy(logits + i * Vp, V, targets[r + i], gradient_scale);
-        }
+        for (size_t i = 0; i < n; i++)
+            losses[r + i] = softmax_cross_entropy(logits + i * Vp, V, targets[r + i], gradient_scale);
         if (gradient_scale == 0) continue;
         for (size_t v = 0; v < V; v += vocabulary_slab)
-            linear_backward_input(ws, dx + r * C, logits + v, wte + v * C, n, C, std::min(V - v, vocabulary_slab), Vp, dx_sum, v == 0, v + vocabulary_slab >= V);
+            linear_backward_input(ws, dx + r * C, logits + v, wte + v * C, n, C, std::min(V - v, vocabulary_slab), Vp,
+                                  dx_sum, v == 0, v + vocabulary_slab >= V);
         linear_backward_weight(ws, dwte, nullptr, logits, x + r * C, n, C, V, Vp, accumulate || r > 0);
     }
 }
@@ -1344,7 +1453,8 @@ template <class X>
 static void adamw_update(X* working, float* w, float* m, float* v, const float* gradient, size_t n, const AdamW& a,
                          float decay, float gradient_scale, int step) {
     Timed timed(ADAMW, 0, n * (7.0 * sizeof(float) + (sizeof(X) == sizeof(float) ? 0 : sizeof(X))));
-    float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step))), v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
+    float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
+    float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
 #pragma omp parallel for schedule(static)
     for (size_t run = 0; run < n; run += UPDATE_RUN) {
 #pragma omp simd
@@ -1378,7 +1488,7 @@ struct Model {
     float* losses;                    // (B, T)
     double loss_sum;
     size_t loss_count;
-    float *dkv, *skip_dkv;            // (B, T, 2C) shares of dk, dv; (skip_slots, B, T, 2C) those that wait for their layer
+    float *dkv, *skip_dkv;            // (B, T, 2C) shares of dk, dv; (skip_slots, B, T, 2C) those that wait for a layer
     float *ln_partial, *dx_sum;       // scratch of layernorm_backward and linear_backward_input
     size_t cache_length;              // positions filled
     Workspace ws;
@@ -1388,7 +1498,7 @@ struct Model {
 template <class X>
 struct ModelOf : Model {
     X* weights;                       // the working copy of the parameters; with float, these themselves
-    X* residual;                      // (2L+1, B, T, C) the stream that enters each attention and each MLP, and leaves the last
+    X* residual;                      // (2L+1, B, T, C) the stream into each attention and each MLP, and out of the last
     std::vector<X*> qkv;              // L × (B, T, 3C); depth: ṽ in place of v, and after backward dṽ
     X* atty;                          // (L, B, T, C)
     X* fch;                           // (L, B, T, 4C)   before GELU
@@ -1399,11 +1509,12 @@ struct ModelOf : Model {
     X *dqkv, *dfch;                   // (B, T, 3C), (B, T, 4C)
 
     // Decoding
-    std::vector<X*> cache;            // L × (sequences, maxT, 2, kv_channels(l)): key and (mixed) value of each position
+    std::vector<X*> cache;            // L × (sequences, maxT, 2, kv_channels(l)): keys and (mixed) values
     X *d_x, *d_ln, *d_q, *d_atty, *d_fch;  // (sequences · maxT, C); fch 4C
 
-    X* weight(int tensor, int l = 0) { return weights + tensors[tensor].offset + l * tensors[tensor].layer_size(); }
-    float* gradient(int tensor, int l = 0) { return gradients + tensors[tensor].offset + l * tensors[tensor].layer_size(); }
+    size_t offset(int tensor, int l) const { return tensors[tensor].offset + l * tensors[tensor].layer_size(); }
+    X* weight(int tensor, int l = 0) { return weights + offset(tensor, l); }
+    float* gradient(int tensor, int l = 0) { return gradients + offset(tensor, l); }
 };
 
 // Calls f with the model as what it is.
@@ -1488,7 +1599,8 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     // A whole A operand where it is small, else as many rows as 16 MB hold, but 512 at the least.
     size_t widest = std::max({4 * C, std::min(BT, token_slab), std::min<size_t>(c.V, vocabulary_slab)});
     m.ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
-    m.ws.local_size = std::max({KC * NC + MC * NC, HeadScratch<X>(nullptr, longest, c.head_size()).size, longest + 2 * C});
+    size_t head = HeadScratch<X>(nullptr, longest, c.head_size()).size;
+    m.ws.local_size = std::max({KC * NC + MC * NC, head, longest + c.head_size()});
     take(m.ws.packed, m.ws.packed_size, scratch);
     take(m.ws.local, threads * m.ws.local_size, scratch);
 }
@@ -1536,8 +1648,8 @@ static void model_set_inputs(Model* m, const int* x, const int* y) {
     std::copy_n(y, (size_t)m->work.B * m->work.T, m->y);
 }
 
-// A layer's lines stand once here and once, reversed, in backward. w(WTE) is a weight and d(WTE) its gradient, of layer l;
-// mean[i] and rstd[i] are those of the LayerNorm that reads the residual stream where residual[i] is.
+// A layer's lines stand once here and once, reversed, in backward. w(QKVW) is a weight of layer l, d(QKVW) its gradient;
+// mean(i) and rstd(i) are those of the LayerNorm that reads residual(i).
 template <class X>
 static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Config& c = m.config;
@@ -1598,7 +1710,9 @@ static void backward(ModelOf<X>& m) {
         const int i = 2 * l, below = l - c.skip_distance, above = l + c.skip_distance;
         auto w = [&](int tensor) { return m.weight(tensor, l); };
         auto d = [&](int tensor) { return m.gradient(tensor, l); };
-        const X *qkv = m.qkv[l], *qkv_below = m.qkv[std::max(0, below)], *atty = m.atty + l * BT * C, *fch = m.fch + l * BT * 4 * C;
+        const X *qkv = m.qkv[l], *qkv_below = m.qkv[std::max(0, below)];
+        const X *atty = m.atty + l * BT * C, *fch = m.fch + l * BT * 4 * C;
+        const float* lse = m.lse + l * BT * c.NH;
         // Skip: where this layer leaves dk, dv for the one that it reads, and where the one that reads it left them.
         float* dkv_below = slots > 0 && below >= 0 ? m.skip_dkv + below % slots * slot_size : nullptr;
         float* dkv_above = slots > 0 && above < c.L ? m.skip_dkv + l % slots * slot_size : nullptr;
@@ -1611,7 +1725,7 @@ static void backward(ModelOf<X>& m) {
         layernorm(i + 1, d(LN2W), d(LN2B), w(LN2W), true);
         linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
         linear_backward_weight(ws, d(ATTPROJW), d(ATTPROJB), dx, atty, BT, C, C, C, add);
-        attention_backward(ws, m.dqkv, m.dkv, dkv_below, m.datty, atty, m.lse + l * BT * c.NH, qkv, qkv_below, c, l, B, T);
+        attention_backward(ws, m.dqkv, m.dkv, dkv_below, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
         if (c.attention == SKIP) skip_backward(m.dqkv, m.dkv, dkv_above, c, l, BT);
         if (c.attention == DEPTH) depth_backward(m.dqkv, m.dkv, m.dmix.data(), m.mix.data(), m.qkv.data(), c, l, BT);
         layernorm_again(i, w(LN1W), w(LN1B));
@@ -1640,8 +1754,9 @@ static double model_update(Model* m, const AdamW& a, float clip, int step) {
     float scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
     with_type(m, [&](auto& model) {
         for (const Tensor& t : m->tensors)
-            adamw_update(model.weights + t.offset, m->parameters + t.offset, m->moment1 + t.offset, m->moment2 + t.offset,
-                         m->gradients + t.offset, t.size(), a, t.decays ? a.weight_decay : 0.0f, scale, step);
+            adamw_update(model.weights + t.offset, m->parameters + t.offset, m->moment1 + t.offset,
+                         m->moment2 + t.offset, m->gradients + t.offset, t.size(), a,
+                         t.decays ? a.weight_decay : 0.0f, scale, step);
     });
     m->accumulated = 0;
     return norm;
@@ -1654,7 +1769,9 @@ static double model_loss(Model* m) {
     return mean;
 }
 
-static void model_token_losses(const Model* m, float* out) { std::copy_n(m->losses, (size_t)m->work.B * m->work.T, out); }
+static void model_token_losses(const Model* m, float* out) {
+    std::copy_n(m->losses, (size_t)m->work.B * m->work.T, out);
+}
 
 // From the last LayerNorm's output, which stays in ln until backward.
 static void model_logits(Model* m, float* out) {
@@ -1672,14 +1789,15 @@ static void model_logits(Model* m, float* out) {
 //
 // The same layers for new tokens only: their keys and (mixed) values join the cache, their queries read all of it.
 // Prompts go through matmul and attention's tiles at once; a single token through matmul_few_rows and
-// attention_head_decode, which add up in another order: logits agree with model_forward's within rounding, not to the bit.
+// attention_head_decode, which add up in another order: logits agree with model_forward's within rounding, not to the
+// bit.
 
 template <class X>
 static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* logits) {
     const Config& c = m.config;
     Workspace& ws = m.ws;
     size_t S = m.work.sequences, rows = S * n, C = c.C, NH = c.NH, HS = c.head_size(), before = m.cache_length;
-    // Position t of sequence s in layer l's cache: kv_channels keys, then as many values. Skip may leave out the first heads.
+    // Position t of sequence s in layer l's cache: kv_channels keys, as many values. Skip may leave out the first heads.
     auto kv_at = [&](int l, size_t s, size_t t) { return m.cache[l] + (s * c.maxT + t) * 2 * kv_channels(c, l); };
     auto layernorm = [&](const X* x, const X* w, const X* b, size_t x_rows) {
         std::vector<float> mean(x_rows), rstd(x_rows);
@@ -1696,8 +1814,8 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
         for (size_t sequence = 0; sequence < S && kvC > 0; sequence++)
             for (size_t part : {0, 1}) {  // keys, values
                 size_t column = (part + 2) * C - kvC;
-                linear_forward(ws, kv_at(l, sequence, before) + part * kvC, m.d_ln + sequence * n * C, qkvw + column * C,
-                               qkvb + column, n, C, kvC, 2 * kvC);
+                linear_forward(ws, kv_at(l, sequence, before) + part * kvC, m.d_ln + sequence * n * C,
+                               qkvw + column * C, qkvb + column, n, C, kvC, 2 * kvC);
             }
         const std::vector<int> sources = depth_sources(c, l);
         if (!sources.empty()) {
@@ -1710,7 +1828,8 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
                     v_of.push_back(k_of.back() + C);
                 }
                 X* k = kv_at(l, r / n, before + r % n);
-                depth_mix(k + C, a.data(), mixed.data(), m.d_q + r * C, k, k_of.data(), v_of.data(), sources.size(), NH, HS);
+                depth_mix(k + C, a.data(), mixed.data(), m.d_q + r * C, k, k_of.data(), v_of.data(), sources.size(), NH,
+                          HS);
             }
         }
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -1718,11 +1837,11 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
             for (size_t h = 0; h < NH; h++) {
                 int from = skips(c, l, h) ? l - c.skip_distance : l;
                 size_t from_C = kv_channels(c, from);
-                const X* k = kv_at(from, s, 0) + h * HS - (C - from_C);
-                const X* q = m.d_q + s * n * C + h * HS;
+                const X *q = m.d_q + s * n * C + h * HS, *first = kv_at(from, s, 0) + h * HS - (C - from_C);
+                Rows<const X> k = {first, 2 * from_C}, v = {first + from_C, 2 * from_C};
                 X* o = m.d_atty + s * n * C + h * HS;
-                if (n == 1) attention_head_decode(ws.mine(), o, q, k, k + from_C, before + 1, HS, 2 * from_C);
-                else attention_head_forward(ws.mine(), o, nullptr, q, k, k + from_C, n, before, HS, C, C, 2 * from_C);
+                if (n == 1) attention_head_decode(ws.mine(), o, q, k, v, before + 1, HS);
+                else attention_head_forward<X>(ws.mine(), {o, C}, nullptr, {q, C}, k, v, n, before, HS);
             }
         }
         linear_residual_forward(ws, m.d_x, m.d_x, m.d_atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), rows, C, C);
@@ -1766,8 +1885,15 @@ static double number_after(const char* path, const char* word, double otherwise)
     return otherwise;
 }
 
-// What the binary was built for, and whether this processor has it.
-#if defined(__AVX512BF16__)
+// What the binary was built for, and whether this processor has it, and the system lets programs use it.
+#if defined(__AMX_BF16__)
+static const char* const instruction_set = "AVX-512 with AMX";
+static bool instructions_found() {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;  // tiles are large, so Linux wants to be asked
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#elif defined(__AVX512BF16__)
 static const char* const instruction_set = "AVX-512 with bf16";
 static bool instructions_found() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"); }
 #elif defined(__AVX512F__)
@@ -1789,9 +1915,9 @@ static void device_init(char** argv) {
         die("this binary was built for %s, which this processor lacks: run 'make clean' and 'make' here",
             instruction_set);
 #ifdef _OPENMP
-    // OpenMP's threads spin for milliseconds wherever they wait for each other. On cores that other programs use too, this
-    // makes small steps several times slower; spinning for microseconds costs nothing elsewhere. GNU's OpenMP takes the
-    // number of spins, others sleep at once. It is read as OpenMP is loaded, hence the second start.
+    // OpenMP's threads spin for milliseconds wherever they wait for each other. On cores that other programs use too,
+    // this makes small steps several times slower; spinning for microseconds costs nothing elsewhere. GNU's OpenMP takes
+    // the number of spins, others sleep at once. It is read as OpenMP is loaded, hence the second start.
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "1000", 0);
@@ -1832,34 +1958,63 @@ static size_t device_free_memory() {
     return (size_t)std::max(0.0, free_bytes);
 }
 
-// Independent chains of multiply-adds, enough to hide their latency; the best of five rounds.
-static double device_peak(Precision precision) {
-    constexpr int CHAINS = MR * NV, STEPS = 1 << 19;
-    auto measure = [&](auto cell, double per_cell) {
-        double best = 0;
-        for (int round = 0; round < 5; round++) {
-            double start = seconds();
+// The best rate of many rounds in 50 ms, in each of which every thread does so many operations.
+template <class F>
+static double best_rate(double operations, F round) {
+    double best = 0;
+    for (double begin = seconds(), start = begin; start - begin < 0.05; start = seconds()) {
 #pragma omp parallel
-            {
-                vec sum[CHAINS];
-                decltype(cell) b[LANES];
-                for (vec& s : sum) s = vec{} + 1.0f;
-                for (auto& cell_of_b : b) cell_of_b = cell;
-                for (int step = 0; step < STEPS; step++) {
-#pragma GCC unroll 32
-                    for (vec& s : sum) multiply_add(s, cell, b);
-                }
-                for (vec& s : sum) asm volatile("" : : "m"(s));  // so that the result counts as used
-            }
-            best = std::max(best, 2.0 * CHAINS * LANES * per_cell * STEPS * thread_count() / (seconds() - start));
-        }
-        return best;
-    };
-    if (precision == BF16 && K_PER_STEP<bf16> == 2) return measure(Cell<bf16>{}, 2);
-    return measure(1e-3f, 1);
+        round();
+        best = std::max(best, operations * thread_count() / (seconds() - start));
+    }
+    return best;
 }
 
-// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; the best of five rounds.
+// Independent chains of multiply-adds, all in registers, enough to hide their latency.
+static double device_peak(Precision precision) {
+    constexpr int CHAINS = ROWS * NV, STEPS = 1 << 16;
+#ifdef __AMX_BF16__
+    if (precision == BF16)
+        return best_rate(4.0 * 2 * LANES * LANES * LANES * 2 * STEPS, [] {
+            alignas(64) Pair ones[LANES * LANES];
+            alignas(64) float c[LANES * LANES];
+            std::fill_n(ones, LANES * LANES, Pair{1.0f, 1.0f});
+            shape_tiles();
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            _tile_loadd(4, ones, 64);
+            _tile_loadd(6, ones, 64);
+            for (int step = 0; step < STEPS; step++) {
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 6);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_dpbf16ps(3, 4, 6);
+            }
+            _tile_stored(0, c, 64);
+        });
+#endif
+    auto chains = [](auto cell) {
+        vec sum[CHAINS];
+        decltype(cell) b[LANES];
+        for (vec& s : sum) s = vec{} + 1.0f;
+        std::fill_n(b, LANES, cell);
+        for (int step = 0; step < STEPS; step++) {
+#pragma GCC unroll 32
+            for (vec& s : sum) multiply_add(s, cell, b);
+        }
+        for (vec& s : sum) asm volatile("" : : "m"(s));  // so that the result counts as used
+    };
+    constexpr double operations = 2.0 * CHAINS * LANES * STEPS;
+#ifdef __AVX512BF16__
+    if (precision == BF16) return best_rate(2 * operations, [&] { chains(Pair{1e-3f, 1e-3f}); });
+#endif
+    (void)precision;  // elsewhere bf16 is computed in fp32
+    return best_rate(operations, [&] { chains(1e-3f); });
+}
+
+// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; best of five rounds.
 static double device_bandwidth() {
     constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 512;
     std::vector<float> array(N, 1.0f);
@@ -2006,7 +2161,8 @@ static OptionTable option_table(Options& o) {
          "tokens in a sequence [the context, at most 1024]"},
         {"total-batch", "N", &o.total_batch, 1, most, TRAIN, FIXED,
          "tokens in a step, a multiple of batch x sequence, which is the default"},
-        {"steps", "N", &o.steps, 1, most, TRAIN | BENCH, FIXED, "updates [one pass over the training tokens; bench: 5]"},
+        {"steps", "N", &o.steps, 1, most, TRAIN | BENCH, FIXED,
+         "updates [one pass over the training tokens; bench: 5]"},
         {"lr", "X", &o.lr, 0, 10, TRAIN, FIXED, "highest learning rate"},
         {"min-lr", "X", &o.min_lr, 0, 10, TRAIN, FIXED, "learning rate of the last step [a tenth of --lr]"},
         {"warmup", "N", &o.warmup, 0, most, TRAIN, FIXED, "steps in which the rate rises to --lr [a twentieth of all]"},
@@ -2130,8 +2286,8 @@ static const Command commands[] = {
     {"describe", DESCRIBE, "shows a model's tensors and what each attention costs",
      "Memory is for training with --batch and --sequence, and for generating one text."},
     {"bench", BENCH, "times training steps on random tokens",
-     "All three attentions, or the one that is given. Figures are medians. The peak, which multiply-adds alone reach, is\n"
-     "measured again before each step; memory is the most that the process held."},
+     "All three attentions, or the one that is given. Figures are medians. The peak, which multiply-adds alone reach,\n"
+     "is measured again before each step; memory is the most that the process held."},
 };
 
 static void print_options(FILE* out, const OptionTable& table, int command, bool common) {
@@ -2338,7 +2494,8 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
     int reason = status == GLOB_ABORTED ? errno : ENOENT;  // a folder that cannot be read
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
     globfree(&found);
-    if (paths.empty()) die("--%s %s: %s", option, pattern.c_str(), reason == ENOENT ? "no such file" : strerror(reason));
+    if (paths.empty())
+        die("--%s %s: %s", option, pattern.c_str(), reason == ENOENT ? "no such file" : strerror(reason));
     std::sort(paths.begin(), paths.end());
     return paths;
 }
@@ -3408,8 +3565,8 @@ static bool is_due(int every, const Run& run) {
 static void save_run(Run& run) {
     struct stat now, locked;
     if (stat(run.o.out.c_str(), &now) != 0 || fstat(run.folder, &locked) != 0 || now.st_ino != locked.st_ino)
-        die("--out %s: the folder was removed or replaced during the run; step %d could not be saved", run.o.out.c_str(),
-            run.progress.step);
+        die("--out %s: the folder was removed or replaced during the run; step %d could not be saved",
+            run.o.out.c_str(), run.progress.step);
     fsync(fileno(run.metrics));  // its rows up to here are never to be written again
     bool keep = run.o.keep && is_due(run.o.save_every, run);  // and not what a signal asked for
     std::string copy = keep ? run.path(format("model_%06d.bin", run.progress.step)) : "";
@@ -3851,7 +4008,8 @@ static void bench(Options& o, OptionTable& table) {
         };
         for (size_t i = 0; i < after.size(); i++) {
             double s = (after[i].seconds - before[i].seconds) / steps;
-            double operations = (after[i].flops - before[i].flops) / steps, bytes = (after[i].bytes - before[i].bytes) / steps;
+            double operations = (after[i].flops - before[i].flops) / steps;
+            double bytes = (after[i].bytes - before[i].bytes) / steps;
             sum += s;
             if (s == 0) continue;
             if (operations / peak > bytes / bandwidth) row(after[i].name, s, operations / s, "GFLOP/s", peak);

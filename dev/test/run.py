@@ -54,7 +54,7 @@ def main():
     peers = "--peers" in sys.argv[1:]
     counts = Counter()
     if not peers:
-        for program in "./test_gpt2", "./test_gpt2_sanitized":
+        for program in "./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx":
             print(f"== {program}", flush=True)
             counts += run_program([program])
     environment = ".venv-peers" if peers else ".venv"
