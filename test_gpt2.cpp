@@ -655,12 +655,15 @@ static void test_matmul(const char* type) {
         }
     };
     TestWorkspace large(1 << 20, KC * NC + MC * NC);
-    for (size_t n : {1, 2, 3, 5, 7, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 47, 63, 64, 65, 70})
-        for (size_t other : {1, 17, 33}) {
-            check(n, other, 33, large.ws);
-            check(17, n, other, large.ws);
-            check(other, 33, n, large.ws);
-        }
+    for (size_t n = 1; n <= 70; n++)
+        for (size_t other : {1, 17, 33})
+            for (size_t third : {1, 17, 33}) {
+                check(n, other, third, large.ws);
+                check(other, n, third, large.ws);
+                check(other, third, n, large.ws);
+            }
+    Random random = {11};
+    for (int i = 0; i < 10; i++) check(1 + random.below(200), 1 + random.below(300), 1 + random.below(900), large.ws);
     check(2 * MC + 3, NC + 5, 19, large.ws);
     check(29, 2 * NC + 1, KC + 1, large.ws);
     check(3, 130, 2 * KC + 7, large.ws);
@@ -671,75 +674,204 @@ static void test_matmul(const char* type) {
            format("worst %.2f of the error bound, at ", worst) + where);
 }
 
+// The worst error of many results, as a share of what is tolerated, and where.
+struct Search {
+    double worst = 0;
+    std::string where = "none";
+
+    void see(double ours, double expected, double tolerated, const std::string& place) {
+        double error = fabs(ours - expected) / tolerated;
+        if (!(error <= worst)) worst = error, where = place;
+    }
+    void report(const std::string& name) const {
+        ::report(worst <= 1, name, format("worst %.2f of its tolerance: %s", worst, where.c_str()));
+    }
+};
+
+// Pairs of sizes: each from 1 to 70 with the other in {1, 17, 33}, and a few larger ones at random.
+static std::vector<std::pair<size_t, size_t>> size_pairs() {
+    std::vector<std::pair<size_t, size_t>> pairs;
+    for (size_t n = 1; n <= 70; n++)
+        for (size_t other : {1, 17, 33}) pairs.push_back({n, other}), pairs.push_back({other, n});
+    Random random = {13};
+    for (int i = 0; i < 5; i++) pairs.push_back({71 + random.below(200), 71 + random.below(200)});
+    return pairs;
+}
+
 // softmax(causal(q kᵀ/√HS)) v and its derivatives, in double, from the definition.
 template <class X>
 static void test_attention_head(const char* type, double tolerance) {
-    double worst = 0;
-    std::string where;
-    const size_t keys = KEYS<X>, queries = NR;
-    for (size_t HS : {1, 3, 8, 12, 17, 32, 64, 80})
-        for (size_t T : {(size_t)1, (size_t)2, (size_t)7, queries - 1, queries, queries + 1, keys, keys + 1, 2 * keys + 5}) {
-            size_t ld = HS + 3;  // rows lie further apart than they are long
-            std::vector<X> q = random_values<X>(T * ld, 1), k = random_values<X>(T * ld, 2);
-            std::vector<X> v = random_values<X>(T * ld, 3), dout = random_values<X>(T * ld, 4);
-            std::vector<X> o(T * ld, NAN), dq(o), dk(o), dv(o);
-            auto in = [&](const std::vector<X>& a, size_t row = 0) { return Rows<const X>{&a[row * ld], ld}; };
-            auto out = [&](std::vector<X>& a) { return Rows<X>{a.data(), ld}; };
-            std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS).size, NAN);
-            attention_head_forward(local.data(), out(o), lse.data(), in(q), in(k), in(v), T, 0, HS);
-            std::fill(local.begin(), local.end(), NAN);
-            attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k),
-                                    in(v), T, HS);
-            std::vector<double> rdq(T * HS, 0.0), rdk(rdq), rdv(rdq), p(T), dp(T);
-            auto see = [&](double ours, double expected, const char* what) {
-                double error = fabs(ours - expected) / (tolerance * (1 + fabs(expected)) * sqrt(T));
-                if (!(error <= worst)) worst = error, where = format("%s, T %zu, HS %zu", what, T, HS);
-            };
-            for (size_t i = 0; i < T; i++) {
-                double sum = 0, weighted = 0;
+    Search search;
+    std::vector<std::pair<size_t, size_t>> sizes = size_pairs();  // T, HS
+    for (size_t T : {KEYS<X>, KEYS<X> + 1, 2 * KEYS<X> + 5}) sizes.push_back({T, 64});
+    for (auto [T, HS] : sizes) {
+        const std::string at = format(", T %zu, HS %zu", T, HS);
+        size_t ld = HS + 3;  // rows lie further apart than they are long
+        std::vector<X> q = random_values<X>(T * ld, 1), k = random_values<X>(T * ld, 2);
+        std::vector<X> v = random_values<X>(T * ld, 3), dout = random_values<X>(T * ld, 4);
+        std::vector<X> o(T * ld, NAN), dq(o), dk(o), dv(o);
+        auto in = [&](const std::vector<X>& a, size_t row = 0) { return Rows<const X>{&a[row * ld], ld}; };
+        auto out = [&](std::vector<X>& a) { return Rows<X>{a.data(), ld}; };
+        std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS).size, NAN);
+        attention_head_forward(local.data(), out(o), lse.data(), in(q), in(k), in(v), T, 0, HS);
+        std::fill(local.begin(), local.end(), NAN);
+        attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k), in(v),
+                                T, HS);
+        std::vector<double> rdq(T * HS, 0.0), rdk(rdq), rdv(rdq), p(T), dp(T);
+        auto see = [&](double ours, double expected, const char* what) {
+            search.see(ours, expected, tolerance * (1 + fabs(expected)) * sqrt(T), what + at);
+        };
+        for (size_t i = 0; i < T; i++) {
+            double sum = 0, weighted = 0;
+            for (size_t j = 0; j <= i; j++) {
+                double s = 0;
+                for (size_t d = 0; d < HS; d++) s += (double)q[i * ld + d] * k[j * ld + d];
+                sum += p[j] = exp(s / sqrt(HS));
+            }
+            for (size_t j = 0; j <= i; j++) {
+                p[j] /= sum;
+                dp[j] = 0;
+                for (size_t d = 0; d < HS; d++) dp[j] += (double)dout[i * ld + d] * v[j * ld + d];
+                weighted += p[j] * dp[j];
+            }
+            for (size_t d = 0; d < HS; d++) {
+                double o_id = 0;
                 for (size_t j = 0; j <= i; j++) {
-                    double s = 0;
-                    for (size_t d = 0; d < HS; d++) s += (double)q[i * ld + d] * k[j * ld + d];
-                    sum += p[j] = exp(s / sqrt(HS));
+                    double ds = p[j] * (dp[j] - weighted) / sqrt(HS);
+                    o_id += p[j] * v[j * ld + d];
+                    rdv[j * HS + d] += p[j] * dout[i * ld + d];
+                    rdq[i * HS + d] += ds * k[j * ld + d];
+                    rdk[j * HS + d] += ds * q[i * ld + d];
                 }
-                for (size_t j = 0; j <= i; j++) {
-                    p[j] /= sum;
-                    dp[j] = 0;
-                    for (size_t d = 0; d < HS; d++) dp[j] += (double)dout[i * ld + d] * v[j * ld + d];
-                    weighted += p[j] * dp[j];
-                }
+                see(o[i * ld + d], o_id, "o");
+            }
+            see(lse[i], log(sum), "log-sum-exp");
+            // A few positions decoded, given those before as cached
+            if (i % 5 == 4) {
+                std::vector<X> one(HS), few(2 * ld);
+                attention_head_decode(local.data(), one.data(), &q[i * ld], in(k), in(v), i + 1, HS);
+                attention_head_forward(local.data(), out(few), nullptr, in(q, i - 1), in(k), in(v), 2, i - 1, HS);
                 for (size_t d = 0; d < HS; d++) {
-                    double o_id = 0;
-                    for (size_t j = 0; j <= i; j++) {
-                        double ds = p[j] * (dp[j] - weighted) / sqrt(HS);
-                        o_id += p[j] * v[j * ld + d];
-                        rdv[j * HS + d] += p[j] * dout[i * ld + d];
-                        rdq[i * HS + d] += ds * k[j * ld + d];
-                        rdk[j * HS + d] += ds * q[i * ld + d];
-                    }
-                    see(o[i * ld + d], o_id, "o");
-                }
-                see(lse[i], log(sum), "log-sum-exp");
-                // A few positions decoded, given those before as cached
-                if (i % 5 == 4) {
-                    std::vector<X> one(HS), few(2 * ld);
-                    attention_head_decode(local.data(), one.data(), &q[i * ld], in(k), in(v), i + 1, HS);
-                    attention_head_forward(local.data(), out(few), nullptr, in(q, i - 1), in(k), in(v), 2, i - 1, HS);
-                    for (size_t d = 0; d < HS; d++) {
-                        see(one[d], o[i * ld + d], "decode");
-                        see(few[ld + d], o[i * ld + d], "prompt");
-                    }
+                    see(one[d], o[i * ld + d], "decode");
+                    see(few[ld + d], o[i * ld + d], "prompt");
                 }
             }
-            for (size_t t = 0; t < T; t++)
-                for (size_t d = 0; d < HS; d++) {
-                    see(dq[t * ld + d], rdq[t * HS + d], "dq");
-                    see(dk[t * ld + d], rdk[t * HS + d], "dk");
-                    see(dv[t * ld + d], rdv[t * HS + d], "dv");
-                }
         }
-    report(worst <= 1, format("attention in tiles equals its definition, in %s", type),
-           format("worst %.2f of its tolerance: ", worst) + where);
+        for (size_t t = 0; t < T; t++)
+            for (size_t d = 0; d < HS; d++) {
+                see(dq[t * ld + d], rdq[t * HS + d], "dq");
+                see(dk[t * ld + d], rdk[t * HS + d], "dk");
+                see(dv[t * ld + d], rdv[t * HS + d], "dv");
+            }
+    }
+    search.report(format("attention in tiles equals its definition, in %s", type));
+}
+
+// y = (x - mean) rstd w + b over C channels, and its derivatives, from the definition; results to be stored in X round
+// to `tolerance` of their size.
+template <class X>
+static void test_layernorm(const char* type, double tolerance) {
+    Search search;
+    for (auto [rows, C] : size_pairs()) {
+        const std::string at = format(", rows %zu, C %zu", rows, C);
+        std::vector<X> x = random_values<X>(rows * C, 1), dy = random_values<X>(rows * C, 2), w = random_values<X>(C, 3);
+        std::vector<X> b = random_values<X>(C, 4), y(rows * C, NAN), again(y), dx(y);
+        std::vector<float> mean(rows, NAN), rstd(mean), dw(C, NAN), db(dw);
+        std::vector<float> partial(ceil_div(rows, LAYERNORM_RUN) * 2 * C, NAN);
+        layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), rows, C);
+        layernorm_recompute(again.data(), x.data(), w.data(), b.data(), mean.data(), rstd.data(), rows, C);
+        layernorm_backward(dx.data(), dw.data(), db.data(), partial.data(), dy.data(), x.data(), w.data(), mean.data(),
+                           rstd.data(), rows, C, false, false);
+        std::vector<double> rdw(C, 0.0), rdb(C, 0.0), scale(C, 0.0), n(C);
+        for (size_t r = 0; r < rows; r++) {
+            const X *x_r = &x[r * C], *dy_r = &dy[r * C];
+            double m = 0, variance = 0, g_mean = 0, gn_mean = 0, g_largest = 0;
+            for (size_t i = 0; i < C; i++) m += (double)x_r[i] / C;
+            for (size_t i = 0; i < C; i++) variance += ((double)x_r[i] - m) * ((double)x_r[i] - m) / C;
+            double s = 1 / sqrt(variance + 1e-5);
+            for (size_t i = 0; i < C; i++) {
+                double g = (double)dy_r[i] * w[i];
+                n[i] = (x_r[i] - m) * s;
+                g_mean += g / C, gn_mean += g * n[i] / C, g_largest = std::max(g_largest, fabs(g));
+                rdw[i] += dy_r[i] * n[i], rdb[i] += dy_r[i], scale[i] += fabs(dy_r[i]) * (1 + s * 0.1);
+            }
+            for (size_t i = 0; i < C; i++) {
+                double y_i = n[i] * w[i] + b[i], dx_i = s * ((double)dy_r[i] * w[i] - g_mean - n[i] * gn_mean);
+                search.see(y[r * C + i], y_i, tolerance * (1 + fabs(y_i)) + 1e-6 * s, "y" + at);
+                search.see(again[r * C + i], y[r * C + i], 1e-30, "y again" + at);
+                search.see(dx[r * C + i], dx_i, tolerance * fabs(dx_i) + 1e-5 * s * (1 + 0.1 * s) * g_largest, "dx" + at);
+            }
+        }
+        for (size_t i = 0; i < C; i++) {
+            search.see(dw[i], rdw[i], 1e-5 * (1 + scale[i]), "dw" + at);
+            search.see(db[i], rdb[i], 1e-5 * (1 + scale[i]), "db" + at);
+        }
+    }
+    search.report(format("LayerNorm equals its definition, in %s", type));
+}
+
+// -log softmax(x wteᵀ)[y] and its derivatives, from the definition, for a vocabulary shorter than its padding.
+template <class X>
+static void test_classifier(const char* type, double tolerance) {
+    Search search;
+    TestWorkspace space(1 << 18, KC * NC + MC * NC);
+    std::vector<std::array<size_t, 3>> sizes;  // rows, C, V
+    for (size_t n = 1; n <= 70; n++)
+        for (size_t other : {1, 17, 33}) {
+            sizes.push_back({n, other, 33});
+            sizes.push_back({17, n, other});
+            sizes.push_back({other, 17, n});
+        }
+    sizes.push_back({97, 80, 300});
+    for (auto [rows, C, V] : sizes) {
+        const std::string at = format(", rows %zu, C %zu, V %zu", rows, C, V);
+        const size_t Vp = round_up(V, 128);
+        const double gradient_scale = 0.5;
+        std::vector<X> x = random_values<X>(rows * C, 1), wte = random_values<X>(Vp * C, 2), dx(rows * C, NAN);
+        std::vector<X> logits(classifier_rows(rows, Vp) * Vp, NAN);
+        std::vector<int> targets = random_tokens(rows, (int)V, 5);
+        std::vector<float> losses(rows, NAN), dwte(Vp * C, NAN), dx_sum(rows * C, NAN);
+        classifier(space.ws, losses.data(), dx.data(), dwte.data(), logits.data(), dx_sum.data(), x.data(), wte.data(),
+                   targets.data(), rows, C, V, Vp, (float)gradient_scale, false);
+        std::vector<double> p(V), rdwte(V * C, 0.0);
+        double size = sqrt(C);  // of the logits
+        for (size_t r = 0; r < rows; r++) {
+            double sum = 0;
+            for (size_t v = 0; v < V; v++) {
+                p[v] = 0;
+                for (size_t i = 0; i < C; i++) p[v] += (double)x[r * C + i] * wte[v * C + i];
+            }
+            double logit_y = p[targets[r]];
+            for (double& e : p) sum += e = exp(e);
+            search.see(losses[r], log(sum) - logit_y, tolerance * (1 + 4 * size), "loss" + at);
+            for (double& e : p) e /= sum;
+            p[targets[r]] -= 1;
+            for (size_t i = 0; i < C; i++) {
+                double dx_i = 0;
+                for (size_t v = 0; v < V; v++) {
+                    dx_i += gradient_scale * p[v] * wte[v * C + i];
+                    rdwte[v * C + i] += gradient_scale * p[v] * x[r * C + i];
+                }
+                search.see(dx[r * C + i], dx_i, tolerance * (1 + 4 * size), "dx" + at);
+            }
+        }
+        for (size_t i = 0; i < V * C; i++) search.see(dwte[i], rdwte[i], tolerance * (1 + 4 * size) * sqrt(rows), "dwte" + at);
+    }
+    search.report(format("classifier equals its definition, in %s", type));
+}
+
+// GELU and its derivative, in GPT-2's form with tanh, over the whole range
+static void test_gelu() {
+    Search search;
+    auto see = [&](double at) {
+        double x = (float)at, c = sqrt(2 / M_PI), u = c * (x + 0.044715 * x * x * x), t = tanh(u);
+        double derivative = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x);
+        search.see(gelu((float)x), 0.5 * x * (1 + t), 1e-6 * (0.1 + fabs(x)), format("gelu(%g)", x));
+        search.see(gelu_derivative((float)x), derivative, 2e-6 * (1 + fabs(x)), format("gelu'(%g)", x));
+    };
+    for (double x = -12; x <= 12; x += 1e-4) see(x);
+    for (double x = 1e-30; x < 1e6; x *= 1.01) see(x), see(-x);
+    search.report("GELU and its derivative");
 }
 
 static void test_exp() {
@@ -748,7 +880,7 @@ static void test_exp() {
         double expected = exp((double)(float)x);
         worst = std::max(worst, fabs(exp_approx((float)x) - expected) / expected);
     }
-    report(worst < 2e-7, "exp_approx", format("relative error up to %.3g", worst));
+    report(worst < 0x1p-23, "exp_approx", format("relative error up to %.3g", worst));
     report(exp_approx(-INFINITY) == 0 && exp_approx(-88) == 0 && exp_approx(0) == 1 && std::isnan(exp_approx(NAN)),
            "exp_approx of -inf, 0 and NaN");
 }
@@ -786,7 +918,12 @@ int main(int argc, char** argv) {
         test_matmul<float>("fp32");
         test_matmul<bf16>("bf16");
         test_attention_head<float>("fp32", 1e-5);
-        test_attention_head<bf16>("bf16", 0x1p-8);
+        test_attention_head<bf16>("bf16", 0x1.4p-8);
+        test_layernorm<float>("fp32", 1e-6);
+        test_layernorm<bf16>("bf16", 0x1.1p-8);
+        test_classifier<float>("fp32", 1e-6);
+        test_classifier<bf16>("bf16", 0x1.4p-8);
+        test_gelu();
 #endif
         for (Precision precision : {FP32, BF16}) {
             test_identities(precision);

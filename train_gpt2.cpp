@@ -243,7 +243,7 @@ struct Model;  // parameters, gradients, moments, activations, KV cache: the bac
 static void device_init(char** argv);
 static std::string device_name();              // "2 threads, AVX-512"
 static size_t device_free_memory();            // bytes that can still be allocated
-static double device_bandwidth();              // bytes/s that reading large arrays reaches, measured now
+static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
 
 // What model_create will allocate, to the byte. Parameters are not initialised, gradients and moments are zero.
@@ -334,7 +334,7 @@ static inline vec load(const bf16* p) {
 static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
 
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r, in plain arithmetic that compilers
-// vectorise. Relative error below 1e-7 for -87 ≤ x ≤ 88; 0 below, the value at 88 above; NaN stays NaN.
+// vectorise. Relative error below 2^-23 for -87 ≤ x ≤ 88; 0 below, the value at 88 above; NaN stays NaN.
 static inline float exp_approx(float x) {
     float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
@@ -1428,7 +1428,7 @@ static void classifier(Workspace& ws, float* losses, X* dx, float* dwte, X* logi
 // --------------------------------------------------------------------------------------------------------------------
 // AdamW
 
-constexpr size_t UPDATE_RUN = 1 << 16;  // elements that one thread goes through at a time
+constexpr size_t UPDATE_RUN = 1 << 12;  // elements that one thread goes through at a time
 
 // Σ g², over fixed runs, then over the runs in order
 static double sum_of_squares(const float* g, size_t n) {
@@ -1457,14 +1457,15 @@ static void adamw_update(X* working, float* w, float* m, float* v, const float* 
     float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
 #pragma omp parallel for schedule(static)
     for (size_t run = 0; run < n; run += UPDATE_RUN) {
+        size_t end = std::min(n, run + UPDATE_RUN);
 #pragma omp simd
-        for (size_t i = run; i < std::min(n, run + UPDATE_RUN); i++) {
+        for (size_t i = run; i < end; i++) {
             float g = gradient[i] * gradient_scale;
             m[i] = a.beta1 * m[i] + (1.0f - a.beta1) * g;
             v[i] = a.beta2 * v[i] + (1.0f - a.beta2) * g * g;
             w[i] -= a.lr * (m[i] * m_correction / (sqrtf(v[i] * v_correction) + a.eps) + decay * w[i]);
-            if constexpr (!std::is_same_v<X, float>) working[i] = w[i];
         }
+        if constexpr (!std::is_same_v<X, float>) std::copy(w + run, w + end, working + run);
     }
 }
 
@@ -2014,28 +2015,35 @@ static double device_peak(Precision precision) {
     return best_rate(operations, [&] { chains(1e-3f); });
 }
 
-// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; best of five rounds.
-static double device_bandwidth() {
+// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or reading and writing
+// what AdamW does, four arrays and three of them.
+static double device_bandwidth(bool writing) {
     constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 512;
     std::vector<float> array(N, 1.0f);
+    float *a = array.data(), *b = a + N / 4, *c = b + N / 4, *d = c + N / 4;
+    size_t share = N / (size_t)thread_count(), length = share / STREAMS / LANES * LANES;
     double best = 0;
     for (int round = 0; round < 5; round++) {
         double start = seconds();
+        if (writing) {
+#pragma omp parallel for simd schedule(static)
+            for (size_t i = 0; i < N / 4; i++) a[i] = b[i] = c[i] = a[i] + b[i] + c[i] + d[i];
+        } else {
 #pragma omp parallel
-        {
-            size_t threads = (size_t)thread_count(), length = N / threads / STREAMS / LANES * LANES;
-            const float* p = array.data() + N / threads * (size_t)thread_id();
-            vec sums[STREAMS] = {};
-            for (size_t i = 0; i < length; i += LANES) {
+            {
+                const float* p = a + share * (size_t)thread_id();
+                vec sums[STREAMS] = {};
+                for (size_t i = 0; i < length; i += LANES) {
 #pragma GCC unroll 8
-                for (size_t s = 0; s < STREAMS; s++) {
-                    __builtin_prefetch(p + s * length + i + AHEAD);
-                    sums[s] += load(p + s * length + i);
+                    for (size_t s = 0; s < STREAMS; s++) {
+                        __builtin_prefetch(p + s * length + i + AHEAD);
+                        sums[s] += load(p + s * length + i);
+                    }
                 }
+                for (vec& s : sums) asm volatile("" : : "m"(s));
             }
-            for (vec& s : sums) asm volatile("" : : "m"(s));
         }
-        best = std::max(best, (double)N * sizeof(float) / (seconds() - start));
+        best = std::max(best, (writing ? 1.75 : 1.0) * N * sizeof(float) / (seconds() - start));
     }
     return best;
 }
@@ -2285,9 +2293,9 @@ static const Command commands[] = {
      "numbers of tokens. Past the context, the latest half of it is read anew from position 0."},
     {"describe", DESCRIBE, "shows a model's tensors and what each attention costs",
      "Memory is for training with --batch and --sequence, and for generating one text."},
-    {"bench", BENCH, "times training steps on random tokens",
+    {"bench", BENCH, "times training steps and decoding on random tokens",
      "All three attentions, or the one that is given. Figures are medians. The peak, which multiply-adds alone reach,\n"
-     "is measured again before each step; memory is the most that the process held."},
+     "and the rate of reading memory are measured in turns with what is timed; MiB is the most that the process held."},
 };
 
 static void print_options(FILE* out, const OptionTable& table, int command, bool common) {
@@ -3953,23 +3961,39 @@ static double median(std::vector<double> v) {
     return v[v.size() / 2];
 }
 
-static void bench(Options& o, OptionTable& table) {
+// Where the time of so many steps went: each kind of work, its time a step, and its rate beside the limit that it has,
+// which is operations or memory.
+static void print_profile(const std::vector<Share>& before, const std::vector<Share>& after, double step_seconds,
+                          double steps, double peak, double bandwidth) {
+    double sum = 0;
+    auto row = [&](const char* name, double s, double rate, const char* unit, double limit) {
+        printf("    %-14s %9.1f ms %5.1f%%", name, s * 1e3, 100 * s / step_seconds);
+        if (limit > 0) printf("  %8.1f %s, %.0f%% of %.0f", rate * 1e-9, unit, 100 * rate / limit, limit * 1e-9);
+        printf("\n");
+    };
+    for (size_t i = 0; i < after.size(); i++) {
+        double s = (after[i].seconds - before[i].seconds) / steps;
+        double operations = (after[i].flops - before[i].flops) / steps;
+        double bytes = (after[i].bytes - before[i].bytes) / steps;
+        sum += s;
+        if (s == 0) continue;
+        if (operations / peak > bytes / bandwidth) row(after[i].name, s, operations / s, "GFLOP/s", peak);
+        else row(after[i].name, s, bytes / s, "GB/s", bandwidth);
+    }
+    row("other", step_seconds - sum, 0, "", 0);
+}
+
+static void bench_training(const Options& o, const std::vector<Config>& configs) {
     const Precision precision = (Precision)o.precision;
-    if (!o.model.empty() && !find_shape(o.model)) die("bench takes a shape, not the file --model %s", o.model.c_str());
-    const Config shape = configure(o, table, BENCH, nullptr, {});
     const int B = o.batch, T = o.sequence, steps = o.steps > 0 ? o.steps : 5;
     Random r = random_stream((uint64_t)o.seed, SAMPLES);
     std::vector<int> x((size_t)B * (size_t)T), y(x.size());
     for (std::vector<int>* tokens : {&x, &y})
-        for (int& t : *tokens) t = (int)r.below((uint64_t)shape.V);
-
-    printf("%s\nbatch %d, sequence %d, %s, %s; %d steps after one to warm up\n\n", config_text(shape).c_str(), B, T,
-           precision_names[precision], device_name().c_str(), steps);
+        for (int& t : *tokens) t = (int)r.below((uint64_t)configs[0].V);
+    printf("\ntraining: batch %d, sequence %d; %d steps after one to warm up\n", B, T, steps);
     printf("%-12s %9s %9s %10s %9s %9s %9s\n", "attention", "ms/step", "best", "tokens/s", "GFLOP/s", "of peak", "MiB");
-    const double bandwidth = o.profile ? device_bandwidth() : 0;
-    for (int a : {VANILLA, SKIP, DEPTH}) {
-        if (is_given(table, "attention") && a != o.attention) continue;
-        const Config c = with_attention(shape, a, o, nullptr);
+    const double bandwidth = o.profile ? device_bandwidth(true) : 0;
+    for (const Config& c : configs) {
         const Workload work = {B, T, true, 0};
         peak_resident();
         check_memory(model_memory(c, precision, work), 0, "a smaller --batch, --sequence or model needs less");
@@ -3990,33 +4014,66 @@ static void bench(Options& o, OptionTable& table) {
         }
         std::vector<Share> after = model_profile();
         model_free(model);
-        double time = median(times), tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
-        double peak = median(peaks);
+        double time = median(times), best = *std::min_element(times.begin(), times.end()), all = 0, peak = median(peaks);
+        double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
+        for (double t : times) all += t;
         printf("%-12s %9.1f %9.1f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
-               *std::min_element(times.begin(), times.end()) * 1e3, tokens / time, flops / time * 1e-9,
-               100 * flops / time / peak, peak_resident());
+               best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, peak_resident());
+        if (o.profile) print_profile(before, after, all / steps, steps, peak, bandwidth);
         fflush(stdout);
-        if (!o.profile) continue;
-
-        // Each kind of work: its time a step, and its rate beside the limit it has: operations or memory.
-        double sum = 0, all = 0;
-        for (double t : times) all += t / steps;
-        auto row = [&](const char* name, double s, double rate, const char* unit, double limit) {
-            printf("    %-14s %9.1f ms %5.1f%%", name, s * 1e3, 100 * s / all);
-            if (limit > 0) printf("  %8.1f %s, %.0f%% of %.0f", rate * 1e-9, unit, 100 * rate / limit, limit * 1e-9);
-            printf("\n");
-        };
-        for (size_t i = 0; i < after.size(); i++) {
-            double s = (after[i].seconds - before[i].seconds) / steps;
-            double operations = (after[i].flops - before[i].flops) / steps;
-            double bytes = (after[i].bytes - before[i].bytes) / steps;
-            sum += s;
-            if (s == 0) continue;
-            if (operations / peak > bytes / bandwidth) row(after[i].name, s, operations / s, "GFLOP/s", peak);
-            else row(after[i].name, s, bytes / s, "GB/s", bandwidth);
-        }
-        row("other", all - sum, 0, "", 0);
     }
+}
+
+// A prompt that all but fills the context, then one token at a time. Each of these reads every weight that it uses once,
+// and all of the cache, so reading memory is the limit.
+static void bench_decoding(const Options& o, const std::vector<Config>& configs) {
+    const Precision precision = (Precision)o.precision;
+    const int maxT = configs[0].maxT, n = std::max(1, maxT / 16), prompt = maxT - n;
+    if (prompt < 1) return;
+    Random r = random_stream((uint64_t)o.seed, SAMPLES);
+    std::vector<int> tokens((size_t)maxT);
+    for (int& t : tokens) t = (int)r.below((uint64_t)configs[0].V);
+    std::vector<float> logits((size_t)configs[0].V);
+    printf("\ngenerating: a prompt of %s, then %d one by one\n", plural((size_t)prompt, "token").c_str(), n);
+    printf("%-12s %16s %10s %10s %9s %11s\n", "attention", "prompt, tokens/s", "ms/token", "tokens/s", "GB/s", "of reading");
+    for (const Config& c : configs) {
+        const Workload work = {0, 0, false, 1};
+        const Memory memory = model_memory(c, precision, work);
+        check_memory(memory, 0, "use a smaller model");
+        Model* model = model_create(c, precision, work);
+        initialize_parameters(model, c, (uint64_t)o.seed);
+        model_decode(model, tokens.data(), logits.data());  // warms up
+        model_reset_cache(model);
+        double start = seconds();
+        model_prompt(model, tokens.data(), prompt, logits.data());
+        double prompt_time = seconds() - start;
+        std::vector<double> times, bandwidths;
+        for (int i = prompt; i < maxT; i++) {
+            if ((i - prompt) % 16 == 0) bandwidths.push_back(device_bandwidth(false));
+            start = seconds();
+            model_decode(model, &tokens[(size_t)i], logits.data());
+            times.push_back(seconds() - start);
+        }
+        model_free(model);
+        size_t read = parameter_count(c) - (size_t)(c.maxT + c.Vp - c.V) * c.C;
+        for (int l = 0; l < c.L; l++) read -= 2 * (size_t)(c.C - kv_channels(c, l)) * c.C;
+        double bytes = read * (precision == BF16 ? 2.0 : 4.0) + (double)memory.cache / maxT * (prompt + n / 2);
+        double time = median(times);
+        printf("%-12s %16.1f %10.2f %10.1f %9.1f %10.1f%%\n", split(attention_text(c), ':')[0].c_str(),
+               prompt / prompt_time, time * 1e3, 1 / time, bytes / time * 1e-9, 100 * bytes / time / median(bandwidths));
+        fflush(stdout);
+    }
+}
+
+static void bench(Options& o, OptionTable& table) {
+    if (!o.model.empty() && !find_shape(o.model)) die("bench takes a shape, not the file --model %s", o.model.c_str());
+    const Config shape = configure(o, table, BENCH, nullptr, {});
+    std::vector<Config> configs;
+    for (int a : {VANILLA, SKIP, DEPTH})
+        if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, nullptr));
+    printf("%s\n%s, %s\n", config_text(shape).c_str(), precision_names[o.precision], device_name().c_str());
+    bench_training(o, configs);
+    bench_decoding(o, configs);
 }
 
 // --------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import argparse
 import itertools
 import os
 import re
+import signal
 import struct
 import sys
 import tempfile
@@ -98,6 +99,8 @@ def gpt2_tokenizer():
 
 
 def read(path, as_bytes):
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe, say
+        fail(f"{path}: not a regular file; it is read twice")
     with open(path, "rb") as f:
         data = f.read()
     if as_bytes:
@@ -164,7 +167,8 @@ def former_files(folder):
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     p.error = fail
     p.add_argument("files", metavar="FILE", nargs="+", help="the text, UTF-8 unless for bytes")
     p.add_argument("--tokenizer", choices=["bytes", "chars", "gpt2"], required=True)
@@ -259,9 +263,14 @@ def prepare(o):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated; nothing was written"))  # with all cleaned up
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         prepare(options())
     except OSError as e:
         fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except MemoryError:
+        fail("not enough memory: a document is held whole; split the largest")
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")

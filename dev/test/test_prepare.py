@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from array import array
 
 import pytest
@@ -224,3 +225,24 @@ def test_tinyshakespeare(prepare, tmp_path, test_data, gpt2_bpe):
         assert read_shards(out, "train")[1] == [train + 1]
         assert read_shards(out, "val")[1] == [val]
         assert b"".join(decode(out, "train") + decode(out, "val")) == text.read_bytes()
+
+
+def test_a_pipe_is_refused(prepare, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(prepare("--tokenizer", "bytes", "--out", tmp_path / "data", tmp_path / "pipe"), "not a regular file")
+
+
+def test_an_abbreviated_option_is_refused(prepare, tmp_path):
+    refused(prepare("--tok", "bytes", "--out", tmp_path / "data", __file__), "--tokenizer")
+
+
+def test_sigterm_leaves_nothing(root, tmp_path):
+    (tmp_path / "text").write_bytes(b"some text " * 20_000_000)
+    command = [sys.executable, root / "data_prep/prepare.py", "--tokenizer", "bytes", "--out", tmp_path / "data",
+               tmp_path / "text"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("data/.prepare-*")):
+            time.sleep(0.001)
+        process.terminate()
+        assert process.wait() == 1 and "terminated; nothing was written" in process.stderr.read()
+    assert not list((tmp_path / "data").iterdir())
