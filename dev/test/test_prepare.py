@@ -241,7 +241,7 @@ def test_sigterm_leaves_nothing(root, tmp_path):
     command = [sys.executable, root / "data_prep/prepare.py", "--tokenizer", "bytes", "--out", tmp_path / "data",
                tmp_path / "text"]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob("data/.prepare-*")):
+        while process.poll() is None and not list(tmp_path.glob("data/.prepare-*/*")):
             time.sleep(0.001)
         process.terminate()
         assert process.wait() == 1 and "terminated; nothing was written" in process.stderr.read()
