@@ -5,6 +5,7 @@
 # make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-amx        test_gpt2 with Intel's AMX, emulated
 # make test-peers      the tests against PyTorch, which is installed into .venv-peers (3 GB)
+# make bench-peers    speed and memory beside PyTorch and Transformers, in turns: half an hour on two free cores
 # make reference       writes dev/reference anew, with PyTorch
 # make clean           removes what was built; data/, run/ and the environments stay
 # Variables: CXX=clang++, OPENMP= (do without it), ARCH=-march=x86-64-v3 (for other machines than this one)
@@ -63,6 +64,8 @@ test-amx: test_gpt2_amx
 	./test_gpt2_amx
 test-peers: all .venv-peers/ready
 	@python3 dev/test/run.py --peers
+bench-peers: train_gpt2 .venv-peers/ready
+	.venv-peers/bin/python dev/bench/peers.py
 reference: .venv-peers/ready
 	.venv-peers/bin/python dev/reference.py all
 
@@ -72,7 +75,7 @@ reference: .venv-peers/ready
 	@echo "installing pytest, numpy and tiktoken into .venv"
 	@$(call install,.venv,requirements.txt) || echo "no .venv: no network, or Python's venv is missing"
 .venv-peers/ready: dev/test/requirements.txt dev/test/requirements-peers.txt
-	@echo "installing PyTorch into .venv-peers: about 3 GB to download, 6 GB on disk"
+	@echo "installing PyTorch and Transformers into .venv-peers: about 3 GB to download, 6 GB on disk"
 	@$(call install,.venv-peers,requirements-peers.txt)
 install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-binary :all: -r dev/test/$(2) && touch $@
 
@@ -81,4 +84,4 @@ clean:
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all found always run test test-sanitized test-amx test-peers reference clean help
+.PHONY: all found always run test test-sanitized test-amx test-peers bench-peers reference clean help

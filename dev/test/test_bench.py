@@ -1,0 +1,53 @@
+"""train_gpt2 bench: its rows, as dev/bench/peers.py reads them."""
+
+import pytest
+
+from helpers import ATTENTIONS
+
+TINY = ["--layers", 2, "--heads", 2, "--channels", 16, "--context", 32, "--vocab", 61, "--batch", 2, "--sequence", 19,
+        "--steps", 2]
+# With a single step its time is the median, and so what the parts add up to; it is long beside the table's digits.
+LONGER = ["--layers", 4, "--heads", 4, "--channels", 128, "--vocab", 3000, "--batch", 4, "--sequence", 128,
+          "--steps", 1]
+
+
+@pytest.fixture
+def parse_bench(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "dev/bench"))
+    from peers import parse_bench
+    return parse_bench
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bench_has_a_row_for_each_attention(each_build, parse_bench, precision):
+    rows = parse_bench(each_build.run("bench", *TINY, "--precision", precision))
+    assert [row["attention"].split()[0] for row in rows] == ATTENTIONS
+    for row in rows:
+        assert 0 < row["best"] <= row["ms"]
+        assert row["tokens/s"] > 0
+        assert row["MiB"] > 0
+        assert row["parts"] == {}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_bench_takes_one_attention(program, parse_bench, attention):
+    row, = parse_bench(program.run("bench", *TINY, "--attention", attention))
+    assert row["attention"].split()[0] == attention
+
+
+def test_rates_of_bench_fit_its_time(program, parse_bench):
+    row, = parse_bench(program.run("bench", *LONGER, "--attention", "vanilla"))
+    assert row["tokens/s"] == pytest.approx(4 * 128 / row["ms"] * 1e3, rel=0.01)
+    C, L, T, V = 128, 4, 128, 3000
+    flops = 6 * (V * C + 12 * L * C * C) + 6 * L * C * T  # a token
+    assert row["GFLOP/s"] == pytest.approx(flops * row["tokens/s"] * 1e-9, rel=0.01, abs=0.1)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_parts_of_the_profile_add_up_to_the_step(program, parse_bench, attention):
+    row, = parse_bench(program.run("bench", *LONGER, "--attention", attention, "--profile"))
+    other = row["parts"].pop("other")
+    assert ("depth mixing" in row["parts"]) == (attention == "depth")
+    assert {"matmuls", "matmuls, dx", "matmuls, dw", "attention", "classifier", "AdamW"} < set(row["parts"])
+    assert sum(row["parts"].values()) == pytest.approx(row["ms"], rel=0.02)
+    assert abs(other) <= 0.02 * row["ms"]
