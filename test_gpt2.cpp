@@ -146,12 +146,13 @@ static void check_rounding(const std::string& path, const Config& c, int B, int 
         // The second term is for what is 0 in theory, and so in the reference's float64.
         w.see(sqrt(squares[k]), FACTOR * theirs + 1e-6 * tensor_max[tensors[k]]);
         if (verbose || !w.ok())
-            printf("    bf16: %-14s rms error %9.3g, the reference's %9.3g  %s\n", blocks[k].name.c_str(), w.error, theirs,
-                   w.ok() ? "ok" : "OFF");
+            printf("    bf16: %-14s rms error %9.3g, the reference's %9.3g  %s\n", blocks[k].name.c_str(), w.error,
+                   theirs, w.ok() ? "ok" : "OFF");
         if (!(w.ratio <= worst.ratio)) worst = w, where = blocks[k].name;
     }
     report(worst.ok() && reference.size() == blocks.size(), path,
-           format("bf16's rms errors up to %.2f of the reference's times %.1f, in %s", worst.ratio, FACTOR, where.c_str()));
+           format("bf16's rms errors up to %.2f of the reference's times %.1f, in %s", worst.ratio, FACTOR,
+                  where.c_str()));
 }
 
 enum Bf16 { NEVER, MAY, MUST };  // whether a file of bf16's errors beside a dump is used, or has to be there
@@ -715,8 +716,8 @@ static void test_attention_head(const char* type, double tolerance) {
         std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS).size, NAN);
         attention_head_forward(local.data(), out(o), lse.data(), in(q), in(k), in(v), T, 0, HS);
         std::fill(local.begin(), local.end(), NAN);
-        attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k), in(v),
-                                T, HS);
+        attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k),
+                                in(v), T, HS);
         std::vector<double> rdq(T * HS, 0.0), rdk(rdq), rdv(rdq), p(T), dp(T);
         auto see = [&](double ours, double expected, const char* what) {
             search.see(ours, expected, tolerance * (1 + fabs(expected)) * sqrt(T), what + at);
@@ -774,8 +775,8 @@ static void test_layernorm(const char* type, double tolerance) {
     Search search;
     for (auto [rows, C] : size_pairs()) {
         const std::string at = format(", rows %zu, C %zu", rows, C);
-        std::vector<X> x = random_values<X>(rows * C, 1), dy = random_values<X>(rows * C, 2), w = random_values<X>(C, 3);
-        std::vector<X> b = random_values<X>(C, 4), y(rows * C, NAN), again(y), dx(y);
+        std::vector<X> x = random_values<X>(rows * C, 1), dy = random_values<X>(rows * C, 2);
+        std::vector<X> w = random_values<X>(C, 3), b = random_values<X>(C, 4), y(rows * C, NAN), again(y), dx(y);
         std::vector<float> mean(rows, NAN), rstd(mean), dw(C, NAN), db(dw);
         std::vector<float> partial(ceil_div(rows, LAYERNORM_RUN) * 2 * C, NAN);
         layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), rows, C);
@@ -799,7 +800,8 @@ static void test_layernorm(const char* type, double tolerance) {
                 double y_i = n[i] * w[i] + b[i], dx_i = s * ((double)dy_r[i] * w[i] - g_mean - n[i] * gn_mean);
                 search.see(y[r * C + i], y_i, tolerance * (1 + fabs(y_i)) + 1e-6 * s, "y" + at);
                 search.see(again[r * C + i], y[r * C + i], 1e-30, "y again" + at);
-                search.see(dx[r * C + i], dx_i, tolerance * fabs(dx_i) + 1e-5 * s * (1 + 0.1 * s) * g_largest, "dx" + at);
+                double rounding = 1e-5 * s * (1 + 0.1 * s) * g_largest;
+                search.see(dx[r * C + i], dx_i, tolerance * fabs(dx_i) + rounding, "dx" + at);
             }
         }
         for (size_t i = 0; i < C; i++) {
@@ -855,7 +857,8 @@ static void test_classifier(const char* type, double tolerance) {
                 search.see(dx[r * C + i], dx_i, tolerance * (1 + 4 * size), "dx" + at);
             }
         }
-        for (size_t i = 0; i < V * C; i++) search.see(dwte[i], rdwte[i], tolerance * (1 + 4 * size) * sqrt(rows), "dwte" + at);
+        for (size_t i = 0; i < V * C; i++)
+            search.see(dwte[i], rdwte[i], tolerance * (1 + 4 * size) * sqrt(rows), "dwte" + at);
     }
     search.report(format("classifier equals its definition, in %s", type));
 }

@@ -413,7 +413,8 @@ struct Timed {
 // Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
 //     - A is packed into panels of MR rows, [panel][step][MR], once, by all threads together;
 //     - C is cut into blocks of MC × NC, which threads take one by one. A block stays in its thread's L2 cache while K
-//       goes by, KC steps at a time: pack KC × NC of B in panels [panel][step][NR], then, tile by tile, the microkernel.
+//       goes by, KC steps at a time: pack KC × NC of B in panels [panel][step][NR], then call the microkernel on each
+//       tile.
 //     - The finished block goes through `store_row` while in cache: bias, GELU, residual and the like cost no pass over
 //       memory.
 // Each element is summed over k in one order, which depends on the sizes alone, never on the number of threads.
@@ -440,7 +441,7 @@ template <class X> constexpr size_t steps(size_t K) {  // whole tiles with AMX; 
 
 constexpr int NR = NV * LANES;
 template <class X> constexpr int MR = AMX<X> ? 2 * LANES : ROWS;
-constexpr size_t KC = 384;            // an A panel of MR × KC cells (21 KB) stays in L1 while a block's B panels pass by
+constexpr size_t KC = 384;            // an A panel of MR × KC cells (21 KB) stays in L1 while a block's B panels pass
 constexpr size_t NC = 128 / NR * NR;  // KC × NC cells of B take 196 KB of L2; narrow, so that small N feeds all threads
 constexpr size_t MC = 532;            // MC × NC floats of C take 272 KB of L2; tall, so that packing B is a small part
 
@@ -538,8 +539,8 @@ static void pack(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
     size_t S = steps<X>(K);
     for (size_t i0 = 0; i0 < width; i0 += LANES) {
         size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0;
-        // Where a panel is narrower than a vector, a store runs into the next step, which is yet to be written; the last
-        // step has no next.
+        // Where a panel is narrower than a vector, a store runs into the next step, which is yet to be written; the
+        // last step has no next.
         auto put = [&](size_t step, vec cells) {
             float* out = (float*)(panel + step * width + i0);
             if (i0 + LANES <= width || step + 1 < S) store(out, cells);
@@ -553,7 +554,8 @@ static void pack(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
                 for (size_t j = 0; j < std::min<size_t>(LANES, S - step); j++) put(step + j, block[j]);
             }
         } else {
-            for (size_t step = 0; step < S; step++) put(step, cells_across_k(a.at(i0, step * PER), K, step * PER, rows));
+            for (size_t step = 0; step < S; step++)
+                put(step, cells_across_k(a.at(i0, step * PER), K, step * PER, rows));
         }
     }
 }
@@ -723,8 +725,9 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
                 size_t columns = std::min(N - n0, NC), block = std::min(rows - m0, block_rows);
                 for (size_t step = 0; step < S; step += KC) {
                     size_t depth = std::min(S - step, KC), k = step * K_PER_STEP<X>;
+                    size_t ks = std::min(K - k, depth * K_PER_STEP<X>);
                     for (size_t n = 0; n < columns; n += NR)
-                        pack<NR>(b_block + n * depth, B.at(n0 + n, k), N - n0 - n, std::min(K - k, depth * K_PER_STEP<X>));
+                        pack<NR>(b_block + n * depth, B.at(n0 + n, k), N - n0 - n, ks);
                     for (size_t m = 0; m < block; m += MR) {
                         const Cell<X>* a_panel = packed + (m0 + m) * S + step * MR;
                         for (size_t n = 0; n < columns; n += NR)
@@ -1032,8 +1035,9 @@ template <class X>
 static void add_over_keys(float* sumT, HeadScratch<X>& h, const Cell<X>* aT_panels, size_t keys, size_t j0, size_t T,
                           size_t HS) {
     pack<NR>(h.p_rows, across_k<X>(h.p, NR), NR, keys);
+    const Cell<X>* from_j0 = aT_panels + steps<X>(j0) * MR<X>;
     for (size_t d = 0; d < HS; d += MR<X>)
-        microkernel(sumT + d * NR, NR, aT_panels + d * steps<X>(T) + steps<X>(j0) * MR<X>, h.p_rows, steps<X>(keys), true);
+        microkernel(sumT + d * NR, NR, from_j0 + d * steps<X>(T), h.p_rows, steps<X>(keys), true);
 }
 
 // sum (keys from j0 on, HS) += p (keys, n queries) a (n, HS); a_rows packed
@@ -1048,10 +1052,10 @@ static void add_over_queries(float* sum, HeadScratch<X>& h, const Cell<X>* a_row
                         steps<X>(n), true);
 }
 
-// o (queries, HS); q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
+// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
 template <class X>
-static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k, Rows<const X> v,
-                                   size_t queries, size_t before, size_t HS) {
+static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
+                                   Rows<const X> v, size_t queries, size_t before, size_t HS) {
     size_t T = before + queries;
     float scale = 1.0f / sqrtf(HS);
     HeadScratch<X> h(local, T, HS);
@@ -1099,8 +1103,8 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
 //     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i
 template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
-                                    Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k, Rows<const X> v,
-                                    size_t T, size_t HS) {
+                                    Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
+                                    Rows<const X> v, size_t T, size_t HS) {
     size_t columns = round_up(HS, NR);
     float scale = 1.0f / sqrtf(HS);
     HeadScratch<X> h(local, T, HS);
@@ -1112,7 +1116,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
 
     for (size_t i0 = 0; i0 < T; i0 += NR) {
         size_t n = std::min<size_t>(T - i0, NR), visible = i0 + n;
-        float row_lse[NR] = {}, row_sum[NR] = {};  // row_sum: do·o. In lanes past the last query, whose rows are 0, so are they
+        float row_lse[NR] = {}, row_sum[NR] = {};  // row_sum: do·o. Lanes past the last query stay 0, as their rows are
         for (size_t i = 0; i < n; i++) {
             row_lse[i] = lse[i0 + i];
             row_sum[i] = dot(dout[i0 + i], o[i0 + i], HS);
@@ -1151,7 +1155,8 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
 
 // One query against `keys` keys, as in decoding: no tile to fill, so plain loops. local: (keys + HS)
 template <class X>
-static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> k, Rows<const X> v, size_t keys, size_t HS) {
+static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> k, Rows<const X> v, size_t keys,
+                                  size_t HS) {
     float *p = local, *sum_o = p + keys;
     float scale = 1.0f / sqrtf(HS), max = -INFINITY, sum = 0;
     for (size_t j = 0; j < keys; j++) {
@@ -1499,7 +1504,7 @@ struct Model {
 template <class X>
 struct ModelOf : Model {
     X* weights;                       // the working copy of the parameters; with float, these themselves
-    X* residual;                      // (2L+1, B, T, C) the stream into each attention and each MLP, and out of the last
+    X* residual;                      // (2L+1, B, T, C) the stream into each attention and MLP, and out of the last
     std::vector<X*> qkv;              // L × (B, T, 3C); depth: ṽ in place of v, and after backward dṽ
     X* atty;                          // (L, B, T, C)
     X* fch;                           // (L, B, T, 4C)   before GELU
@@ -1649,8 +1654,8 @@ static void model_set_inputs(Model* m, const int* x, const int* y) {
     std::copy_n(y, (size_t)m->work.B * m->work.T, m->y);
 }
 
-// A layer's lines stand once here and once, reversed, in backward. w(QKVW) is a weight of layer l, d(QKVW) its gradient;
-// mean(i) and rstd(i) are those of the LayerNorm that reads residual(i).
+// A layer's lines stand once here and once, reversed, in backward. w(QKVW) is a weight of layer l, d(QKVW) its
+// gradient; mean(i) and rstd(i) are those of the LayerNorm that reads residual(i).
 template <class X>
 static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Config& c = m.config;
@@ -1798,7 +1803,7 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
     const Config& c = m.config;
     Workspace& ws = m.ws;
     size_t S = m.work.sequences, rows = S * n, C = c.C, NH = c.NH, HS = c.head_size(), before = m.cache_length;
-    // Position t of sequence s in layer l's cache: kv_channels keys, as many values. Skip may leave out the first heads.
+    // Position t of sequence s in layer l's cache: kv_channels keys, as many values. Skip may leave out first heads.
     auto kv_at = [&](int l, size_t s, size_t t) { return m.cache[l] + (s * c.maxT + t) * 2 * kv_channels(c, l); };
     auto layernorm = [&](const X* x, const X* w, const X* b, size_t x_rows) {
         std::vector<float> mean(x_rows), rstd(x_rows);
@@ -1917,8 +1922,8 @@ static void device_init(char** argv) {
             instruction_set);
 #ifdef _OPENMP
     // OpenMP's threads spin for milliseconds wherever they wait for each other. On cores that other programs use too,
-    // this makes small steps several times slower; spinning for microseconds costs nothing elsewhere. GNU's OpenMP takes
-    // the number of spins, others sleep at once. It is read as OpenMP is loaded, hence the second start.
+    // this makes small steps several times slower; spinning for microseconds costs nothing elsewhere. GNU's OpenMP
+    // takes the number of spins, others sleep at once. It is read as OpenMP is loaded, hence the second start.
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "1000", 0);
@@ -2015,8 +2020,8 @@ static double device_peak(Precision precision) {
     return best_rate(operations, [&] { chains(1e-3f); });
 }
 
-// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or reading and writing
-// what AdamW does, four arrays and three of them.
+// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or, as AdamW does,
+// reading four arrays and writing three of them.
 static double device_bandwidth(bool writing) {
     constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 512;
     std::vector<float> array(N, 1.0f);
@@ -4014,7 +4019,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         }
         std::vector<Share> after = model_profile();
         model_free(model);
-        double time = median(times), best = *std::min_element(times.begin(), times.end()), all = 0, peak = median(peaks);
+        double time = median(times), best = *std::min_element(times.begin(), times.end()), peak = median(peaks), all = 0;
         double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
         for (double t : times) all += t;
         printf("%-12s %9.1f %9.1f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
@@ -4024,8 +4029,8 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
     }
 }
 
-// A prompt that all but fills the context, then one token at a time. Each of these reads every weight that it uses once,
-// and all of the cache, so reading memory is the limit.
+// A prompt that all but fills the context, then one token at a time. Each of these reads every weight once and all of
+// the cache, so reading memory is the limit.
 static void bench_decoding(const Options& o, const std::vector<Config>& configs) {
     const Precision precision = (Precision)o.precision;
     const int maxT = configs[0].maxT, n = std::max(1, maxT / 16), prompt = maxT - n;
@@ -4035,7 +4040,8 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
     for (int& t : tokens) t = (int)r.below((uint64_t)configs[0].V);
     std::vector<float> logits((size_t)configs[0].V);
     printf("\ngenerating: a prompt of %s, then %d one by one\n", plural((size_t)prompt, "token").c_str(), n);
-    printf("%-12s %16s %10s %10s %9s %11s\n", "attention", "prompt, tokens/s", "ms/token", "tokens/s", "GB/s", "of reading");
+    printf("%-12s %16s %10s %10s %9s %11s\n", "attention", "prompt, tokens/s", "ms/token", "tokens/s", "GB/s",
+           "of reading");
     for (const Config& c : configs) {
         const Workload work = {0, 0, false, 1};
         const Memory memory = model_memory(c, precision, work);
@@ -4058,9 +4064,9 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
         size_t read = parameter_count(c) - (size_t)(c.maxT + c.Vp - c.V) * c.C;
         for (int l = 0; l < c.L; l++) read -= 2 * (size_t)(c.C - kv_channels(c, l)) * c.C;
         double bytes = read * (precision == BF16 ? 2.0 : 4.0) + (double)memory.cache / maxT * (prompt + n / 2);
-        double time = median(times);
+        double time = median(times), rate = bytes / time;
         printf("%-12s %16.1f %10.2f %10.1f %9.1f %10.1f%%\n", split(attention_text(c), ':')[0].c_str(),
-               prompt / prompt_time, time * 1e3, 1 / time, bytes / time * 1e-9, 100 * bytes / time / median(bandwidths));
+               prompt / prompt_time, time * 1e3, 1 / time, rate * 1e-9, 100 * rate / median(bandwidths));
         fflush(stdout);
     }
 }

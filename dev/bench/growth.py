@@ -9,22 +9,19 @@ Beside each figure stands what it should be in theory: the time in proportion to
 
 import argparse
 import os
-import subprocess
-from pathlib import Path
 
-from peers import parse_bench
+from peers import PROGRAM, parse_bench, run
 
-ROOT = Path(__file__).resolve().parents[2]
 V = 50257
 
 
 def step(T, L, C, threads, args):
     """A row of bench for GPT-2 with L layers and C channels, on 1,024 tokens."""
-    command = ["./train_gpt2", "bench", "--attention", args.attention, "--precision", args.precision, "--batch", 1024 // T,
-               "--sequence", T, "--layers", L, "--channels", C, "--heads", C // 64, "--steps", args.steps]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    said = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return parse_bench(said.stdout)[0]
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    said, _ = run(PROGRAM, "bench", "--attention", args.attention, "--precision", args.precision, "--batch", 1024 // T,
+                  "--sequence", T, "--layers", L, "--channels", C, "--heads", C // 64, "--steps", args.steps)
+    return parse_bench(said)[0]
 
 
 def operations(T, L, C):
@@ -38,8 +35,8 @@ def table(title, rows, args):
         row = step(T, L, C, threads, args)
         work = operations(T, L, C) / (threads or 1)
         first = first or (row["tokens/s"], work)
-        print(f"{label:24}{row['tokens/s']:10.1f}{first[0] * first[1] / work:11.1f}{row['of peak']:8.1f}%{row['MiB']:8.0f}",
-              flush=True)
+        theory = first[0] * first[1] / work
+        print(f"{label:24}{row['tokens/s']:10.1f}{theory:11.1f}{row['of peak']:8.1f}%{row['MiB']:8.0f}", flush=True)
 
 
 def main():

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BREAKS = {
     "depth: δ dropped from ds": ("(dot(dv, v_j, HS) - delta)", "(dot(dv, v_j, HS))"),
     "depth: own ds forgotten": ("ds_own -= ds_j;", "ds_own -= 0 * ds_j;"),
-    "depth: dv not passed on to the first source": ("dv[i] += a_ml * dv_m[i]", "dv[i] += (reader.n ? a_ml : 0) * dv_m[i]"),
+    "depth: dv not passed on to the first source": (
+        "dv[i] += a_ml * dv_m[i]", "dv[i] += (reader.n ? a_ml : 0) * dv_m[i]"),
     "depth: dk not passed on to the last source": (
         "dk[i] += ds_ml * q_m[i]", "dk[i] += (reader.n + 1 < reader.sources ? ds_ml : 0) * q_m[i]"),
     "depth: mixes v, not ṽ, of the source": ("v_of[n] = k_of[n] + C;", "v_of[n] = k_of[n];"),
@@ -35,7 +36,8 @@ BREAKS = {
     "embedding: its share of the tied gradient": (
         "dwte_bt[i] += dx_bt[i];", "dwte_bt[i] += 0 * dx_bt[i];"),
     "classifier: a padded column takes probability": (
-        "softmax_cross_entropy(logits + i * Vp, V,", "softmax_cross_entropy(logits + i * Vp, (logits[i * Vp + V] = 0, V + 1),"),
+        "softmax_cross_entropy(logits + i * Vp, V,",
+        "softmax_cross_entropy(logits + i * Vp, (logits[i * Vp + V] = 0, V + 1),"),
     "AdamW: no bias correction": ("(float)(1.0 / (1.0 - pow(a.beta1, step)))", "1.0f"),
     "AdamW: decay on a bias": ("t.decays ? a.weight_decay : 0.0f", "t.decays || t.cols == 1 ? a.weight_decay : 0.0f"),
     "attention: last partial tile of queries, forward": (
@@ -43,17 +45,20 @@ BREAKS = {
     "attention: last partial tile of queries, backward": (
         "for (size_t i0 = 0; i0 < T; i0 += NR) {", "for (size_t i0 = 0; i0 + NR <= T; i0 += NR) {"),
     "attention: last partial tile of keys": (
-        "size_t keys = std::min(visible - j0, KEYS);\n            scores_tile(",
-        "size_t keys = KEYS;\n            if (j0 + keys > visible) break;\n            scores_tile("),
+        "size_t keys = std::min(visible - j0, KEYS<X>);\n            scores_tile(h, keys, j0, before",
+        "size_t keys = KEYS<X>;\n            if (j0 + keys > visible) break;\n"
+        "            scores_tile(h, keys, j0, before"),
     "attention: sum not rescaled": ("sum[lane] *= rescale[lane];", "sum[lane] *= 1;"),
-    "attention: sees one key ahead": ("std::min<size_t>(j0 + r - i0, NR)", "std::min<size_t>(j0 + r - i0 - (j0 + r > i0), NR)"),
+    "attention: sees one key ahead": (
+        "std::min<size_t>(j0 + r - i0, NR)", "std::min<size_t>(j0 + r - i0 - (j0 + r > i0), NR)"),
     "matmul: the last block of k forgotten": ("step < S; step += KC", "step < (S > KC ? S - S % KC : S); step += KC"),
     "gradients: the second micro-batch overwrites": ("bool add = m.accumulated > 0;", "bool add = false;"),
     "gradients: the second slab of tokens overwrites": ("bool add = accumulate || r > 0;", "bool add = accumulate;"),
     "classifier: the second part of the tokens overwrites": ("V, Vp, accumulate || r > 0)", "V, Vp, accumulate)"),
     "classifier: the second slab of the vocabulary overwrites": ("dx_sum, v == 0, v", "dx_sum, true, v"),
     "files: the second chunk of values is lost": (
-        "model_put(model, quantity, begin, n, values.data());", "if (begin == 0) model_put(model, quantity, begin, n, values.data());"),
+        "model_put(model, quantity, begin, n, values.data());",
+        "if (begin == 0) model_put(model, quantity, begin, n, values.data());"),
     "positions: gradient of the last sequence only": ("bool add = accumulate || bt >= T;", "bool add = accumulate;"),
 }
 
@@ -66,7 +71,8 @@ def main():
         for name in ("test_gpt2.cpp", "Makefile"):
             shutil.copy(ROOT / name, folder)
         shutil.copytree(ROOT / "dev/reference", folder / "dev/reference")
-        chosen = {name: b for name, b in BREAKS.items() if not sys.argv[1:] or any(word in name for word in sys.argv[1:])}
+        words = sys.argv[1:]
+        chosen = {name: b for name, b in BREAKS.items() if not words or any(word in name for word in words)}
         stale = [name for name, (line, _) in chosen.items() if source.count(line) != 1]
         if stale:
             sys.exit(f"error: not one line of train_gpt2.cpp: {'; '.join(stale)}")
@@ -82,8 +88,8 @@ def main():
             tests = sorted({re.split(r"[:/]", f)[0] if "dev/reference" not in f else "dumps" for f in failed})
             noticed = run.returncode != 0 and failed and (worst >= 10 or "dumps" not in tests)
             unnoticed += not noticed
-            print(f"{'' if noticed else 'UNNOTICED '}{name}: {len(failed)} tests failed, worst {worst:.3g}: {', '.join(tests)}",
-                  flush=True)
+            print(f"{'' if noticed else 'UNNOTICED '}{name}: {len(failed)} tests failed, worst {worst:.3g}: "
+                  f"{', '.join(tests)}", flush=True)
     sys.exit(1 if unnoticed else 0)
 
 
