@@ -4,6 +4,7 @@
 # make test            all tests that need no PyTorch; packages for them go into .venv
 # make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-amx        test_gpt2 with Intel's AMX, emulated
+# make test-builds     test_gpt2 with each compiler and instruction set that is found
 # make test-peers      the tests against PyTorch, which is installed into .venv-peers (3 GB)
 # make bench-peers    speed and memory beside PyTorch and Transformers, in turns: half an hour on two free cores
 # make reference       writes dev/reference anew, with PyTorch
@@ -36,8 +37,9 @@ train_gpt2_sanitized: train_gpt2.cpp .flags | found
 	$(CXX) $(CXXFLAGS) $(SANITIZE) $< -o $@
 test_gpt2_sanitized: test_gpt2.cpp train_gpt2.cpp .flags | found
 	$(CXX) $(CXXFLAGS) $(SANITIZE) $< -o $@
+# All functions that pass each other AMX's vectors are in this one program, so how they do is of no importance.
 test_gpt2_amx: test_gpt2.cpp train_gpt2.cpp dev/test/amx.h .flags | found
-	$(CXX) $(CXXFLAGS) -include dev/test/amx.h $< -o $@
+	$(CXX) $(CXXFLAGS) -Wno-psabi -include dev/test/amx.h $< -o $@
 
 found:
 	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"
@@ -62,6 +64,8 @@ test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
 test-amx: test_gpt2_amx
 	./test_gpt2_amx
+test-builds:
+	@dev/test/builds.sh
 test-peers: all .venv-peers/ready
 	@python3 dev/test/run.py --peers
 bench-peers: train_gpt2 .venv-peers/ready
@@ -84,4 +88,4 @@ clean:
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all found always run test test-sanitized test-amx test-peers bench-peers reference clean help
+.PHONY: all found always run test test-sanitized test-amx test-builds test-peers bench-peers reference clean help

@@ -239,7 +239,8 @@ static std::vector<Share> model_profile();
 
 struct Model;  // parameters, gradients, moments, activations, KV cache: the backend's own
 
-// The machine. device_init goes first; it dies where the machine lacks what this binary was built for.
+// The machine. device_init goes first. Where the machine lacks what this binary was built for, the program has ended
+// when it returns, or even before main.
 static void device_init(char** argv);
 static std::string device_name();              // "2 threads, AVX-512"
 static size_t device_free_memory();            // bytes that can still be allocated
@@ -281,6 +282,7 @@ static void model_reset_cache(Model*);
 #include <immintrin.h>
 #endif
 #ifdef __AMX_BF16__
+#include <cpuid.h>
 #include <sys/syscall.h>
 #endif
 // ====================================================================================================================
@@ -1891,35 +1893,52 @@ static double number_after(const char* path, const char* word, double otherwise)
     return otherwise;
 }
 
-// What the binary was built for, and whether this processor has it, and the system lets programs use it.
 #if defined(__AMX_BF16__)
 static const char* const instruction_set = "AVX-512 with AMX";
-static bool instructions_found() {
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;  // tiles are large, so Linux wants to be asked
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("amx-bf16") &&
-           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
 #elif defined(__AVX512BF16__)
 static const char* const instruction_set = "AVX-512 with bf16";
-static bool instructions_found() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"); }
 #elif defined(__AVX512F__)
 static const char* const instruction_set = "AVX-512";
-static bool instructions_found() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"); }
 #elif defined(__AVX2__)
 static const char* const instruction_set = "AVX2";
-static bool instructions_found() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #elif defined(__ARM_NEON)
 static const char* const instruction_set = "NEON";
-static bool instructions_found() { return true; }
 #else
 static const char* const instruction_set = "128-bit vectors";
-static bool instructions_found() { return true; }
 #endif
 
-static void device_init(char** argv) {
-    if (!instructions_found())
-        die("this binary was built for %s, which this processor lacks: run 'make clean' and 'make' here",
-            instruction_set);
+#ifdef __x86_64__
+// Ends the program where the processor lacks what the binary was built for, or the system does not let programs use it.
+// Any other function may use such instructions, so this one goes before main and is itself built for any processor.
+[[gnu::constructor(101), gnu::target("arch=x86-64")]] static void check_instructions() {
+    bool found = true;
+    __builtin_cpu_init();
+#ifdef __AVX2__
+    found = found && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef __AVX512F__
+    found = found && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef __AVX512VBMI2__
+    found = found && __builtin_cpu_supports("avx512vbmi2");
+#endif
+#ifdef __AVX512BF16__
+    found = found && __builtin_cpu_supports("avx512bf16");
+#endif
+#ifdef __AMX_BF16__
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;  // tiles are large, so Linux wants to be asked
+    unsigned registers[4];  // AMX for bf16 is bit 22 of the last; not all compilers have a name for it
+    __cpuid_count(7, 0, registers[0], registers[1], registers[2], registers[3]);
+    found = found && (registers[3] >> 22 & 1) && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#endif
+    if (found) return;
+    fprintf(stderr, "error: this binary was built for %s, which this processor lacks: "
+                    "run 'make clean' and 'make' here\n", instruction_set);
+    exit(1);
+}
+#endif
+
+static void device_init([[maybe_unused]] char** argv) {
 #ifdef _OPENMP
     // OpenMP's threads spin for milliseconds wherever they wait for each other. On cores that other programs use too,
     // this makes small steps several times slower; spinning for microseconds costs nothing elsewhere. GNU's OpenMP

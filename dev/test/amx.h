@@ -7,6 +7,7 @@
 #ifndef AMX_H
 #define AMX_H
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <cstdint>
 #include <cstdio>
@@ -89,6 +90,8 @@ long amx_permission(Arguments...) { return 0; }
 #define _tile_dpbf16ps(c, a, b) amx_multiply(c, a, b)
 #define syscall(...) amx_permission(__VA_ARGS__)
 #define __builtin_cpu_supports(feature) 1
+#undef __cpuid_count
+#define __cpuid_count(leaf, subleaf, a, b, c, d) a = b = c = d = ~0u
 #ifndef __AMX_BF16__
 #define __AMX_BF16__ 1
 #endif
