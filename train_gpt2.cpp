@@ -20,9 +20,7 @@ Contents
      3  CPU model         vector mathematics · matmul · layers forward and backward · attention, skip and depth ·
                           classifier · AdamW · decoding
      4  program           options · files · tokenizer · data loader · checkpoints · schedule · train, eval, generate,
-                          describe · main
-
-train_gpt2.cu is the same program with section 3 on a GPU: it includes this file and implements section 2 anew.
+                          describe, bench · main
 
 Dimensions, the same letters everywhere:
     B batch   T time (tokens in a sequence)   C channels   NH heads   HS = C/NH head size   L layers
@@ -84,8 +82,19 @@ static double seconds() {  // since some fixed moment
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 
+// The number after a word at the start of a line of a file, or `otherwise`.
+static double number_after(const char* path, const char* word, double otherwise) {
+    FILE* file = fopen(path, "r");
+    if (!file) return otherwise;
+    char line[256];
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
+    fclose(file);
+    return otherwise;
+}
+
 // Random numbers: splitmix64, a counter passed through a mixing function (Steele, Lea and Flood 2014). Its whole state
-// is one integer, so a checkpoint holds it as it is.
+// is one integer, so each use and step can have a stream of its own.
 struct Random {
     uint64_t state;
 
@@ -106,8 +115,8 @@ struct Random {
 // ====================================================================================================================
 // 2 · The model interface
 //
-// All that the program knows of a model. Section 3 implements it on a CPU, train_gpt2.cu on a GPU; train, eval,
-// generate and the tests are written once, against what follows. Values cross it as fp32, whatever it computes in.
+// All that the program knows of a model. Section 3 implements it on a CPU; another backend would do so in its place,
+// defining GPT2_CUDA. Commands and tests are written once, against what follows. Values cross it as fp32, whatever it computes in.
 
 enum Attention { VANILLA, SKIP, DEPTH };
 static const char* const attention_names[] = {"vanilla", "skip", "depth"};
@@ -273,8 +282,8 @@ static void model_token_losses(const Model*, float* out);      // (B, T), of the
 
 // Decoding, one cache a sequence. Prompt appends n tokens to each, decode one; both give the logits (sequences, V)
 // that follow the last. The caller keeps the length within maxT.
-static void model_prompt(Model*, const int* tokens, int n, float* logits);
-static void model_decode(Model*, const int* tokens, float* logits);
+static void model_prompt(Model*, const int* tokens, int n, float* logits);  // tokens (sequences, n)
+static void model_decode(Model*, const int* tokens, float* logits);         // tokens (sequences)
 static void model_reset_cache(Model*);
 
 #ifndef GPT2_CUDA
@@ -382,8 +391,10 @@ static int thread_count() {
 // Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
 // cannot do without; a function that another calls counts under that other's.
 enum Part { EMBEDDING, LAYERNORM, MATMUL, MATMUL_DX, MATMUL_DW, ATTENTION, DEPTH_MIXING, CLASSIFIER, ADAMW, PARTS };
-static Share profile[PARTS] = {{"embedding"}, {"LayerNorm"}, {"matmuls"},     {"matmuls, dx"}, {"matmuls, dw"},
+static Share profile[] = {{"embedding"}, {"LayerNorm"}, {"matmuls"},     {"matmuls, dx"}, {"matmuls, dw"},
                                {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
+
+static_assert(std::size(profile) == PARTS);
 
 static std::vector<Share> model_profile() { return {profile, profile + PARTS}; }
 
@@ -413,7 +424,7 @@ struct Timed {
 //                dw (OC, C)   += dyᵀ (OC, rows)    x (rows, C)
 // The operands differ only in which index is contiguous, and packing evens that out. After "Anatomy of High-Performance
 // Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
-//     - A is packed into panels of MR rows, [panel][step][MR], once, by all threads together;
+//     - A is packed into panels of MR rows, [panel][step][MR], by all threads together, once if it fits the buffer;
 //     - C is cut into blocks of MC × NC, which threads take one by one. A block stays in its thread's L2 cache while K
 //       goes by, KC steps at a time: pack KC × NC of B in panels [panel][step][NR], then call the microkernel on each
 //       tile.
@@ -443,9 +454,11 @@ template <class X> constexpr size_t steps(size_t K) {  // whole tiles with AMX; 
 
 constexpr int NR = NV * LANES;
 template <class X> constexpr int MR = AMX<X> ? 2 * LANES : ROWS;
-constexpr size_t KC = 384;            // an A panel of MR × KC cells (21 KB) stays in L1 while a block's B panels pass
+// An A panel of MR × KC cells (21 KB; with AMX 32 KB) stays in L1 while a block's B panels pass by.
+template <class X> constexpr size_t KC = AMX<X> ? 256 : 384;
 constexpr size_t NC = 128 / NR * NR;  // KC × NC cells of B take 196 KB of L2; narrow, so that small N feeds all threads
-constexpr size_t MC = 532;            // MC × NC floats of C take 272 KB of L2; tall, so that packing B is a small part
+template <class X> constexpr size_t MC = 532 / MR<X> * MR<X>;  // MC × NC floats of C take 272 KB of L2; tall, so that
+                                                               // packing B is a small part
 
 // An operand's element (i, k) is data[i·stride + k] where k is the contiguous index, else data[k·stride + i];
 // i is a row of A or a column of B, k is what the product sums over.
@@ -610,8 +623,7 @@ struct alignas(64) TileShapes {
 static inline void shape_tiles() {
     static thread_local bool shaped = false;
     if (shaped) return;
-    const TileShapes shapes;
-    asm volatile("" : : "m"(shapes));  // all of it is read, which some compilers do not see
+    static constexpr TileShapes shapes;
     _tile_loadconfig(&shapes);
     shaped = true;
 }
@@ -620,6 +632,7 @@ static inline void shape_tiles() {
 static inline void microkernel(float* c, size_t ldc, const Pair* a, const Pair* b, size_t steps, bool accumulate) {
     const size_t row = ldc * sizeof(float), a_row = LANES * sizeof(Pair), b_row = NR * sizeof(Pair);
     shape_tiles();
+    asm volatile("" : : : "memory");  // what was stored up to here is loaded below, which compilers are not told
     if (accumulate) {
         _tile_loadd(0, c, row);
         _tile_loadd(1, c + LANES, row);
@@ -708,7 +721,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
     const size_t S = steps<X>(K);
     Cell<X>* packed = (Cell<X>*)ws.packed;
     // As many rows of A at once as fit the packed buffer; blocks of C small enough to go round.
-    constexpr size_t MR = ::MR<X>, MC = ::MC / MR * MR;
+    constexpr size_t MR = ::MR<X>, MC = ::MC<X>, KC = ::KC<X>;
     size_t rows_at_once = std::min(round_up(M, MR), ws.packed_size / S / MR * MR);
     size_t column_blocks = ceil_div(N, NC), row_blocks = ceil_div(rows_at_once, MC);
     while (column_blocks * row_blocks < 3 * (size_t)thread_count() && rows_at_once / row_blocks > 6 * MR) row_blocks++;
@@ -746,7 +759,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
 // Linear layers: y = x wᵀ + b, with w (OC, C) and `rows` tokens
 //
 // The three forward variants differ in what happens to a finished row of the product while it is in cache. ldy is the
-// distance between rows of y: a layer may write some columns of a wider array.
+// distance between rows of y: a layer may write some columns of a wider array. x (rows, C), b (OC), y (rows, OC).
 
 template <class X>
 static void linear_forward(Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C, size_t OC,
@@ -757,7 +770,7 @@ static void linear_forward(Workspace& ws, X* y, const X* x, const X* w, const X*
     });
 }
 
-// y = residual + (x wᵀ + b)
+// y = residual + (x wᵀ + b); y may be the residual itself
 template <class X>
 static void linear_residual_forward(Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
                                     size_t rows, size_t C, size_t OC) {
@@ -783,7 +796,7 @@ static inline float gelu_derivative(float x) {
     return s + x * s * (1.0f - s) * dz;
 }
 
-// h = x wᵀ + b, y = gelu(h)
+// h = x wᵀ + b, y = gelu(h), which may be in h's place
 template <class X>
 static void linear_gelu_forward(Workspace& ws, X* y, X* h, const X* x, const X* w, const X* b, size_t rows, size_t C,
                                 size_t OC) {
@@ -850,7 +863,7 @@ static void linear_backward_weight(Workspace& ws, float* dw, float* db, const X*
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Embedding: x[b,t] = wte[token] + wpe[t]
+// Embedding: x[b,t] = wte[token] + wpe[t], x (B, T, C), tokens (B, T)
 
 template <class X>
 static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wpe, size_t B, size_t T, size_t C) {
@@ -882,7 +895,7 @@ static void embedding_backward(float* dwte, float* dwpe, const X* dx, const int*
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each token
+// LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each token; x, y (rows, C), mean, rstd (rows)
 
 template <class X>
 static void layernorm_normalize(X* y, const X* x, const X* w, const X* b, float mean, float rstd, size_t C) {
@@ -1155,7 +1168,8 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
     }
 }
 
-// One query against `keys` keys, as in decoding: no tile to fill, so plain loops. local: (keys + HS)
+// One query against `keys` keys, as in decoding: no tile to fill, so plain loops. o, q (HS), k, v (keys, HS),
+// local (keys + HS).
 template <class X>
 static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> k, Rows<const X> v, size_t keys,
                                   size_t HS) {
@@ -1240,11 +1254,13 @@ static std::vector<Columns> live_columns(const Config& c, int l) {
     return {{0, C}, {2 * C - kvC, kvC}, {3 * C - kvC, kvC}};
 }
 
-// dk, dv of layer l in dqkv = the sum of its readers' shares: dkv, of its own heads that do not skip, and dkv_above, of
-// the heads that layer l + skip_distance read here (null: there is no such layer). Heads without reader stay untouched.
+// dk, dv of layer l in dqkv (rows, 3C) = the sum of its readers' shares (rows, 2C): dkv, of its own heads that do not
+// skip, and dkv_above, of the heads that layer l + skip_distance read here (null: there is no such layer). Heads without
+// reader stay untouched.
 template <class X>
 static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, const Config& c, int l, size_t rows) {
     size_t C = c.C, HS = c.head_size();
+    Timed timed(ATTENTION, 0, 2.0 * rows * C * (sizeof(float) + sizeof(X)));
 #pragma omp parallel for schedule(static)
     for (size_t r = 0; r < rows; r++) {
         for (int h = 0; h < c.NH; h++) {
@@ -1386,7 +1402,7 @@ static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* c
 // --------------------------------------------------------------------------------------------------------------------
 // Classifier: logits = x wteᵀ, loss = -log softmax(logits)[y]
 //
-// A few hundred tokens at a time go all the way, to the gradients of x and wte, so that logits for all B·T never exist
+// Some tokens at a time (classifier_rows) go all the way, to the gradients of x and wte, so that logits for all B·T never exist
 // at once. With p = softmax(logits), loss = log Σ e^logit - logit_y, so dlogits = p - 1[y].
 // Columns from V to Vp are never computed: they get no probability and their rows of wte no gradient.
 
@@ -1502,7 +1518,8 @@ struct Model {
     Workspace ws;
 };
 
-// What is kept in the type that layers compute on. Training keeps every layer's activations; else layers take turns.
+// What is kept in the type that layers compute on. Training keeps every layer's activations; else layers take turns,
+// but for qkv, which skip and depth read later.
 template <class X>
 struct ModelOf : Model {
     X* weights;                       // the working copy of the parameters; with float, these themselves
@@ -1518,7 +1535,7 @@ struct ModelOf : Model {
 
     // Decoding
     std::vector<X*> cache;            // L × (sequences, maxT, 2, kv_channels(l)): keys and (mixed) values
-    X *d_x, *d_ln, *d_q, *d_atty, *d_fch;  // (sequences · maxT, C); fch 4C
+    X *new_x, *new_ln, *new_q, *new_atty, *new_fch;  // of the new tokens: (sequences · maxT, C); fch 4C
 
     size_t offset(int tensor, int l) const { return tensors[tensor].offset + l * tensors[tensor].layer_size(); }
     X* weight(int tensor, int l = 0) { return weights + offset(tensor, l); }
@@ -1567,8 +1584,8 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     take(m.x, BT, activations);
     take(m.y, BT, activations);
     take(m.residual, streams * BT * C, activations);
-    take(m.ln_mean, streams * BT, activations);
-    take(m.ln_rstd, streams * BT, activations);
+    take(m.ln_mean, (train ? streams : 1) * BT, activations);
+    take(m.ln_rstd, (train ? streams : 1) * BT, activations);
     m.qkv.resize(L), m.mix.resize(L), m.dmix.resize(L), m.cache.resize(L);
     for (size_t l = 0; l < L; l++) {
         size_t sources = depth_sources(c, l).size();
@@ -1599,16 +1616,16 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.dx_sum, (skip_slots(c) ? BT : classifier_rows(BT, c.Vp)) * C, scratch);
     }
     size_t rows = m.work.sequences * (size_t)c.maxT, longest = m.work.sequences ? c.maxT : m.work.T;
-    take(m.d_x, rows * C, scratch);
-    take(m.d_ln, rows * C, scratch);
-    take(m.d_q, rows * C, scratch);
-    take(m.d_atty, rows * C, scratch);
-    take(m.d_fch, rows * 4 * C, scratch);
+    take(m.new_x, rows * C, scratch);
+    take(m.new_ln, rows * C, scratch);
+    take(m.new_q, rows * C, scratch);
+    take(m.new_atty, rows * C, scratch);
+    take(m.new_fch, rows * 4 * C, scratch);
     // A whole A operand where it is small, else as many rows as 16 MB hold, but 512 at the least.
     size_t widest = std::max({4 * C, std::min(BT, token_slab), std::min<size_t>(c.V, vocabulary_slab)});
     m.ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
     size_t head = HeadScratch<X>(nullptr, longest, c.head_size()).size;
-    m.ws.local_size = std::max({KC * NC + MC * NC, head, longest + c.head_size()});
+    m.ws.local_size = std::max(KC<X> * NC + MC<X> * NC, head);
     take(m.ws.packed, m.ws.packed_size, scratch);
     take(m.ws.local, threads * m.ws.local_size, scratch);
 }
@@ -1809,20 +1826,20 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
     auto kv_at = [&](int l, size_t s, size_t t) { return m.cache[l] + (s * c.maxT + t) * 2 * kv_channels(c, l); };
     auto layernorm = [&](const X* x, const X* w, const X* b, size_t x_rows) {
         std::vector<float> mean(x_rows), rstd(x_rows);
-        layernorm_forward(m.d_ln, mean.data(), rstd.data(), x, w, b, x_rows, C);
+        layernorm_forward(m.new_ln, mean.data(), rstd.data(), x, w, b, x_rows, C);
     };
 
     for (size_t s = 0; s < S; s++)
-        embedding_forward(m.d_x + s * n * C, tokens + s * n, m.weight(WTE), m.weight(WPE) + before * C, 1, n, C);
+        embedding_forward(m.new_x + s * n * C, tokens + s * n, m.weight(WTE), m.weight(WPE) + before * C, 1, n, C);
     for (int l = 0; l < c.L; l++) {
         size_t kvC = kv_channels(c, l);
         const X *qkvw = m.weight(QKVW, l), *qkvb = m.weight(QKVB, l);
-        layernorm(m.d_x, m.weight(LN1W, l), m.weight(LN1B, l), rows);
-        linear_forward(ws, m.d_q, m.d_ln, qkvw, qkvb, rows, C, C, C);
+        layernorm(m.new_x, m.weight(LN1W, l), m.weight(LN1B, l), rows);
+        linear_forward(ws, m.new_q, m.new_ln, qkvw, qkvb, rows, C, C, C);
         for (size_t sequence = 0; sequence < S && kvC > 0; sequence++)
             for (size_t part : {0, 1}) {  // keys, values
                 size_t column = (part + 2) * C - kvC;
-                linear_forward(ws, kv_at(l, sequence, before) + part * kvC, m.d_ln + sequence * n * C,
+                linear_forward(ws, kv_at(l, sequence, before) + part * kvC, m.new_ln + sequence * n * C,
                                qkvw + column * C, qkvb + column, n, C, kvC, 2 * kvC);
             }
         const std::vector<int> sources = depth_sources(c, l);
@@ -1836,7 +1853,7 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
                     v_of.push_back(k_of.back() + C);
                 }
                 X* k = kv_at(l, r / n, before + r % n);
-                depth_mix(k + C, a.data(), mixed.data(), m.d_q + r * C, k, k_of.data(), v_of.data(), sources.size(), NH,
+                depth_mix(k + C, a.data(), mixed.data(), m.new_q + r * C, k, k_of.data(), v_of.data(), sources.size(), NH,
                           HS);
             }
         }
@@ -1845,22 +1862,22 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
             for (size_t h = 0; h < NH; h++) {
                 int from = skips(c, l, h) ? l - c.skip_distance : l;
                 size_t from_C = kv_channels(c, from);
-                const X *q = m.d_q + s * n * C + h * HS, *first = kv_at(from, s, 0) + h * HS - (C - from_C);
+                const X *q = m.new_q + s * n * C + h * HS, *first = kv_at(from, s, 0) + h * HS - (C - from_C);
                 Rows<const X> k = {first, 2 * from_C}, v = {first + from_C, 2 * from_C};
-                X* o = m.d_atty + s * n * C + h * HS;
+                X* o = m.new_atty + s * n * C + h * HS;
                 if (n == 1) attention_head_decode(ws.mine(), o, q, k, v, before + 1, HS);
                 else attention_head_forward<X>(ws.mine(), {o, C}, nullptr, {q, C}, k, v, n, before, HS);
             }
         }
-        linear_residual_forward(ws, m.d_x, m.d_x, m.d_atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), rows, C, C);
-        layernorm(m.d_x, m.weight(LN2W, l), m.weight(LN2B, l), rows);
-        linear_gelu_forward(ws, m.d_fch, m.d_fch, m.d_ln, m.weight(FCW, l), m.weight(FCB, l), rows, C, 4 * C);
-        linear_residual_forward(ws, m.d_x, m.d_x, m.d_fch, m.weight(FCPROJW, l), m.weight(FCPROJB, l), rows, 4 * C, C);
+        linear_residual_forward(ws, m.new_x, m.new_x, m.new_atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), rows, C, C);
+        layernorm(m.new_x, m.weight(LN2W, l), m.weight(LN2B, l), rows);
+        linear_gelu_forward(ws, m.new_fch, m.new_fch, m.new_ln, m.weight(FCW, l), m.weight(FCB, l), rows, C, 4 * C);
+        linear_residual_forward(ws, m.new_x, m.new_x, m.new_fch, m.weight(FCPROJW, l), m.weight(FCPROJB, l), rows, 4 * C, C);
     }
     m.cache_length += n;
     for (size_t s = 0; s < S; s++) {  // the logits after each sequence's last token
-        layernorm(m.d_x + (s * n + n - 1) * C, m.weight(LNFW), m.weight(LNFB), 1);
-        matmul(ws, 1, c.V, C, along_k(m.d_ln, C), along_k(m.weight(WTE), C),
+        layernorm(m.new_x + (s * n + n - 1) * C, m.weight(LNFW), m.weight(LNFB), 1);
+        matmul(ws, 1, c.V, C, along_k(m.new_ln, C), along_k(m.weight(WTE), C),
                [=](size_t, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + s * c.V + v); });
     }
 }
@@ -1882,17 +1899,6 @@ static void read_numbers(const char* path, double& first, double& second) {
     fclose(file);
 }
 
-// The number after a word at the start of a line, or `otherwise`.
-static double number_after(const char* path, const char* word, double otherwise) {
-    FILE* file = fopen(path, "r");
-    if (!file) return otherwise;
-    char line[256];
-    while (fgets(line, sizeof line, file))
-        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
-    fclose(file);
-    return otherwise;
-}
-
 #if defined(__AMX_BF16__)
 static const char* const instruction_set = "AVX-512 with AMX";
 #elif defined(__AVX512BF16__)
@@ -1908,7 +1914,7 @@ static const char* const instruction_set = "128-bit vectors";
 #endif
 
 #ifdef __x86_64__
-// Ends the program where the processor lacks what the binary was built for, or the system does not let programs use it.
+// Ends the program where the processor lacks what the binary was built for, or the system does not let it be used.
 // Any other function may use such instructions, so this one goes before main and is itself built for any processor.
 [[gnu::constructor(101), gnu::target("arch=x86-64")]] static void check_instructions() {
     bool found = true;
@@ -1929,7 +1935,12 @@ static const char* const instruction_set = "128-bit vectors";
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;  // tiles are large, so Linux wants to be asked
     unsigned registers[4];  // AMX for bf16 is bit 22 of the last; not all compilers have a name for it
     __cpuid_count(7, 0, registers[0], registers[1], registers[2], registers[3]);
-    found = found && (registers[3] >> 22 & 1) && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    found = found && (registers[3] >> 22 & 1);
+    if (found && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) {
+        fprintf(stderr, "error: this system does not let programs use AMX: run 'make clean' and "
+                        "'make ARCH=\"-march=native -mno-amx-bf16\"'\n");
+        exit(1);
+    }
 #endif
     if (found) return;
     fprintf(stderr, "error: this binary was built for %s, which this processor lacks: "
@@ -1946,7 +1957,9 @@ static void device_init([[maybe_unused]] char** argv) {
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "1000", 0);
-        execv("/proc/self/exe", argv);
+        std::error_code error;
+        std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
+        execv(self.c_str(), argv);
     }
     if (!getenv("OMP_NUM_THREADS")) {  // what the affinity mask and the container's quota allow
         double quota = 0, period = 100000, unused;
@@ -2005,6 +2018,7 @@ static double device_peak(Precision precision) {
             alignas(64) float c[LANES * LANES];
             std::fill_n(ones, LANES * LANES, Pair{1.0f, 1.0f});
             shape_tiles();
+            asm volatile("" : : : "memory");
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
@@ -2012,9 +2026,14 @@ static double device_peak(Precision precision) {
             _tile_loadd(4, ones, 64);
             _tile_loadd(6, ones, 64);
             for (int step = 0; step < STEPS; step++) {
+                // A few instructions in between, as in any use: beside a busy neighbour on the core they take time.
+                __builtin_prefetch(c);
                 _tile_dpbf16ps(0, 4, 6);
+                __builtin_prefetch(c);
                 _tile_dpbf16ps(1, 4, 6);
+                __builtin_prefetch(c);
                 _tile_dpbf16ps(2, 4, 6);
+                __builtin_prefetch(c);
                 _tile_dpbf16ps(3, 4, 6);
             }
             _tile_stored(0, c, 64);
@@ -2039,19 +2058,19 @@ static double device_peak(Precision precision) {
     return best_rate(operations, [&] { chains(1e-3f); });
 }
 
-// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or, as AdamW does,
-// reading four arrays and writing three of them.
+// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or scaling them in
+// place.
 static double device_bandwidth(bool writing) {
     constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 512;
     std::vector<float> array(N, 1.0f);
-    float *a = array.data(), *b = a + N / 4, *c = b + N / 4, *d = c + N / 4;
+    float* a = array.data();
     size_t share = N / (size_t)thread_count(), length = share / STREAMS / LANES * LANES;
     double best = 0;
     for (int round = 0; round < 5; round++) {
         double start = seconds();
         if (writing) {
-#pragma omp parallel for simd schedule(static)
-            for (size_t i = 0; i < N / 4; i++) a[i] = b[i] = c[i] = a[i] + b[i] + c[i] + d[i];
+#pragma omp parallel for schedule(static)
+            for (size_t i = 0; i < N; i += LANES) store(a + i, load(a + i) * 1.0001f);
         } else {
 #pragma omp parallel
             {
@@ -2067,7 +2086,7 @@ static double device_bandwidth(bool writing) {
                 for (vec& s : sums) asm volatile("" : : "m"(s));
             }
         }
-        best = std::max(best, (writing ? 1.75 : 1.0) * N * sizeof(float) / (seconds() - start));
+        best = std::max(best, (writing ? 2.0 : 1.0) * N * sizeof(float) / (seconds() - start));
     }
     return best;
 }
@@ -2432,6 +2451,12 @@ static std::string folder_of(const std::string& path) {
 static bool exists(const std::string& path) {
     struct stat s;
     return stat(path.c_str(), &s) == 0;
+}
+
+// Whether two paths lead to the same file or folder.
+static bool same_file(const std::string& a, const std::string& b) {
+    struct stat s, t;
+    return stat(a.c_str(), &s) == 0 && stat(b.c_str(), &t) == 0 && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
 }
 
 struct InputFile {
@@ -3171,7 +3196,7 @@ static ModelFile open_weights(const Options& o, const char* command) {
 }
 
 // c with an attention, whose settings are the options', else its file's where that has the same attention, else
-// defaults for c's shape.
+// defaults for c's shape. Dies where that is no model.
 static Config with_attention(Config c, int attention, const Options& o, const ModelFile* file) {
     const Config own = file ? file->config : Config{.attention = VANILLA};
     auto choose = [](int option, int lowest, int otherwise) { return option >= lowest ? option : otherwise; };
@@ -3181,6 +3206,8 @@ static Config with_attention(Config c, int attention, const Options& o, const Mo
     c.skip_heads = choose(o.skip_heads, 0, skip ? own.skip_heads : std::max(1, 3 * c.NH / 4));
     c.depth_stride = choose(o.depth_stride, 1, depth ? own.depth_stride : std::max(1, c.L / 2));
     c.depth_window = choose(o.depth_window, 0, depth ? own.depth_window : 0);
+    std::string wrong = config_error(c);
+    if (!wrong.empty()) die("the options ask for %s", wrong.c_str());
     return c;
 }
 
@@ -3218,8 +3245,6 @@ static Config configure(Options& o, const OptionTable& table, CommandBit command
     c = with_attention(c, o.attention, o, file);
     if (c.attention == SKIP) o.skip_distance = c.skip_distance, o.skip_heads = c.skip_heads;
     if (c.attention == DEPTH) o.depth_stride = c.depth_stride, o.depth_window = c.depth_window;
-    std::string wrong = config_error(c);
-    if (!wrong.empty()) die("the options ask for %s", wrong.c_str());
 
     if (o.sequence < 1) o.sequence = std::min(c.maxT, 1024);
     if (o.sequence > c.maxT) die("--sequence %d is longer than the model's context, %d", o.sequence, c.maxT);
@@ -3443,7 +3468,8 @@ static int start_token(const Tokenizer& t, int V) {
 // --------------------------------------------------------------------------------------------------------------------
 // Training
 
-// The learning rate of an update, the first being 1: it rises to lr in `warmup` steps and is min_lr in the last.
+// The learning rate of an update, the first being 1: it rises to lr in `warmup` steps and, unless it is constant, falls
+// to min_lr in the last.
 static double learning_rate(const Options& o, int step) {
     if (step <= o.warmup) return o.lr * step / o.warmup;
     int start = o.schedule == WSD ? std::max(o.warmup, o.steps - o.steps / 5) : o.warmup;  // of the fall
@@ -3596,7 +3622,8 @@ static bool is_due(int every, const Run& run) {
 
 static void save_run(Run& run) {
     struct stat now, locked;
-    if (stat(run.o.out.c_str(), &now) != 0 || fstat(run.folder, &locked) != 0 || now.st_ino != locked.st_ino)
+    if (stat(run.o.out.c_str(), &now) != 0 || fstat(run.folder, &locked) != 0 || now.st_ino != locked.st_ino ||
+        now.st_dev != locked.st_dev)
         die("--out %s: the folder was removed or replaced during the run; step %d could not be saved",
             run.o.out.c_str(), run.progress.step);
     fsync(fileno(run.metrics));  // its rows up to here are never to be written again
@@ -3745,6 +3772,8 @@ static void train(Options& o, OptionTable& table, const char* program) {
         }
     } else if (!o.model.empty() && !find_shape(o.model)) {
         file = open_weights(o, "train");
+        if (o.overwrite && same_file(folder_of(o.model), o.out))
+            die("--model %s lies in the --out that --overwrite would empty; give another --out", o.model.c_str());
     }
 
     // 2. Data, tokenizer, model, in the order in which one needs the other
@@ -3775,9 +3804,10 @@ static void train(Options& o, OptionTable& table, const char* program) {
     if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
     if (o.val_batches < 0) o.val_batches = 20;
     const std::string own_tokenizer = run.path("tokenizer.bin");
-    if (run.tokenizer.known() && !o.resume && !o.overwrite && exists(own_tokenizer) &&
+    if (run.tokenizer.known() && !o.overwrite && exists(own_tokenizer) &&
         read_tokenizer(own_tokenizer).content != run.tokenizer.content)
-        die("%s is another tokenizer than %s; give another --out", own_tokenizer.c_str(), run.tokenizer.path.c_str());
+        die("%s is another tokenizer than %s; %s", own_tokenizer.c_str(), run.tokenizer.path.c_str(),
+            o.resume ? "leave out --tokenizer" : "give another --out");
 
     // 4. Memory, and the first batches, in which tokens may be wrong
     run.loader.shards = split_shards(run.train);
@@ -3939,11 +3969,7 @@ static void describe(Options& o, OptionTable& table) {
     // What each attention costs
     const Precision precision = (Precision)o.precision;
     Config of[3];
-    for (int a : {VANILLA, SKIP, DEPTH}) {
-        of[a] = with_attention(c, a, o, from);
-        std::string wrong = config_error(of[a]);
-        if (!wrong.empty()) die("the options ask for %s", wrong.c_str());
-    }
+    for (int a : {VANILLA, SKIP, DEPTH}) of[a] = with_attention(c, a, o, from);
     auto row = [&](const std::string& label, auto cell) {
         printf("%-46s", label.c_str());
         for (const Config& a : of) printf(" %12s", cell(a).c_str());
@@ -3967,12 +3993,7 @@ static void describe(Options& o, OptionTable& table) {
 
 // The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
 static double peak_resident() {
-    double kilobytes = 0;
-    char line[128];
-    FILE* status = fopen("/proc/self/status", "r");
-    while (status && fgets(line, sizeof line, status))
-        if (sscanf(line, "VmHWM: %lf", &kilobytes) == 1) break;
-    if (status) fclose(status);
+    double kilobytes = number_after("/proc/self/status", "VmHWM:", 0);
     if (FILE* reset = fopen("/proc/self/clear_refs", "w")) {
         fputs("5", reset);  // begins anew
         fclose(reset);
@@ -4041,15 +4062,15 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         double time = median(times), best = *std::min_element(times.begin(), times.end()), peak = median(peaks), all = 0;
         double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
         for (double t : times) all += t;
-        printf("%-12s %9.1f %9.1f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
+        printf("%-12s %9.2f %9.2f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
                best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, peak_resident());
         if (o.profile) print_profile(before, after, all / steps, steps, peak, bandwidth);
         fflush(stdout);
     }
 }
 
-// A prompt that all but fills the context, then one token at a time. Each of these reads every weight once and all of
-// the cache, so reading memory is the limit.
+// A prompt that all but fills the context, then one token at a time. Each of these reads the weights that it uses once,
+// and all of the cache, so reading memory is the limit.
 static void bench_decoding(const Options& o, const std::vector<Config>& configs) {
     const Precision precision = (Precision)o.precision;
     const int maxT = configs[0].maxT, n = std::max(1, maxT / 16), prompt = maxT - n;
@@ -4064,7 +4085,7 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
     for (const Config& c : configs) {
         const Workload work = {0, 0, false, 1};
         const Memory memory = model_memory(c, precision, work);
-        check_memory(memory, 0, "use a smaller model");
+        check_memory(memory, (size_t)512 << 20, "use a smaller model");  // device_bandwidth's too
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
         model_decode(model, tokens.data(), logits.data());  // warms up
@@ -4092,7 +4113,7 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
 
 static void bench(Options& o, OptionTable& table) {
     if (!o.model.empty() && !find_shape(o.model)) die("bench takes a shape, not the file --model %s", o.model.c_str());
-    const Config shape = configure(o, table, BENCH, nullptr, {});
+    const Config shape = configure(o, table, BENCH, nullptr, find_tokenizer(o.tokenizer, {}));
     std::vector<Config> configs;
     for (int a : {VANILLA, SKIP, DEPTH})
         if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, nullptr));

@@ -49,9 +49,14 @@ inline void amx_store(int i, void* p, size_t stride) {
     for (int r = 0; r < t.rows; r++) memcpy((char*)p + r * stride, t.row[r], t.bytes);
 }
 
-// c (rows, columns) += Σ over pairs k of a (rows, pairs) b (pairs, columns)
+// c (rows, columns) += Σ over pairs k of a (rows, pairs) b (pairs, columns). The processor adds up the two halves of
+// the pairs apart and takes denormals for 0, so results agree with its own to rounding.
 inline void amx_multiply(int c, int a, int b) {
     AmxTile &C = amx_tile(c), &A = amx_tile(a), &B = amx_tile(b);
+    if (A.rows != C.rows || B.bytes != C.bytes || A.bytes != 4 * B.rows) {
+        fprintf(stderr, "amx.h: tiles %d, %d and %d do not fit\n", c, a, b);
+        abort();
+    }
     for (int m = 0; m < C.rows; m++) {
         float sum[16], a_low[16], a_high[16];
         memcpy(sum, C.row[m], 64);

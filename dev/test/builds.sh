@@ -12,6 +12,7 @@ checkout=$PWD folder=$(mktemp -d) bad=0
 trap 'rm -rf "$folder"' EXIT
 ln -s "$checkout"/{Makefile,dev,train_gpt2.cpp,test_gpt2.cpp} "$folder"  # what is built lies beside these links
 cd "$folder" || exit 1
+unset MAKEFLAGS                 # of a make that started this
 export OMP_WAIT_POLICY=passive  # spares the programs their second start, which is not emulated
 
 found() { command -v "$1" >/dev/null || { echo "$1 is not installed: $2 left out"; false; }; }
@@ -37,8 +38,7 @@ tested() {  # tested EMULATOR TARGETS VARIABLE...: builds the targets and runs t
 
 refused() {  # refused PROCESSOR VARIABLE...: one line, and status 1, on a processor that lacks what it was built for
     builds "${*:2}" train_gpt2 "${@:2}" || return
-    local said
-    said=$(qemu-x86_64 -cpu "$1" ./train_gpt2 describe 2>&1 | grep -v TCG; echo "status ${PIPESTATUS[0]}")
+    local said=$(qemu-x86_64 -cpu "$1" ./train_gpt2 describe 2>&1 | grep -v TCG; echo "status ${PIPESTATUS[0]}")
     line "${*:2}, on $1" "$warnings warnings, ${said//$'\n'/, }" '0 warnings, error: * processor lacks: *, status 1'
 }
 

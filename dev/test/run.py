@@ -55,6 +55,9 @@ def main():
     counts = Counter()
     if not peers:
         for program in "./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx":
+            if program == "./test_gpt2_amx" and not os.path.exists(program):
+                print("left out: test_gpt2_amx, which takes an x86-64 compiler")
+                continue
             print(f"== {program}", flush=True)
             counts += run_program([program])
     environment = ".venv-peers" if peers else ".venv"

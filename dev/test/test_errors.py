@@ -93,6 +93,8 @@ def test_option_is_refused(each_build, data, tmp_path, more, says):
     (["generate", "--model", "gpt2"], "gpt2 is a shape without weights; generate needs a file"),
     (["eval", "--model", "gpt2-xl", "--val", "x"], "gpt2-xl is a shape without weights; eval needs a file"),
     (["describe", "--skip-heads", "13"], "skip heads 13, which must be from 0 to 12"),
+    (["bench", "--skip-heads", "13"], "skip heads 13, which must be from 0 to 12"),
+    (["bench", "--tokenizer", "nowhere"], "nowhere: No such file"),
 ], ids=joined)
 def test_command_is_refused(each_build, args, says):
     each_build.fails(*args, says=says)
@@ -223,6 +225,25 @@ def test_out_holds_another_tokenizer(each_build, data, tmp_path):
     before = contents(tmp_path)
     each_build.fails(*training(data, tmp_path), says="tokenizer.bin is another tokenizer than")
     assert contents(tmp_path) == before
+
+
+def test_resume_with_another_tokenizer(each_build, data, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.bin"
+    with each_build.start(*training(data, out, steps=NEVER)) as process:
+        read_to_step(process, 2)
+        process.terminate()
+        ended(process)
+    write_tokenizer(other, BYTES_AND_END_OF_TEXT[::-1])
+    before = contents(out)
+    each_build.fails("train", "--out", out, "--resume", "--tokenizer", other, says="other.bin; leave out --tokenizer")
+    assert contents(out) == before
+
+
+def test_overwrite_of_what_the_run_starts_from(each_build, data, finished):
+    before = contents(finished["vanilla"])
+    each_build.fails(*training(data, finished["vanilla"], "--overwrite", "--model", finished["vanilla"] / "model.bin"),
+                     says="lies in the --out that --overwrite would empty")
+    assert contents(finished["vanilla"]) == before
 
 
 def test_out_is_in_use_by_another_process(each_build, data, tmp_path):
