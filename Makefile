@@ -6,7 +6,8 @@
 # make test-amx        test_gpt2 with Intel's AMX, emulated
 # make test-builds     test_gpt2 with each compiler and instruction set that is found
 # make test-peers      the tests against PyTorch, which is installed into .venv-peers (3 GB)
-# make bench-peers    speed and memory beside PyTorch and Transformers, in turns: half an hour on two free cores
+# make bench-peers     speed and memory beside PyTorch and Transformers, in turns: half an hour on two free cores
+# make bench-ladder    from three plain loops to the matmul used here, step by step: dev/bench/ladder.md
 # make reference       writes dev/reference anew, with PyTorch
 # make clean           removes what was built; data/, run/ and the environments stay
 # Variables: CXX=clang++, OPENMP= (do without it), ARCH=-march=x86-64-v3 (for other machines than this one)
@@ -71,6 +72,10 @@ test-peers: all .venv-peers/ready
 	@python3 dev/test/run.py --peers
 bench-peers: train_gpt2 .venv-peers/ready
 	.venv-peers/bin/python dev/bench/peers.py
+dev/bench/ladder: dev/bench/ladder.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(CXXFLAGS) $< -o $@
+bench-ladder: dev/bench/ladder
+	./dev/bench/ladder
 reference: .venv-peers/ready
 	.venv-peers/bin/python dev/reference.py all
 
@@ -85,8 +90,8 @@ reference: .venv-peers/ready
 install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-binary :all: -r dev/test/$(2) && touch $@
 
 clean:
-	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx .flags
+	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx dev/bench/ladder .flags
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all found always run test test-sanitized test-amx test-builds test-peers bench-peers reference clean help
+.PHONY: all found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference clean help

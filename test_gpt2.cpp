@@ -654,7 +654,7 @@ static void test_matmul(const char* type) {
                 }
         }
     };
-    TestWorkspace large(1 << 20, KC<X> * NC + MC<X> * NC);
+    TestWorkspace large(1 << 20, matmul_local_size<X>(1600));
     for (size_t n = 1; n <= 70; n++)
         for (size_t other : {1, 17, 33})
             for (size_t third : {1, 17, 33}) {
@@ -664,12 +664,11 @@ static void test_matmul(const char* type) {
             }
     Random random = {11};
     for (int i = 0; i < 10; i++) check(1 + random.below(200), 1 + random.below(300), 1 + random.below(900), large.ws);
-    check(2 * MC<X> + 3, NC + 5, 19, large.ws);
-    check(29, 2 * NC + 1, KC<X> + 1, large.ws);
-    check(3, 130, 2 * KC<X> + 7, large.ws);
-    check(31, 130, 4 * KC<X> + 7, large.ws);  // more than two rounds of KC where a step is a pair
-    TestWorkspace small(3 * MR<X> * steps<X>(KC<X> + 9), KC<X> * NC + MC<X> * NC);  // three panels of A at once
-    check(10 * MR<X> + 1, 40, KC<X> + 9, small.ws);
+    check(1067, NC + 5, 19, large.ws);
+    check(29, 2 * NC + 1, 385, large.ws);
+    check(31, 130, 1543, large.ws);  // more than two rounds of KC where a step is a pair
+    TestWorkspace small(3 * MR<X> * steps<X>(393), matmul_local_size<X>(393));  // three panels of A at once
+    check(10 * MR<X> + 1, 40, 393, small.ws);
     report(worst.ok(), format("matmul of %s equals the triple loop", type), worst.text());
 }
 
@@ -810,7 +809,7 @@ static void test_layernorm(const char* type, double tolerance) {
 template <class X>
 static void test_classifier(const char* type, double tolerance) {
     Worst worst;
-    TestWorkspace space(1 << 18, KC<X> * NC + MC<X> * NC);
+    TestWorkspace space(1 << 18, matmul_local_size<X>(300));
     std::vector<std::array<size_t, 3>> sizes;  // rows, C, V
     for (size_t n = 1; n <= 70; n++)
         for (size_t other : {1, 17, 33}) {

@@ -425,11 +425,13 @@ struct Timed {
 // The operands differ only in which index is contiguous, and packing evens that out. After "Anatomy of High-Performance
 // Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
 //     - A is packed into panels of MR rows, [panel][step][MR], by all threads together, once if it fits the buffer;
-//     - C is cut into blocks of MC × NC, which threads take one by one. A block stays in its thread's L2 cache while K
-//       goes by, KC steps at a time: pack KC × NC of B in panels [panel][step][NR], then call the microkernel on each
-//       tile.
-//     - The finished block goes through `store_row` while in cache: bias, GELU, residual and the like cost no pass over
-//       memory.
+//     - C is cut into blocks of NC columns, which threads take one by one. A thread packs its NC columns of B into panels
+//       [panel][step][NR], which stay in its L2 cache while A goes by, panel after panel: the microkernel sums up MR × NR
+//       of C in registers, over all of K.
+//     - The finished MR rows of the block go through `store_row` while in L1: bias, GELU, residual and the like cost no
+//       pass over memory.
+// The books also block K, so that B's panels fit a cache however long it is. Here K is never so long that this pays: sums
+// of C would go in and out of registers once a block, and need room in L2.
 // Each element is summed over k in one order, which depends on the sizes alone, never on the number of threads.
 
 // What a microkernel multiplies in a step, four bytes of a packed panel: one k, or a pair of k where the processor
@@ -454,11 +456,7 @@ template <class X> constexpr size_t steps(size_t K) {  // whole tiles with AMX; 
 
 constexpr int NR = NV * LANES;
 template <class X> constexpr int MR = AMX<X> ? 2 * LANES : ROWS;
-// An A panel of MR × KC cells (21 KB; with AMX 32 KB) stays in L1 while a block's B panels pass by.
-template <class X> constexpr size_t KC = AMX<X> ? 256 : 384;
-constexpr size_t NC = 128 / NR * NR;  // KC × NC cells of B take 196 KB of L2; narrow, so that small N feeds all threads
-template <class X> constexpr size_t MC = 532 / MR<X> * MR<X>;  // MC × NC floats of C take 272 KB of L2; tall, so that
-                                                               // packing B is a small part
+constexpr size_t NC = 128 / NR * NR;  // over K = 768 they take 393 KB of L2; narrow, so that small N feeds all threads
 
 // An operand's element (i, k) is data[i·stride + k] where k is the contiguous index, else data[k·stride + i];
 // i is a row of A or a column of B, k is what the product sums over.
@@ -477,7 +475,7 @@ template <class X> static Operand<X> across_k(const X* data, size_t stride) { re
 
 // A product over very many tokens, or over the whole vocabulary, is summed slab by slab, so that 512 rows of A at the
 // least fit the packed buffer. (Not constants, since the tests make them small.)
-static size_t token_slab = 4096, vocabulary_slab = 8192;
+static size_t token_slab = 4096, vocabulary_slab = 4096;
 
 // Scratch memory of matmul and attention, in cells.
 struct Workspace {
@@ -720,10 +718,10 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
     if (M <= 4 && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store_row);
     const size_t S = steps<X>(K);
     Cell<X>* packed = (Cell<X>*)ws.packed;
+    constexpr size_t MR = ::MR<X>;
     // As many rows of A at once as fit the packed buffer; blocks of C small enough to go round.
-    constexpr size_t MR = ::MR<X>, MC = ::MC<X>, KC = ::KC<X>;
     size_t rows_at_once = std::min(round_up(M, MR), ws.packed_size / S / MR * MR);
-    size_t column_blocks = ceil_div(N, NC), row_blocks = ceil_div(rows_at_once, MC);
+    size_t column_blocks = ceil_div(N, NC), row_blocks = 1;
     while (column_blocks * row_blocks < 3 * (size_t)thread_count() && rows_at_once / row_blocks > 6 * MR) row_blocks++;
     size_t block_rows = round_up(ceil_div(rows_at_once, row_blocks), MR);
 #pragma omp parallel
@@ -732,27 +730,28 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
 #pragma omp for schedule(static)
         for (size_t m = 0; m < rows; m += MR) pack_A(packed + m * S, A.at(first + m, 0), M - first - m, K);
 
-        Cell<X>* b_block = (Cell<X>*)ws.mine();  // [NC/NR][KC][NR]
-        float* c_block = ws.mine() + KC * NC;    // (block_rows, NC)
+        Cell<X>* b_block = (Cell<X>*)ws.mine();  // [NC/NR][S][NR]
+        float* c_rows = ws.mine() + S * NC;      // (MR, NC)
 #pragma omp for collapse(2) schedule(dynamic)
         for (size_t n0 = 0; n0 < N; n0 += NC) {
             for (size_t m0 = 0; m0 < rows; m0 += block_rows) {
-                size_t columns = std::min(N - n0, NC), block = std::min(rows - m0, block_rows);
-                for (size_t step = 0; step < S; step += KC) {
-                    size_t depth = std::min(S - step, KC), k = step * K_PER_STEP<X>;
-                    size_t ks = std::min(K - k, depth * K_PER_STEP<X>);
+                size_t columns = std::min(N - n0, NC), end = std::min(rows, m0 + block_rows);
+                for (size_t n = 0; n < columns; n += NR) pack<NR>(b_block + n * S, B.at(n0 + n, 0), N - n0 - n, K);
+                for (size_t m = m0; m < end; m += MR) {
                     for (size_t n = 0; n < columns; n += NR)
-                        pack<NR>(b_block + n * depth, B.at(n0 + n, k), N - n0 - n, ks);
-                    for (size_t m = 0; m < block; m += MR) {
-                        const Cell<X>* a_panel = packed + (m0 + m) * S + step * MR;
-                        for (size_t n = 0; n < columns; n += NR)
-                            microkernel(c_block + m * NC + n, NC, a_panel, b_block + n * depth, depth, step > 0);
-                    }
+                        microkernel(c_rows + n, NC, packed + m * S, b_block + n * S, S, false);
+                    for (size_t i = 0; i < std::min(end - m, MR); i++)
+                        store_row(first + m + i, n0, columns, c_rows + i * NC);
                 }
-                for (size_t m = 0; m < block; m++) store_row(first + m0 + m, n0, columns, c_block + m * NC);
             }
         }
     }
+}
+
+// A thread's own scratch memory for products over at most K: its part of B and of C.
+template <class X>
+static size_t matmul_local_size(size_t K) {
+    return (steps<X>(K) + MR<X>) * NC;
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -1625,7 +1624,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     size_t widest = std::max({4 * C, std::min(BT, token_slab), std::min<size_t>(c.V, vocabulary_slab)});
     m.ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
     size_t head = HeadScratch<X>(nullptr, longest, c.head_size()).size;
-    m.ws.local_size = std::max(KC<X> * NC + MC<X> * NC, head);
+    m.ws.local_size = std::max(matmul_local_size<X>(widest), head);
     take(m.ws.packed, m.ws.packed_size, scratch);
     take(m.ws.local, threads * m.ws.local_size, scratch);
 }
@@ -2039,23 +2038,30 @@ static double device_peak(Precision precision) {
             _tile_stored(0, c, 64);
         });
 #endif
-    auto chains = [](auto cell) {
+    auto chains = [](auto link) {
         vec sum[CHAINS];
-        decltype(cell) b[LANES];
-        for (vec& s : sum) s = vec{} + 1.0f;
-        std::fill_n(b, LANES, cell);
+        for (vec& s : sum) {
+            s = vec{} + 1.0f;
+            asm volatile("" : "+m"(s));  // for all the compiler knows, it differs each time
+        }
         for (int step = 0; step < STEPS; step++) {
 #pragma GCC unroll 32
-            for (vec& s : sum) multiply_add(s, cell, b);
+            for (vec& s : sum) s = link(s);
         }
         for (vec& s : sum) asm volatile("" : : "m"(s));  // so that the result counts as used
     };
     constexpr double operations = 2.0 * CHAINS * LANES * STEPS;
 #ifdef __AVX512BF16__
-    if (precision == BF16) return best_rate(2 * operations, [&] { chains(Pair{1e-3f, 1e-3f}); });
+    std::array<Pair, LANES> ones;
+    ones.fill({1.0f, 1.0f});
+    auto pairs = [&](vec s) {
+        multiply_add(s, ones[0], ones.data());
+        return s;
+    };
+    if (precision == BF16) return best_rate(2 * operations, [&] { chains(pairs); });
 #endif
     (void)precision;  // elsewhere bf16 is computed in fp32
-    return best_rate(operations, [&] { chains(1e-3f); });
+    return best_rate(operations, [&] { chains([](vec s) { return s * 0.999f + 0.001f; }); });
 }
 
 // Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or scaling them in

@@ -51,7 +51,8 @@ BREAKS = {
     "attention: sum not rescaled": ("sum[lane] *= rescale[lane];", "sum[lane] *= 1;"),
     "attention: sees one key ahead": (
         "std::min<size_t>(j0 + r - i0, NR)", "std::min<size_t>(j0 + r - i0 - (j0 + r > i0), NR)"),
-    "matmul: the last block of k forgotten": ("step < S; step += KC", "step < (S > KC ? S - S % KC : S); step += KC"),
+    "matmul: the last of many k forgotten": (
+        "B.at(n0 + n, 0), N - n0 - n, K);", "B.at(n0 + n, 0), N - n0 - n, K > 100 ? K - 1 : K);"),
     "gradients: the second micro-batch overwrites": ("bool add = m.accumulated > 0;", "bool add = false;"),
     "gradients: the second slab of tokens overwrites": ("bool add = accumulate || r > 0;", "bool add = accumulate;"),
     "classifier: the second part of the tokens overwrites": ("V, Vp, accumulate || r > 0)", "V, Vp, accumulate)"),

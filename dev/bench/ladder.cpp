@@ -1,0 +1,247 @@
+/*
+ladder.cpp: from three plain loops to the product's matmul, one idea at a time.
+
+    make bench-ladder                     GPT-2's fc layer: 1,024 rows (tokens), C = 768, OC = 3,072
+    dev/bench/ladder ROWS C OC            another linear layer; multiples of 16, which spares rungs 2 to 4 their edges
+
+Every rung computes y (rows, OC) = x (rows, C) wᵀ with w (OC, C). All are first held against the definition in double;
+exit status 1 where one is off. Then they are timed, in turns with the peak of what they use: one thread or all, fp32 or
+bf16. ladder.md explains what a run shows.
+
+The upper rungs are train_gpt2.cpp's own pack, microkernel and matmul; what only leads up to them lives here.
+*/
+
+#define GPT2_NO_MAIN
+#include "../../train_gpt2.cpp"
+
+// A linear layer, and room to work in. x and w are drawn with bf16's 8 bits, so either type holds the same numbers and
+// all rungs have one right answer.
+struct Linear {
+    size_t rows, C, OC;
+    float *x, *w, *y;            // (rows, C), (OC, C), (rows, OC)
+    bf16 *x_bf16, *w_bf16;       // the same x and w
+    float *x_panels, *w_panels;  // for rung 5: x in panels of ROWS rows, w in panels of NR
+    Workspace ws;                // for the product
+};
+
+// --------------------------------------------------------------------------------------------------------------------
+// 1 · Three loops: the definition
+//
+// A compiler may not change the order of a sum of floats, so each addition waits for the one before it.
+
+template <class Sum>
+static void three_loops(Sum* y, const Linear& l) {
+    for (size_t m = 0; m < l.rows; m++)
+        for (size_t n = 0; n < l.OC; n++) {
+            Sum sum = 0;
+            for (size_t k = 0; k < l.C; k++) sum += (Sum)l.x[m * l.C + k] * (Sum)l.w[n * l.C + k];
+            y[m * l.OC + n] = sum;
+        }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// 2 · Vectors
+//
+// The product's dot says that its sum may be split (omp simd reduction): LANES sums grow side by side in one register,
+// and are added up at the end. One instruction does 2·LANES operations.
+
+static void vectors(const Linear& l) {
+    for (size_t m = 0; m < l.rows; m++)
+        for (size_t n = 0; n < l.OC; n++) l.y[m * l.OC + n] = dot(l.x + m * l.C, l.w + n * l.C, l.C);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// 3 · Tiles in registers
+//
+// A dot product loads two vectors for each multiply-add. TM × TN dot products at once load TM + TN vectors for TM·TN
+// multiply-adds, whose sums do not wait for each other. Sums and loads must fit the registers.
+
+constexpr int TM = ROWS < 8 ? 2 : 4, TN = 4;  // of 16 or 32 registers
+
+template <int HALF, size_t... I>
+static inline vec fold(vec v, std::index_sequence<I...>) {  // each lane plus the one HALF lanes away
+    return v + __builtin_shufflevector(v, v, ((I ^ HALF) % LANES)...);
+}
+static inline float total(vec v) {
+    constexpr auto lanes = std::make_index_sequence<LANES>();
+    if constexpr (LANES > 8) v = fold<8>(v, lanes);
+    if constexpr (LANES > 4) v = fold<4>(v, lanes);
+    return fold<1>(fold<2>(v, lanes), lanes)[0];
+}
+
+// y (TM, TN), in rows of OC, from x (TM, C) and w (TN, C)
+static void dot_tile(float* y, const float* x, const float* w, size_t C, size_t OC) {
+    vec sum[TM][TN] = {};
+    for (size_t k = 0; k < C; k += LANES) {
+        vec x_k[TM];
+#pragma GCC unroll 4
+        for (int i = 0; i < TM; i++) x_k[i] = load(x + i * C + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < TN; j++) {
+            vec w_k = load(w + j * C + k);
+#pragma GCC unroll 4
+            for (int i = 0; i < TM; i++) sum[i][j] += x_k[i] * w_k;
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < TM; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < TN; j++) y[i * OC + j] = total(sum[i][j]);
+}
+
+// y's columns n0 .. end-1, for all rows
+static void tile_columns(const Linear& l, size_t n0, size_t end) {
+    for (size_t m = 0; m < l.rows; m += TM)
+        for (size_t n = n0; n < end; n += TN)
+            dot_tile(l.y + m * l.OC + n, l.x + m * l.C, l.w + n * l.C, l.C, l.OC);
+}
+
+static void register_tiles(const Linear& l) { tile_columns(l, 0, l.OC); }
+
+// --------------------------------------------------------------------------------------------------------------------
+// 4 · Cache blocks
+//
+// Rung 3 reads all of w for every TM rows of x, and w is larger than L2. The same tiles in another order: some rows of
+// w stay in L2 until every row of x has met them.
+
+constexpr size_t BLOCK = 64;  // rows of w, a multiple of TN: 196 KB at C = 768
+
+static void cache_blocks(const Linear& l) {
+    for (size_t n = 0; n < l.OC; n += BLOCK) tile_columns(l, n, std::min(l.OC, n + BLOCK));
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// 5 · Packing, and the product's microkernel
+//
+// Lanes become columns of y: step k multiplies one x, in all lanes, by row k of wᵀ. No lanes are added up in the end,
+// and a vector of w serves ROWS rows of x instead of TM. For this, row k of wᵀ must lie together; so x and w are first
+// copied into panels, in just the order in which the microkernel reads them. There are no cache blocks here: all of
+// w's panels stream past each panel of x.
+
+static void packed(const Linear& l) {
+    for (size_t m = 0; m < l.rows; m += ROWS)
+        pack<ROWS>(l.x_panels + m * l.C, along_k(l.x + m * l.C, l.C), l.rows - m, l.C);
+    for (size_t n = 0; n < l.OC; n += NR)
+        pack<NR>(l.w_panels + n * l.C, along_k(l.w + n * l.C, l.C), l.OC - n, l.C);
+    for (size_t m = 0; m < l.rows; m += ROWS)
+        for (size_t n = 0; n < l.OC; n += NR) {
+            float tile[ROWS * NR];
+            microkernel(tile, NR, l.x_panels + m * l.C, l.w_panels + n * l.C, l.C, false);
+            for (size_t i = 0; i < std::min<size_t>(ROWS, l.rows - m); i++)
+                std::copy_n(tile + i * NR, std::min<size_t>(NR, l.OC - n), l.y + (m + i) * l.OC + n);
+        }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// 6, 7, 8 · The product's matmul: on one thread, on all, and of bf16
+//
+// The panels in blocks, so that what is read again is still in L1 or L2 whatever the sizes; the blocks shared out over
+// threads; and pairs of bf16 where the processor multiplies them.
+
+template <class X>
+static void product(const Linear& l, const X* x, const X* w) {
+    Workspace ws = l.ws;
+    matmul(ws, l.rows, l.OC, l.C, along_k(x, l.C), along_k(w, l.C),
+           [&](size_t m, size_t n, size_t count, const float* y) { std::copy_n(y, count, l.y + m * l.OC + n); });
+}
+
+static void product_fp32(const Linear& l) { product(l, l.x, l.w); }
+static void product_bf16(const Linear& l) { product(l, l.x_bf16, l.w_bf16); }
+
+// --------------------------------------------------------------------------------------------------------------------
+// The table
+
+struct Rung {
+    const char* name;
+    void (*run)(const Linear&);
+    bool all_threads = false;
+    Precision precision = FP32;
+    double time = INFINITY;  // seconds, the best of several
+};
+
+static void use_threads([[maybe_unused]] int n) {
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#endif
+}
+
+// The largest error as a share of the largest element
+static double relative_error(const Linear& l, const std::vector<double>& right) {
+    double error = 0, largest = 0;
+    for (size_t i = 0; i < right.size(); i++) {
+        double e = fabs(l.y[i] - right[i]);
+        if (std::isnan(e)) return e;
+        error = std::max(error, e);
+        largest = std::max(largest, fabs(right[i]));
+    }
+    return error / largest;
+}
+
+int main(int argc, char** argv) {
+    constexpr int ROUNDS = 5;
+    size_t size[] = {1024, 768, 3072};
+    for (int i = 1; i < argc; i++) {
+        long n = atol(argv[i]);
+        if (argc != 4 || n < 1 || n > 1 << 17 || n % 16) die("usage: %s [ROWS C OC], multiples of 16", argv[0]);
+        size[i - 1] = (size_t)n;
+    }
+    device_init(argv);
+    const int threads = thread_count();
+
+    static Linear l;
+    l.rows = size[0], l.C = size[1], l.OC = size[2];
+    l.ws.packed_size = std::max<size_t>(1 << 22, 512 * l.C);  // as a model has them
+    l.ws.local_size = matmul_local_size<float>(l.C);
+    auto take = [](auto*& p, size_t n) { p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, true); };
+    take(l.x, l.rows * l.C), take(l.x_bf16, l.rows * l.C), take(l.x_panels, round_up(l.rows, ROWS) * l.C);
+    take(l.w, l.OC * l.C), take(l.w_bf16, l.OC * l.C), take(l.w_panels, round_up(l.OC, NR) * l.C);
+    take(l.y, l.rows * l.OC);
+    take(l.ws.packed, l.ws.packed_size), take(l.ws.local, threads * l.ws.local_size);
+    Random random = {1};
+    for (size_t i = 0; i < l.rows * l.C; i++) l.x[i] = l.x_bf16[i] = (float)random.normal();
+    for (size_t i = 0; i < l.OC * l.C; i++) l.w[i] = l.w_bf16[i] = (float)random.normal();
+
+    Rung rungs[] = {
+        {"1  three loops", [](const Linear& l) { three_loops(l.y, l); }},
+        {"2  vectors", vectors},
+        {"3  tiles in registers", register_tiles},
+        {"4  cache blocks", cache_blocks},
+        {"5  packed, microkernel", packed},
+        {"6  matmul, one thread", product_fp32},
+        {"7  matmul, all threads", product_fp32, true},
+        {"8  matmul, bf16", product_bf16, true, BF16},
+    };
+    std::vector<double> right(l.rows * l.OC);
+    three_loops(right.data(), l);
+    bool ok = true;
+    for (const Rung& rung : rungs) {
+        use_threads(rung.all_threads ? threads : 1);
+        std::fill_n(l.y, l.rows * l.OC, NAN);
+        rung.run(l);
+        // A sum of C terms rounds C times, by 2^-24 of its value at most; random terms use a small part of that.
+        double error = relative_error(l, right);
+        if (error <= l.C * 0x1p-24) continue;
+        printf("%s is wrong: relative error %.1e\n", rung.name, error);
+        ok = false;
+    }
+    if (!ok) return 1;
+
+    double peak[2][2] = {};  // [all threads][precision]
+    for (int round = 0; round < ROUNDS; round++)
+        for (Rung& rung : rungs) {
+            use_threads(rung.all_threads ? threads : 1);
+            double& best = peak[rung.all_threads][rung.precision];
+            best = std::max(best, device_peak(rung.precision));
+            double start = seconds();
+            rung.run(l);
+            rung.time = std::min(rung.time, seconds() - start);
+        }
+    printf("y (%zu, %zu) = x wᵀ, C = %zu; %s; best of %d\n\n", l.rows, l.OC, l.C, device_name().c_str(), ROUNDS);
+    printf("%-24s %9s %9s  %s\n", "rung", "ms", "GFLOP/s", "of the peak");
+    for (const Rung& rung : rungs) {
+        double rate = 2.0 * l.rows * l.C * l.OC / rung.time, limit = peak[rung.all_threads][rung.precision];
+        printf("%-24s %9.1f %9.1f  %4.1f %% of %.0f (%s, %s)\n", rung.name, rung.time * 1e3, rate * 1e-9,
+               100 * rate / limit, limit * 1e-9, rung.all_threads ? "all threads" : "one thread",
+               precision_names[rung.precision]);
+    }
+}
