@@ -94,4 +94,5 @@ clean:
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference clean help
+.PHONY: all found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference
+.PHONY: clean help

@@ -648,8 +648,8 @@ static void test_matmul(const char* type) {
                         sum += product;
                         absolute += fabs(product);
                     }
-                    // Each of K additions rounds by at most 2^-24 of a partial sum; half of the bound is never reached.
-                    if (worst.see(fabs(c[m * N + n] - sum), (K + 2.0) * 0x1p-25 * absolute + 1e-30))
+                    // Each product and each addition rounds by at most 2^-24 of a partial sum.
+                    if (worst.see(fabs(c[m * N + n] - sum), (K + 2.0) * 0x1p-24 * absolute + 1e-30))
                         worst.where = format("%zu x %zu x %zu, layout %d", M, N, K, layout);
                 }
         }
@@ -672,8 +672,8 @@ static void test_matmul(const char* type) {
     report(worst.ok(), format("matmul of %s equals the triple loop", type), worst.text());
 }
 
-// Holds results against what they should be: each may be off by a share of its size, of the root mean square of all, and
-// of the operands' size, 1.
+// Holds results against what they should be: each may be off by a share of its size, of the root mean square of all,
+// and of the operands' size, 1.
 template <class X>
 static void see_all(Worst& worst, const X* ours, size_t ld, const std::vector<double>& expected, size_t columns,
                     double share, const std::string& where) {

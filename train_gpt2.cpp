@@ -116,7 +116,8 @@ struct Random {
 // 2 · The model interface
 //
 // All that the program knows of a model. Section 3 implements it on a CPU; another backend would do so in its place,
-// defining GPT2_CUDA. Commands and tests are written once, against what follows. Values cross it as fp32, whatever it computes in.
+// defining GPT2_CUDA. Commands and tests are written once, against what follows. Values cross it as fp32, whatever the
+// backend computes in.
 
 enum Attention { VANILLA, SKIP, DEPTH };
 static const char* const attention_names[] = {"vanilla", "skip", "depth"};
@@ -425,13 +426,13 @@ struct Timed {
 // The operands differ only in which index is contiguous, and packing evens that out. After "Anatomy of High-Performance
 // Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
 //     - A is packed into panels of MR rows, [panel][step][MR], by all threads together, once if it fits the buffer;
-//     - C is cut into blocks of NC columns, which threads take one by one. A thread packs its NC columns of B into panels
-//       [panel][step][NR], which stay in its L2 cache while A goes by, panel after panel: the microkernel sums up MR × NR
-//       of C in registers, over all of K.
+//     - C is cut into blocks of NC columns, which threads take one by one. A thread packs its NC columns of B into
+//       panels [panel][step][NR], which stay in its L2 cache while A goes by, panel after panel: the microkernel sums up
+//       MR × NR of C in registers, over all of K.
 //     - The finished MR rows of the block go through `store_row` while in L1: bias, GELU, residual and the like cost no
 //       pass over memory.
-// The books also block K, so that B's panels fit a cache however long it is. Here K is never so long that this pays: sums
-// of C would go in and out of registers once a block, and need room in L2.
+// The books also block K, so that B's panels fit a cache however long it is. Here K is never so long that this pays:
+// sums of C would go in and out of registers once a block, and need room in L2.
 // Each element is summed over k in one order, which depends on the sizes alone, never on the number of threads.
 
 // What a microkernel multiplies in a step, four bytes of a packed panel: one k, or a pair of k where the processor
@@ -1254,8 +1255,8 @@ static std::vector<Columns> live_columns(const Config& c, int l) {
 }
 
 // dk, dv of layer l in dqkv (rows, 3C) = the sum of its readers' shares (rows, 2C): dkv, of its own heads that do not
-// skip, and dkv_above, of the heads that layer l + skip_distance read here (null: there is no such layer). Heads without
-// reader stay untouched.
+// skip, and dkv_above, of the heads that layer l + skip_distance read here (null: there is no such layer). Heads that
+// nobody reads stay untouched.
 template <class X>
 static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, const Config& c, int l, size_t rows) {
     size_t C = c.C, HS = c.head_size();
@@ -1401,8 +1402,8 @@ static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* c
 // --------------------------------------------------------------------------------------------------------------------
 // Classifier: logits = x wteᵀ, loss = -log softmax(logits)[y]
 //
-// Some tokens at a time (classifier_rows) go all the way, to the gradients of x and wte, so that logits for all B·T never exist
-// at once. With p = softmax(logits), loss = log Σ e^logit - logit_y, so dlogits = p - 1[y].
+// Some tokens at a time (classifier_rows) go all the way, to the gradients of x and wte, so that logits for all B·T
+// never exist at once. With p = softmax(logits), loss = log Σ e^logit - logit_y, so dlogits = p - 1[y].
 // Columns from V to Vp are never computed: they get no probability and their rows of wte no gradient.
 
 // One token: returns its loss; with gradient_scale ≠ 0, logits (V) become gradient_scale · dlogits.
@@ -1852,8 +1853,8 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
                     v_of.push_back(k_of.back() + C);
                 }
                 X* k = kv_at(l, r / n, before + r % n);
-                depth_mix(k + C, a.data(), mixed.data(), m.new_q + r * C, k, k_of.data(), v_of.data(), sources.size(), NH,
-                          HS);
+                depth_mix(k + C, a.data(), mixed.data(), m.new_q + r * C, k, k_of.data(), v_of.data(), sources.size(),
+                          NH, HS);
             }
         }
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -1868,10 +1869,12 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
                 else attention_head_forward<X>(ws.mine(), {o, C}, nullptr, {q, C}, k, v, n, before, HS);
             }
         }
-        linear_residual_forward(ws, m.new_x, m.new_x, m.new_atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), rows, C, C);
+        linear_residual_forward(ws, m.new_x, m.new_x, m.new_atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), rows,
+                                C, C);
         layernorm(m.new_x, m.weight(LN2W, l), m.weight(LN2B, l), rows);
         linear_gelu_forward(ws, m.new_fch, m.new_fch, m.new_ln, m.weight(FCW, l), m.weight(FCB, l), rows, C, 4 * C);
-        linear_residual_forward(ws, m.new_x, m.new_x, m.new_fch, m.weight(FCPROJW, l), m.weight(FCPROJB, l), rows, 4 * C, C);
+        linear_residual_forward(ws, m.new_x, m.new_x, m.new_fch, m.weight(FCPROJW, l), m.weight(FCPROJB, l), rows,
+                                4 * C, C);
     }
     m.cache_length += n;
     for (size_t s = 0; s < S; s++) {  // the logits after each sequence's last token
@@ -4065,7 +4068,8 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         }
         std::vector<Share> after = model_profile();
         model_free(model);
-        double time = median(times), best = *std::min_element(times.begin(), times.end()), peak = median(peaks), all = 0;
+        double time = median(times), peak = median(peaks), all = 0;
+        double best = *std::min_element(times.begin(), times.end());
         double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
         for (double t : times) all += t;
         printf("%-12s %9.2f %9.2f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,

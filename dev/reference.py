@@ -118,7 +118,7 @@ def softmax_mean(scores, x, r_weights, r):
     weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True).detach())
     total = weights.sum(-1, keepdim=True)  # 1, but not constant
     mean = r_weights(weights, gradients=False) @ x
-    # mean / total, whose derivative by the total is -mean. Backward reads that from memory, rounded; so it stands apart.
+    # mean / total, whose derivative by the total is -mean. Backward reads that from memory, rounded; so it is apart.
     return mean + (1 - total) * r(mean).detach()
 
 
