@@ -16,6 +16,16 @@ plain loops.
 #include "train_gpt2.cpp"
 #endif
 
+// Every use of new is counted, so that a test can tell that there was none.
+static std::atomic<size_t> allocations{0};
+[[gnu::noinline]] void* operator new(size_t n) {
+    allocations++;
+    if (void* p = malloc(n)) return p;
+    throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { free(p); }
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept { free(p); }
+
 static int passed = 0, failed = 0;
 
 static void report(bool ok, const std::string& name, const std::string& detail = "") {
@@ -604,6 +614,28 @@ static void test_memory() {
            "KV cache: depth's as large as vanilla's, skip's smaller by its unread heads");
 }
 
+// Neither a training step nor decoding asks for memory.
+static void test_allocations(Precision precision) {
+    size_t times = 0;
+    for (int attention : {VANILLA, SKIP, DEPTH}) {
+        Config c = small_config(attention);
+        Batch batch(c, 2, 17);
+        std::vector<float> logits(c.V);
+        Model* m = random_model(c, precision, {.B = 2, .T = 17, .train = true, .sequences = 1});
+        times -= allocations;
+        model_set_inputs(m, batch.x.data(), batch.y.data());
+        model_forward(m, true, 1);
+        model_backward(m);
+        model_update(m, test_adamw, 1, 1);
+        model_prompt(m, batch.x.data(), 17, logits.data());
+        model_decode(m, batch.x.data(), logits.data());
+        times += allocations;
+        model_free(m);
+    }
+    report(times == 0, format("%s: steps and decoding allocate nothing", precision_names[precision]),
+           format("%zu times", times));
+}
+
 #ifndef GPT2_CUDA
 // --------------------------------------------------------------------------------------------------------------------
 // The CPU's inner parts against plain loops
@@ -933,6 +965,7 @@ int main(int argc, char** argv) {
             test_accumulation(precision);
             test_update(precision);
             test_decoding(precision);
+            test_allocations(precision);
         }
         test_finite_differences();
         test_memory();

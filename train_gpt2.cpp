@@ -54,6 +54,7 @@ A comment like (B, T, C) is a row-major array; a `d` in front of a name is the g
 #include <glob.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -363,6 +364,19 @@ static inline float exp_approx(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
+template <class X>
+static float maximum(const X* x, size_t n) {
+    constexpr size_t SEVERAL = 32;  // running maxima: few compilers make vectors of a single one
+    float maxima[SEVERAL], max = -INFINITY;
+    std::fill_n(maxima, SEVERAL, -INFINITY);
+    size_t i = 0;
+    for (; i + SEVERAL <= n; i += SEVERAL)
+        for (size_t lane = 0; lane < SEVERAL; lane++) maxima[lane] = std::max(maxima[lane], (float)x[i + lane]);
+    for (float m : maxima) max = std::max(max, m);
+    for (; i < n; i++) max = std::max(max, (float)x[i]);
+    return max;
+}
+
 template <class X, class Y>
 static float dot(const X* a, const Y* b, size_t n) {
     float sum = 0;
@@ -515,7 +529,7 @@ static inline void transpose(vec (&rows)[LANES]) {
 }
 
 // The first n of `count` values at p, zeros after them, where reading them all would run past the end.
-template <int count, class X>
+template <size_t count, class X>
 static inline const X* padded(X (&buffer)[count], const X* p, size_t n) {
     if (n >= count) return p;
     memset(buffer, 0, sizeof buffer);
@@ -528,7 +542,7 @@ template <class X>
 static inline vec cells_along_k(Operand<X> a, size_t left) {
     constexpr int count = LANES * K_PER_STEP<X>;
     X buffer[count];
-    const X* row = padded<count>(buffer, a.data, left);
+    const X* row = padded(buffer, a.data, left);
     if constexpr (!PAIRS<X>) return load(row);
     vec cells;
     memcpy(&cells, row, sizeof cells);  // a pair is two neighbours as they lie
@@ -540,9 +554,9 @@ template <class X>
 static inline vec cells_across_k(Operand<X> a, size_t K, size_t k, size_t n) {
     X buffer[LANES];
     if (n == 0 || k >= K) return vec{};
-    vec low = load(padded<LANES>(buffer, a.data, n)), high = {};
+    vec low = load(padded(buffer, a.data, n)), high = {};
     if constexpr (!PAIRS<X>) return low;
-    if (k + 1 < K) high = load(padded<LANES>(buffer, a.at(0, 1).data, n));
+    if (k + 1 < K) high = load(padded(buffer, a.at(0, 1).data, n));
     return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
@@ -680,34 +694,71 @@ static inline void microkernel(float* c, size_t ldc, const Cell* a, const Cell* 
         for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
 
+// sum += the products of a register of a and one of b, lane by lane; of bf16 a lane has two.
+template <class X>
+static inline void add_products(vec& sum, const X* a, const X* b) {
+    vec x = load((const float*)a), y = load((const float*)b);
+    if constexpr (std::is_same_v<X, float>) {
+        sum += x * y;
+    } else {
+#ifdef __AVX512BF16__
+        sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+        const bits_vec upper = bits_vec{} + 0xffff0000u;
+        sum += (vec)((bits_vec)x << 16) * (vec)((bits_vec)y << 16);
+        sum += (vec)((bits_vec)x & upper) * (vec)((bits_vec)y & upper);
+#endif
+    }
+}
+
+// Lane i of the result is the sum of sums[i]'s lanes: transposed, they add up as vectors.
+static inline vec add_up(vec (&sums)[LANES]) {
+    transpose(sums);
+    vec total = sums[0];
+    for (int lane = 1; lane < LANES; lane++) total += sums[lane];
+    return total;
+}
+
 // A few rows, as in decoding: nothing is used often enough to be worth packing, and reading B (k contiguous: weights)
-// is all the time it takes. Eight columns at once keep eight streams from memory going.
+// is all the time it takes. A thread has one run of columns, which it reads as eight streams side by side: memory then
+// always has as much to do as it can. Prefetching at the end of a column reaches into the next one of its stream.
 template <class X, class Store>
 static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
-    constexpr size_t COLUMNS = 8, AHEAD = 2048 / sizeof(X);  // prefetch 2 KB ahead, which is further than hardware does
+    constexpr size_t STREAMS = 8, STEP = sizeof(vec) / sizeof(X);
+    constexpr size_t AHEAD = 512 / sizeof(X);  // 64 cache lines of all streams are on their way, more than fit a queue
+    const size_t parts = thread_count();
 #pragma omp parallel for schedule(static)
-    for (size_t n0 = 0; n0 < N; n0 += COLUMNS) {
-        size_t columns = std::min(N - n0, COLUMNS);
-        const X* b[COLUMNS];
-        for (size_t j = 0; j < COLUMNS; j++) b[j] = B.data + (n0 + std::min(j, columns - 1)) * B.stride;
-        for (size_t m = 0; m < M; m++) {
-            const X* a = A.data + m * A.stride;
-            vec sums[COLUMNS] = {};
-            size_t k = 0;
-            for (; k + LANES <= K; k += LANES) {
-                vec a_k = load(a + k);
+    for (size_t part = 0; part < parts; part++) {
+        const size_t begin = N * part / parts, end = N * (part + 1) / parts, length = ceil_div(end - begin, STREAMS);
+        for (size_t i0 = 0; i0 < length; i0 += LANES) {
+            const size_t columns = std::min<size_t>(length - i0, LANES);  // of each stream, from n0(stream) on
+            auto n0 = [&](size_t stream) { return begin + stream * length + i0; };
+            for (size_t m = 0; m < M; m++) {
+                const X* a = A.data + m * A.stride;
+                vec sums[STREAMS][LANES] = {};
+                for (size_t i = 0; i < columns; i++) {
+                    const X* b[STREAMS];
+                    vec sum[STREAMS] = {};
+                    for (size_t s = 0; s < STREAMS; s++) b[s] = B.data + std::min(n0(s) + i, end - 1) * B.stride;
+                    size_t k = 0;
+                    for (; k + STEP <= K; k += STEP) {
 #pragma GCC unroll 8
-                for (size_t j = 0; j < COLUMNS; j++) {
-                    __builtin_prefetch(b[j] + k + AHEAD);
-                    sums[j] += a_k * load(b[j] + k);
+                        for (size_t s = 0; s < STREAMS; s++) {
+                            __builtin_prefetch(b[s] + k + AHEAD);
+                            add_products(sum[s], a + k, b[s] + k);
+                        }
+                    }
+                    for (size_t s = 0; s < STREAMS; s++) {
+                        X a_rest[STEP], b_rest[STEP];
+                        if (k < K) add_products(sum[s], padded(a_rest, a + k, K - k), padded(b_rest, b[s] + k, K - k));
+                        sums[s][i] = sum[s];
+                    }
+                }
+                for (size_t s = 0; s < STREAMS && n0(s) < end; s++) {
+                    vec c = add_up(sums[s]);
+                    store_row(m, n0(s), std::min(columns, end - n0(s)), (const float*)&c);
                 }
             }
-            float c[COLUMNS] = {};
-            for (size_t j = 0; j < COLUMNS; j++) {
-                for (int i = 0; i < LANES; i++) c[j] += sums[j][i];
-                for (size_t rest = k; rest < K; rest++) c[j] += (float)a[rest] * (float)b[j][rest];
-            }
-            store_row(m, n0, columns, c);
         }
     }
 }
@@ -715,7 +766,7 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
 // store_row(m, n, count, c) receives C's finished elements (m, n .. n+count-1).
 template <class X, class Store>
 static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
-    Timed timed(MATMUL, 2.0 * M * N * K, 0);
+    Timed timed(MATMUL, 2.0 * M * N * K, 1.0 * N * K * sizeof(X));
     if (M <= 4 && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store_row);
     const size_t S = steps<X>(K);
     Cell<X>* packed = (Cell<X>*)ws.packed;
@@ -868,7 +919,7 @@ static void linear_backward_weight(Workspace& ws, float* dw, float* db, const X*
 template <class X>
 static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wpe, size_t B, size_t T, size_t C) {
     Timed timed(EMBEDDING, 0, 3.0 * B * T * C * sizeof(X));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (B * T > 1)
     for (size_t bt = 0; bt < B * T; bt++) {
         const X *token = wte + tokens[bt] * C, *position = wpe + bt % T * C;
         for (size_t i = 0; i < C; i++) x[bt * C + i] = (float)token[i] + (float)position[i];
@@ -906,7 +957,7 @@ template <class X>
 static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows,
                               size_t C) {
     Timed timed(LAYERNORM, 0, 2.0 * rows * C * sizeof(X));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 1)
     for (size_t r = 0; r < rows; r++) {
         const X* x_r = x + r * C;
         float sum = 0, variance = 0;
@@ -915,9 +966,9 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
         float m = sum / C;
 #pragma omp simd reduction(+ : variance)
         for (size_t i = 0; i < C; i++) variance += (x_r[i] - m) * (x_r[i] - m);
-        mean[r] = m;
-        rstd[r] = 1.0f / sqrtf(variance / C + 1e-5f);
-        layernorm_normalize(y + r * C, x_r, w, b, m, rstd[r], C);
+        float s = 1.0f / sqrtf(variance / C + 1e-5f);
+        if (mean) mean[r] = m, rstd[r] = s;  // for backward
+        layernorm_normalize(y + r * C, x_r, w, b, m, s, C);
     }
 }
 
@@ -1168,24 +1219,36 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
     }
 }
 
-// One query against `keys` keys, as in decoding: no tile to fill, so plain loops. o, q (HS), k, v (keys, HS),
-// local (keys + HS).
+// One query against `keys` keys, as in decoding: no tile to fill, and reading k and v is all the time it takes.
+// o, q (HS), k, v (keys, HS), local (keys + LANES + HS).
 template <class X>
 static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> k, Rows<const X> v, size_t keys,
                                   size_t HS) {
-    float *p = local, *sum_o = p + keys;
-    float scale = 1.0f / sqrtf(HS), max = -INFINITY, sum = 0;
-    for (size_t j = 0; j < keys; j++) {
-        p[j] = scale * dot(q, k[j], HS);
-        max = std::max(max, p[j]);
+    constexpr size_t STEP = sizeof(vec) / sizeof(X);
+    float *p = local, *sum_o = p + keys + LANES, scale = 1.0f / sqrtf(HS), sum = 0;
+    for (size_t j0 = 0; j0 < keys; j0 += LANES) {
+        vec sums[LANES] = {};
+        for (size_t i = 0; i < std::min<size_t>(keys - j0, LANES); i++)
+            for (size_t d = 0; d < HS; d += STEP) {
+                X q_rest[STEP], k_rest[STEP];
+                add_products(sums[i], padded(q_rest, q + d, HS - d), padded(k_rest, k[j0 + i] + d, HS - d));
+            }
+        store(p + j0, scale * add_up(sums));
     }
+    float max = maximum(p, keys);
 #pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < keys; j++) {
         p[j] = exp_approx(p[j] - max);
         sum += p[j];
     }
     std::fill_n(sum_o, HS, 0.0f);
-    for (size_t j = 0; j < keys; j++)
+    size_t j = 0;
+    for (; j + 4 <= keys; j += 4) {  // four at a time: fewer passes over sum_o
+        const X *v0 = v[j], *v1 = v[j + 1], *v2 = v[j + 2], *v3 = v[j + 3];
+        const float p0 = p[j], p1 = p[j + 1], p2 = p[j + 2], p3 = p[j + 3];
+        for (size_t d = 0; d < HS; d++) sum_o[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d];
+    }
+    for (; j < keys; j++)
         for (size_t d = 0; d < HS; d++) sum_o[d] += p[j] * v[j][d];
     for (size_t d = 0; d < HS; d++) o[d] = sum_o[d] / sum;
 }
@@ -1291,110 +1354,107 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
 // gathers it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as
 // backward goes down, nobody reads ṽ_m any more. So depth needs no memory beyond a, ds and one layer's dkv.
 
-// One token: v (C) becomes ṽ. The sources' keys and values are k_of[n], v_of[n], n < sources; a (sources + 1, NH), the
-// layer itself last; mixed (HS) is scratch.
-template <class X>
-static void depth_mix(X* v, float* a, float* mixed, const X* q, const X* k, const X* const* k_of, const X* const* v_of,
-                      size_t sources, size_t NH, size_t HS) {
-    float scale = 1.0f / sqrtf(HS);
-    for (size_t h = 0; h < NH; h++, v += HS, a++, q += HS, k += HS) {
-        float max = a[sources * NH] = scale * dot(q, k, HS), sum = 0;
-        for (size_t n = 0; n < sources; n++) {
-            a[n * NH] = scale * dot(q, k_of[n] + h * HS, HS);
-            max = std::max(max, a[n * NH]);
-        }
-        for (size_t n = 0; n <= sources; n++) sum += a[n * NH] = exp_approx(a[n * NH] - max);
-        for (size_t n = 0; n <= sources; n++) a[n * NH] /= sum;
-        for (size_t i = 0; i < HS; i++) mixed[i] = a[sources * NH] * v[i];
-        for (size_t n = 0; n < sources; n++)
-            for (size_t i = 0; i < HS; i++) mixed[i] += a[n * NH] * v_of[n][h * HS + i];
-        std::copy_n(mixed, HS, v);
+// One head of one token: v (HS) becomes ṽ. The n-th source's key and value are k_of(n) and v_of(n), n < S. a (S + 1) at
+// distance lda, the layer itself last; mixed (HS) is scratch.
+template <class X, class KeyOf, class ValueOf>
+static inline void depth_mix(X* v, float* a, size_t lda, float* mixed, const X* q, const X* k, KeyOf k_of, ValueOf v_of,
+                             size_t S, size_t HS) {
+    float scale = 1.0f / sqrtf(HS), max = a[S * lda] = scale * dot(q, k, HS), sum = 0;
+    for (size_t n = 0; n < S; n++) {
+        a[n * lda] = scale * dot(q, k_of(n), HS);
+        max = std::max(max, a[n * lda]);
     }
+    for (size_t n = 0; n <= S; n++) sum += a[n * lda] = exp_approx(a[n * lda] - max);
+    for (size_t n = 0; n <= S; n++) a[n * lda] /= sum;
+    for (size_t i = 0; i < HS; i++) mixed[i] = a[S * lda] * v[i];
+    for (size_t n = 0; n < S; n++) {
+        const X* v_n = v_of(n);
+        const float a_n = a[n * lda];
+        for (size_t i = 0; i < HS; i++) mixed[i] += a_n * v_n[i];
+    }
+    std::copy_n(mixed, HS, v);
 }
 
-// All tokens of layer l: qkv[j] (rows, 3C) of each layer j, a (rows, sources + 1, NH)
+// All tokens of layer l: qkv[j] (rows, 3C) of each layer j, a (rows, S + 1, NH)
 template <class X>
-static void depth_forward(float* a, X* const* qkv, const Config& c, int l, size_t rows) {
-    const std::vector<int> sources = depth_sources(c, l);
-    size_t C = c.C, NH = c.NH, S = sources.size();
+static void depth_forward(Workspace& ws, float* a, X* const* qkv, const std::vector<int>& sources, const Config& c,
+                          int l, size_t rows) {
+    size_t C = c.C, NH = c.NH, HS = c.head_size(), S = sources.size();
     if (S == 0) return;
     Timed timed(DEPTH_MIXING, 4.0 * rows * C * (S + 1), (2.0 * S + 4) * rows * C * sizeof(X));
-#pragma omp parallel
-    {
-        std::vector<const X*> k_of(S), v_of(S);
-        std::vector<float> mixed(c.head_size());
-#pragma omp for schedule(static)
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t n = 0; n < S; n++) {
-                k_of[n] = qkv[sources[n]] + r * 3 * C + C;
-                v_of[n] = k_of[n] + C;
-            }
-            X* q = qkv[l] + r * 3 * C;
-            depth_mix(q + 2 * C, a + r * (S + 1) * NH, mixed.data(), q, q + C, k_of.data(), v_of.data(), S, NH,
-                      c.head_size());
+#pragma omp parallel for schedule(static)
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t h = 0; h < NH; h++) {
+            size_t at_q = r * 3 * C + h * HS, at_k = at_q + C, at_v = at_q + 2 * C;
+            depth_mix(
+                qkv[l] + at_v, a + r * (S + 1) * NH + h, NH, ws.mine(), qkv[l] + at_q, qkv[l] + at_k,
+                [&](size_t n) { return qkv[sources[n]] + at_k; }, [&](size_t n) { return qkv[sources[n]] + at_v; }, S,
+                HS);
         }
     }
 }
 
-// dqkv (rows, 3C) comes in with causal attention's dq, dkv (rows, 2C) with its dk and dṽ of layer l; dqkv goes out with
-// dq, dk, dv complete. a[m] (rows, |S_m| + 1, NH) and ds[m] (rows, |S_m|, NH) of each layer m; ds[l] =, and dṽ_l in
-// place of ṽ_l in qkv[l].
-template <class X>
-static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* const* a, X* const* qkv, const Config& c,
-                           int l, size_t rows) {
-    struct Reader {
-        int m;
-        size_t n, sources;  // layer l is the n-th of layer m's sources
-    };
-    const std::vector<int> sources = depth_sources(c, l);
+// The layers m that layer l is a source of.
+struct Reader {
+    int m;
+    size_t n, sources;  // layer l is the n-th of so many
+};
+static std::vector<Reader> depth_readers(const Config& c, int l) {
     std::vector<Reader> readers;
     for (int m = l + 1; m < c.L; m++) {
         const std::vector<int> of_m = depth_sources(c, m);
         size_t n = std::find(of_m.begin(), of_m.end(), l) - of_m.begin();
         if (n < of_m.size()) readers.push_back({m, n, of_m.size()});
     }
+    return readers;
+}
+
+// dqkv (rows, 3C) comes in with causal attention's dq, dkv (rows, 2C) with its dk and dṽ of layer l; dqkv goes out with
+// dq, dk, dv complete. a[m] (rows, |S_m| + 1, NH) and ds[m] (rows, |S_m|, NH) of each layer m; ds[l] =, and dṽ_l in
+// place of ṽ_l in qkv[l].
+template <class X>
+static void depth_backward(Workspace& ws, X* dqkv, float* dkv, float* const* ds, const float* const* a, X* const* qkv,
+                           const std::vector<int>& sources, const std::vector<Reader>& readers, const Config& c, int l,
+                           size_t rows) {
     size_t C = c.C, NH = c.NH, HS = c.head_size(), S = sources.size(), R = readers.size();
     float scale = 1.0f / sqrtf(HS);
     Timed timed(DEPTH_MIXING, (8.0 * (S > 0 ? S + 1 : 0) + 4.0 * R) * rows * C,
                 (4.0 * S + 2.0 * R + 6) * rows * C * sizeof(X));
-#pragma omp parallel
-    {
-        std::vector<float> dq_sum(HS);
-#pragma omp for schedule(static)
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t h = 0; h < NH; h++) {
-                size_t at_q = r * 3 * C + h * HS, at_k = at_q + C, at_v = at_q + 2 * C;
-                float *dk = dkv + r * 2 * C + h * HS, *dv = dk + C, a_own = 1;
-                // Gather: dk_l += Σ_m ds_m,l q_m/√HS, dṽ_l += Σ_m a_m,l dṽ_m
-                for (const Reader& reader : readers) {
-                    float a_ml = a[reader.m][(r * (reader.sources + 1) + reader.n) * NH + h];
-                    float ds_ml = scale * ds[reader.m][(r * reader.sources + reader.n) * NH + h];
-                    const X *q_m = qkv[reader.m] + at_q, *dv_m = qkv[reader.m] + at_v;
-                    for (size_t i = 0; i < HS; i++) dk[i] += ds_ml * q_m[i];
-                    for (size_t i = 0; i < HS; i++) dv[i] += a_ml * dv_m[i];
-                }
-                // Through the mixing; dv is dṽ_l up to here
-                if (S > 0) {
-                    const X *q = qkv[l] + at_q, *k = qkv[l] + at_k;
-                    X *v = qkv[l] + at_v, *dq = dqkv + at_q;
-                    const float* a_l = a[l] + r * (S + 1) * NH + h;
-                    float delta = dot(dv, v, HS), ds_own = 0;
-                    std::copy_n(dq, HS, dq_sum.data());
-                    for (size_t n = 0; n < S; n++) {
-                        const X *k_j = qkv[sources[n]] + at_k, *v_j = qkv[sources[n]] + at_v;
-                        float ds_j = a_l[n * NH] * (dot(dv, v_j, HS) - delta);
-                        ds[l][(r * S + n) * NH + h] = ds_j;
-                        ds_own -= ds_j;
-                        for (size_t i = 0; i < HS; i++) dq_sum[i] += scale * ds_j * k_j[i];
-                    }
-                    for (size_t i = 0; i < HS; i++) dq[i] = dq_sum[i] + scale * ds_own * k[i];
-                    for (size_t i = 0; i < HS; i++) dk[i] += scale * ds_own * q[i];
-                    std::copy_n(dv, HS, v);
-                    a_own = a_l[S * NH];
-                }
-                for (size_t i = 0; i < HS; i++) dqkv[at_k + i] = dk[i];
-                for (size_t i = 0; i < HS; i++) dqkv[at_v + i] = a_own * dv[i];
+#pragma omp parallel for schedule(static)
+    for (size_t r = 0; r < rows; r++) {
+        float* dq_sum = ws.mine();  // (HS)
+        for (size_t h = 0; h < NH; h++) {
+            size_t at_q = r * 3 * C + h * HS, at_k = at_q + C, at_v = at_q + 2 * C;
+            float *dk = dkv + r * 2 * C + h * HS, *dv = dk + C, a_own = 1;
+            // Gather: dk_l += Σ_m ds_m,l q_m/√HS, dṽ_l += Σ_m a_m,l dṽ_m
+            for (const Reader& reader : readers) {
+                float a_ml = a[reader.m][(r * (reader.sources + 1) + reader.n) * NH + h];
+                float ds_ml = scale * ds[reader.m][(r * reader.sources + reader.n) * NH + h];
+                const X *q_m = qkv[reader.m] + at_q, *dv_m = qkv[reader.m] + at_v;
+                for (size_t i = 0; i < HS; i++) dk[i] += ds_ml * q_m[i];
+                for (size_t i = 0; i < HS; i++) dv[i] += a_ml * dv_m[i];
             }
+            // Through the mixing; dv is dṽ_l up to here
+            if (S > 0) {
+                const X *q = qkv[l] + at_q, *k = qkv[l] + at_k;
+                X *v = qkv[l] + at_v, *dq = dqkv + at_q;
+                const float* a_l = a[l] + r * (S + 1) * NH + h;
+                float delta = dot(dv, v, HS), ds_own = 0;
+                std::copy_n(dq, HS, dq_sum);
+                for (size_t n = 0; n < S; n++) {
+                    const X *k_j = qkv[sources[n]] + at_k, *v_j = qkv[sources[n]] + at_v;
+                    float ds_j = a_l[n * NH] * (dot(dv, v_j, HS) - delta);
+                    ds[l][(r * S + n) * NH + h] = ds_j;
+                    ds_own -= ds_j;
+                    for (size_t i = 0; i < HS; i++) dq_sum[i] += scale * ds_j * k_j[i];
+                }
+                for (size_t i = 0; i < HS; i++) dq[i] = dq_sum[i] + scale * ds_own * k[i];
+                for (size_t i = 0; i < HS; i++) dk[i] += scale * ds_own * q[i];
+                std::copy_n(dv, HS, v);
+                a_own = a_l[S * NH];
+            }
+            for (size_t i = 0; i < HS; i++) dqkv[at_k + i] = dk[i];
+            for (size_t i = 0; i < HS; i++) dqkv[at_v + i] = a_own * dv[i];
         }
     }
 }
@@ -1409,12 +1469,7 @@ static void depth_backward(X* dqkv, float* dkv, float* const* ds, const float* c
 // One token: returns its loss; with gradient_scale ≠ 0, logits (V) become gradient_scale · dlogits.
 template <class X>
 static float softmax_cross_entropy(X* logits, size_t V, int y, float gradient_scale) {
-    float max = -INFINITY, sum = 0, logit_y = logits[y], maxima[NR];
-    std::fill_n(maxima, NR, -INFINITY);
-    for (size_t i = 0; i + NR <= V; i += NR)  // lane by lane: not every compiler makes vectors of a single maximum
-        for (int lane = 0; lane < NR; lane++) maxima[lane] = std::max(maxima[lane], (float)logits[i + lane]);
-    for (float m : maxima) max = std::max(max, m);
-    for (size_t i = V / NR * NR; i < V; i++) max = std::max(max, (float)logits[i]);
+    float max = maximum(logits, V), sum = 0, logit_y = logits[y];
 #pragma omp simd reduction(+ : sum)
     for (size_t i = 0; i < V; i++) sum += exp_approx(logits[i] - max);
     if (gradient_scale != 0) {
@@ -1453,19 +1508,19 @@ static void classifier(Workspace& ws, float* losses, X* dx, float* dwte, X* logi
 
 constexpr size_t UPDATE_RUN = 1 << 12;  // elements that one thread goes through at a time
 
-// Σ g², over fixed runs, then over the runs in order
-static double sum_of_squares(const float* g, size_t n) {
+// Σ g², over fixed runs, then over the runs in order; partial (runs) is scratch
+static double sum_of_squares(double* partial, const float* g, size_t n) {
     Timed timed(ADAMW, 0, n * sizeof(float));
-    std::vector<double> partial(ceil_div(n, UPDATE_RUN));
+    size_t runs = ceil_div(n, UPDATE_RUN);
 #pragma omp parallel for schedule(static)
-    for (size_t run = 0; run < partial.size(); run++) {
+    for (size_t run = 0; run < runs; run++) {
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t i = run * UPDATE_RUN; i < std::min(n, (run + 1) * UPDATE_RUN); i++) sum += (double)g[i] * g[i];
         partial[run] = sum;
     }
     double sum = 0;
-    for (double p : partial) sum += p;
+    for (size_t run = 0; run < runs; run++) sum += partial[run];
     return sum;
 }
 
@@ -1514,6 +1569,11 @@ struct Model {
     size_t loss_count;
     float *dkv, *skip_dkv;            // (B, T, 2C) shares of dk, dv; (skip_slots, B, T, 2C) those that wait for a layer
     float *ln_partial, *dx_sum;       // scratch of layernorm_backward and linear_backward_input
+    double* norm_partial;             // scratch of sum_of_squares
+    // By layer, as depth_sources, depth_readers and live_columns say
+    std::vector<std::vector<int>> sources;
+    std::vector<std::vector<Reader>> readers;
+    std::vector<std::vector<Columns>> live;
     size_t cache_length;              // positions filled
     Workspace ws;
 };
@@ -1534,12 +1594,18 @@ struct ModelOf : Model {
     X *dqkv, *dfch;                   // (B, T, 3C), (B, T, 4C)
 
     // Decoding
-    std::vector<X*> cache;            // L × (sequences, maxT, 2, kv_channels(l)): keys and (mixed) values
+    std::vector<X*> cache;            // L × (sequences, 2, kept heads, maxT, HS): keys and (mixed) values
     X *new_x, *new_ln, *new_q, *new_atty, *new_fch;  // of the new tokens: (sequences · maxT, C); fch 4C
 
     size_t offset(int tensor, int l) const { return tensors[tensor].offset + l * tensors[tensor].layer_size(); }
     X* weight(int tensor, int l = 0) { return weights + offset(tensor, l); }
     float* gradient(int tensor, int l = 0) { return gradients + offset(tensor, l); }
+    // Keys (part 1, as in qkv) or values (part 2) of head h in layer l, from position t of sequence b on. Skip may have
+    // left out first heads.
+    X* cached(int l, size_t b, size_t part, size_t h, size_t t) {
+        size_t HS = config.head_size(), kept = kv_channels(config, l) / HS, left_out = config.NH - kept;
+        return cache[l] + (((b * 2 + part - 1) * kept + h - left_out) * config.maxT + t) * HS;
+    }
 };
 
 // Calls f with the model as what it is.
@@ -1550,7 +1616,12 @@ static void with_type(Model* m, F f) {
 }
 
 static void* allocate(size_t bytes, bool zero) {
-    void* p = aligned_alloc(64, round_up(bytes, 64));
+    constexpr size_t HUGE_PAGE = 1 << 21;
+    size_t alignment = bytes < HUGE_PAGE ? 64 : HUGE_PAGE;
+    void* p = aligned_alloc(alignment, round_up(bytes, alignment));
+#ifdef MADV_HUGEPAGE
+    if (p && bytes >= HUGE_PAGE) madvise(p, bytes, MADV_HUGEPAGE);  // fewer misses of the address translation
+#endif
     if (!p) die("cannot allocate %zu MiB: use a smaller model, --batch or --sequence", bytes >> 20);
     if (!zero && !poison_memory) return p;
     constexpr size_t PIECE = 1 << 20;
@@ -1588,7 +1659,10 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     take(m.ln_rstd, (train ? streams : 1) * BT, activations);
     m.qkv.resize(L), m.mix.resize(L), m.dmix.resize(L), m.cache.resize(L);
     for (size_t l = 0; l < L; l++) {
-        size_t sources = depth_sources(c, l).size();
+        m.sources.push_back(depth_sources(c, l));
+        m.readers.push_back(depth_readers(c, l));
+        m.live.push_back(live_columns(c, l));
+        size_t sources = m.sources[l].size();
         if (l == 0 || train || c.attention != VANILLA) take(m.qkv[l], BT * 3 * C, activations);
         else m.qkv[l] = m.qkv[0];
         take(m.mix[l], sources ? BT * (sources + 1) * NH : 0, activations);
@@ -1613,6 +1687,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.dkv, c.attention == VANILLA ? 0 : BT * 2 * C, scratch);
         take(m.skip_dkv, skip_slots(c) * BT * 2 * C, scratch);
         take(m.ln_partial, ceil_div(BT, LAYERNORM_RUN) * 2 * C, scratch);
+        take(m.norm_partial, ceil_div(P, UPDATE_RUN), scratch);
         take(m.dx_sum, (skip_slots(c) ? BT : classifier_rows(BT, c.Vp)) * C, scratch);
     }
     size_t rows = m.work.sequences * (size_t)c.maxT, longest = m.work.sequences ? c.maxT : m.work.T;
@@ -1624,8 +1699,8 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     // A whole A operand where it is small, else as many rows as 16 MB hold, but 512 at the least.
     size_t widest = std::max({4 * C, std::min(BT, token_slab), std::min<size_t>(c.V, vocabulary_slab)});
     m.ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
-    size_t head = HeadScratch<X>(nullptr, longest, c.head_size()).size;
-    m.ws.local_size = std::max(matmul_local_size<X>(widest), head);
+    size_t head = HeadScratch<X>(nullptr, longest, c.head_size()).size, mixing = L + 1 + c.head_size();
+    m.ws.local_size = std::max({matmul_local_size<X>(widest), head, mixing});
     take(m.ws.packed, m.ws.packed_size, scratch);
     take(m.ws.local, threads * m.ws.local_size, scratch);
 }
@@ -1695,9 +1770,9 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
         float* lse = m.lse + slot * BT * c.NH;
 
         layernorm_forward(m.ln, mean(i), rstd(i), x, w(LN1W), w(LN1B), BT, C);
-        for (auto [at, count] : live_columns(c, l))
+        for (auto [at, count] : m.live[l])
             linear_forward(ws, qkv + at, m.ln, w(QKVW) + at * C, w(QKVB) + at, BT, C, count, 3 * C);
-        depth_forward(m.mix[l], m.qkv.data(), c, l, BT);
+        depth_forward(ws, m.mix[l], m.qkv.data(), m.sources[l], c, l, BT);
         attention_forward(ws, atty, lse, qkv, qkv_below, c, l, B, T);
         linear_residual_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C);
         layernorm_forward(m.ln, mean(i + 1), rstd(i + 1), x2, w(LN2W), w(LN2B), BT, C);
@@ -1752,13 +1827,14 @@ static void backward(ModelOf<X>& m) {
         linear_backward_weight(ws, d(ATTPROJW), d(ATTPROJB), dx, atty, BT, C, C, C, add);
         attention_backward(ws, m.dqkv, m.dkv, dkv_below, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
         if (c.attention == SKIP) skip_backward(m.dqkv, m.dkv, dkv_above, c, l, BT);
-        if (c.attention == DEPTH) depth_backward(m.dqkv, m.dkv, m.dmix.data(), m.mix.data(), m.qkv.data(), c, l, BT);
+        if (c.attention == DEPTH)
+            depth_backward(ws, m.dqkv, m.dkv, m.dmix.data(), m.mix.data(), m.qkv.data(), m.sources[l], m.readers[l], c,
+                           l, BT);
         layernorm_again(i, w(LN1W), w(LN1B));
-        const std::vector<Columns> live = live_columns(c, l);
-        for (const Columns& some : live) {
+        for (const Columns& some : m.live[l]) {
             const size_t at = some.begin, count = some.count;
             linear_backward_input(ws, m.dln, m.dqkv + at, w(QKVW) + at * C, BT, C, count, 3 * C, m.dx_sum,
-                                  &some == &live.front(), &some == &live.back());
+                                  &some == &m.live[l].front(), &some == &m.live[l].back());
             linear_backward_weight(ws, d(QKVW) + at * C, d(QKVB) + at, m.dqkv + at, m.ln, BT, C, count, 3 * C, add);
         }
         layernorm(i, d(LN1W), d(LN1B), w(LN1W), true);
@@ -1775,7 +1851,7 @@ static void model_backward(Model* m) {
 }
 
 static double model_update(Model* m, const AdamW& a, float clip, int step) {
-    double norm = sqrt(sum_of_squares(m->gradients, parameter_count(m->config)));
+    double norm = sqrt(sum_of_squares(m->norm_partial, m->gradients, parameter_count(m->config)));
     float scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
     with_type(m, [&](auto& model) {
         for (const Tensor& t : m->tensors)
@@ -1812,75 +1888,94 @@ static void model_logits(Model* m, float* out) {
 // --------------------------------------------------------------------------------------------------------------------
 // Decoding with a KV cache
 //
-// The same layers for new tokens only: their keys and (mixed) values join the cache, their queries read all of it.
+// The same layers for new tokens only: their keys and (mixed) values join the cache, their queries read all of it. Each
+// head's keys lie together, as do its values, for that is how they are read.
 // Prompts go through matmul and attention's tiles at once; a single token through matmul_few_rows and
 // attention_head_decode, which add up in another order: logits agree with model_forward's within rounding, not to the
 // bit.
+
+// Queries of the new tokens, ln (rows, C), to new_q; their keys and values to the cache
+template <class X>
+static void cached_qkv(ModelOf<X>& m, int l, const X* w, const X* bias, size_t n) {
+    size_t rows = m.work.sequences * n, C = m.config.C, HS = m.config.head_size();
+    for (auto [at, count] : m.live[l])
+        matmul(m.ws, rows, count, C, along_k(m.new_ln, C), along_k(w + at * C, C),
+               [&, at = at](size_t row, size_t i, size_t left, const float* xw) {
+                   for (size_t run, column = at + i; left > 0; left -= run, column += run, xw += run) {  // head by head
+                       size_t part = column / C, h = column % C / HS, d = column % HS;
+                       X* out = part == 0 ? m.new_q + row * C + column
+                                          : m.cached(l, row / n, part, h, m.cache_length + row % n) + d;
+                       run = std::min(left, HS - d);
+                       for (size_t j = 0; j < run; j++) out[j] = xw[j] + bias[column + j];
+                   }
+               });
+}
+
+template <class X>
+static void cached_depth(ModelOf<X>& m, int l, size_t n) {
+    const std::vector<int>& sources = m.sources[l];
+    size_t rows = m.work.sequences * n, S = sources.size(), C = m.config.C, NH = m.config.NH, HS = m.config.head_size();
+    if (S == 0) return;
+    Timed timed(DEPTH_MIXING, 4.0 * rows * C * (S + 1), (2.0 * S + 4) * rows * C * sizeof(X));
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t h = 0; h < NH; h++) {
+            size_t b = r / n, t = m.cache_length + r % n;
+            float *a = m.ws.mine(), *mixed = a + S + 1;
+            depth_mix<X>(
+                m.cached(l, b, 2, h, t), a, 1, mixed, m.new_q + r * C + h * HS, m.cached(l, b, 1, h, t),
+                [&](size_t i) { return m.cached(sources[i], b, 1, h, t); },
+                [&](size_t i) { return m.cached(sources[i], b, 2, h, t); }, S, HS);
+        }
+    }
+}
+
+template <class X>
+static void cached_attention(ModelOf<X>& m, int l, size_t n) {
+    const Config& c = m.config;
+    size_t B = m.work.sequences, C = c.C, NH = c.NH, HS = c.head_size(), before = m.cache_length, T = before + n;
+    Timed timed(ATTENTION, 4.0 * B * n * (before + 0.5 * n) * C, 2.0 * B * T * C * sizeof(X));
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < NH; h++) {
+            int from = skips(c, l, h) ? l - c.skip_distance : l;
+            const X* q = m.new_q + b * n * C + h * HS;
+            Rows<const X> k = {m.cached(from, b, 1, h, 0), HS}, v = {m.cached(from, b, 2, h, 0), HS};
+            X* o = m.new_atty + b * n * C + h * HS;
+            if (n == 1) attention_head_decode(m.ws.mine(), o, q, k, v, T, HS);
+            else attention_head_forward<X>(m.ws.mine(), {o, C}, nullptr, {q, C}, k, v, n, before, HS);
+        }
+    }
+}
 
 template <class X>
 static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* logits) {
     const Config& c = m.config;
     Workspace& ws = m.ws;
-    size_t S = m.work.sequences, rows = S * n, C = c.C, NH = c.NH, HS = c.head_size(), before = m.cache_length;
-    // Position t of sequence s in layer l's cache: kv_channels keys, as many values. Skip may leave out first heads.
-    auto kv_at = [&](int l, size_t s, size_t t) { return m.cache[l] + (s * c.maxT + t) * 2 * kv_channels(c, l); };
-    auto layernorm = [&](const X* x, const X* w, const X* b, size_t x_rows) {
-        std::vector<float> mean(x_rows), rstd(x_rows);
-        layernorm_forward(m.new_ln, mean.data(), rstd.data(), x, w, b, x_rows, C);
+    size_t B = m.work.sequences, rows = B * n, C = c.C;
+    X *x = m.new_x, *ln = m.new_ln, *fch = m.new_fch;
+    auto layernorm = [&](const X* from, const X* w, const X* b, size_t count) {
+        layernorm_forward<X>(ln, nullptr, nullptr, from, w, b, count, C);
     };
 
-    for (size_t s = 0; s < S; s++)
-        embedding_forward(m.new_x + s * n * C, tokens + s * n, m.weight(WTE), m.weight(WPE) + before * C, 1, n, C);
+    for (size_t b = 0; b < B; b++)
+        embedding_forward(x + b * n * C, tokens + b * n, m.weight(WTE), m.weight(WPE) + m.cache_length * C, 1, n, C);
     for (int l = 0; l < c.L; l++) {
-        size_t kvC = kv_channels(c, l);
-        const X *qkvw = m.weight(QKVW, l), *qkvb = m.weight(QKVB, l);
-        layernorm(m.new_x, m.weight(LN1W, l), m.weight(LN1B, l), rows);
-        linear_forward(ws, m.new_q, m.new_ln, qkvw, qkvb, rows, C, C, C);
-        for (size_t sequence = 0; sequence < S && kvC > 0; sequence++)
-            for (size_t part : {0, 1}) {  // keys, values
-                size_t column = (part + 2) * C - kvC;
-                linear_forward(ws, kv_at(l, sequence, before) + part * kvC, m.new_ln + sequence * n * C,
-                               qkvw + column * C, qkvb + column, n, C, kvC, 2 * kvC);
-            }
-        const std::vector<int> sources = depth_sources(c, l);
-        if (!sources.empty()) {
-#pragma omp parallel for schedule(static)
-            for (size_t r = 0; r < rows; r++) {
-                std::vector<const X*> k_of, v_of;
-                std::vector<float> a((sources.size() + 1) * NH), mixed(HS);
-                for (int j : sources) {
-                    k_of.push_back(kv_at(j, r / n, before + r % n));
-                    v_of.push_back(k_of.back() + C);
-                }
-                X* k = kv_at(l, r / n, before + r % n);
-                depth_mix(k + C, a.data(), mixed.data(), m.new_q + r * C, k, k_of.data(), v_of.data(), sources.size(),
-                          NH, HS);
-            }
-        }
-#pragma omp parallel for collapse(2) schedule(dynamic)
-        for (size_t s = 0; s < S; s++) {
-            for (size_t h = 0; h < NH; h++) {
-                int from = skips(c, l, h) ? l - c.skip_distance : l;
-                size_t from_C = kv_channels(c, from);
-                const X *q = m.new_q + s * n * C + h * HS, *first = kv_at(from, s, 0) + h * HS - (C - from_C);
-                Rows<const X> k = {first, 2 * from_C}, v = {first + from_C, 2 * from_C};
-                X* o = m.new_atty + s * n * C + h * HS;
-                if (n == 1) attention_head_decode(ws.mine(), o, q, k, v, before + 1, HS);
-                else attention_head_forward<X>(ws.mine(), {o, C}, nullptr, {q, C}, k, v, n, before, HS);
-            }
-        }
-        linear_residual_forward(ws, m.new_x, m.new_x, m.new_atty, m.weight(ATTPROJW, l), m.weight(ATTPROJB, l), rows,
-                                C, C);
-        layernorm(m.new_x, m.weight(LN2W, l), m.weight(LN2B, l), rows);
-        linear_gelu_forward(ws, m.new_fch, m.new_fch, m.new_ln, m.weight(FCW, l), m.weight(FCB, l), rows, C, 4 * C);
-        linear_residual_forward(ws, m.new_x, m.new_x, m.new_fch, m.weight(FCPROJW, l), m.weight(FCPROJB, l), rows,
-                                4 * C, C);
+        auto w = [&](int tensor) { return m.weight(tensor, l); };
+        layernorm(x, w(LN1W), w(LN1B), rows);
+        cached_qkv(m, l, w(QKVW), w(QKVB), n);
+        cached_depth(m, l, n);
+        cached_attention(m, l, n);
+        linear_residual_forward(ws, x, x, m.new_atty, w(ATTPROJW), w(ATTPROJB), rows, C, C);
+        layernorm(x, w(LN2W), w(LN2B), rows);
+        linear_gelu_forward(ws, fch, fch, ln, w(FCW), w(FCB), rows, C, 4 * C);
+        linear_residual_forward(ws, x, x, fch, w(FCPROJW), w(FCPROJB), rows, 4 * C, C);
     }
     m.cache_length += n;
-    for (size_t s = 0; s < S; s++) {  // the logits after each sequence's last token
-        layernorm(m.new_x + (s * n + n - 1) * C, m.weight(LNFW), m.weight(LNFB), 1);
-        matmul(ws, 1, c.V, C, along_k(m.new_ln, C), along_k(m.weight(WTE), C),
-               [=](size_t, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + s * c.V + v); });
+    for (size_t b = 0; b < B; b++) {  // the logits after each sequence's last token
+        layernorm(x + (b * n + n - 1) * C, m.weight(LNFW), m.weight(LNFB), 1);
+        matmul(ws, 1, c.V, C, along_k(ln, C), along_k(m.weight(WTE), C),
+               [&](size_t, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + b * c.V + v); });
     }
 }
 
@@ -1954,11 +2049,11 @@ static const char* const instruction_set = "128-bit vectors";
 static void device_init([[maybe_unused]] char** argv) {
 #ifdef _OPENMP
     // OpenMP's threads spin for milliseconds wherever they wait for each other. On cores that other programs use too,
-    // this makes small steps several times slower; spinning for microseconds costs nothing elsewhere. GNU's OpenMP
+    // this makes small steps several times slower, and a tenth of a millisecond is as good elsewhere. GNU's OpenMP
     // takes the number of spins, others sleep at once. It is read as OpenMP is loaded, hence the second start.
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
-        setenv("GOMP_SPINCOUNT", "1000", 0);
+        setenv("GOMP_SPINCOUNT", "10000", 0);
         std::error_code error;
         std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
         execv(self.c_str(), argv);
@@ -2070,9 +2165,8 @@ static double device_peak(Precision precision) {
 // Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or scaling them in
 // place.
 static double device_bandwidth(bool writing) {
-    constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 512;
-    std::vector<float> array(N, 1.0f);
-    float* a = array.data();
+    constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 128;
+    float* a = (float*)allocate(N * sizeof(float), true);
     size_t share = N / (size_t)thread_count(), length = share / STREAMS / LANES * LANES;
     double best = 0;
     for (int round = 0; round < 5; round++) {
@@ -2097,6 +2191,7 @@ static double device_bandwidth(bool writing) {
         }
         best = std::max(best, (writing ? 2.0 : 1.0) * N * sizeof(float) / (seconds() - start));
     }
+    free(a);
     return best;
 }
 #endif  // GPT2_CUDA
@@ -2157,10 +2252,13 @@ static size_t edit_distance(const std::string& a, const std::string& b) {
     return row.back();
 }
 
-static std::string nearest(const std::string& word, const std::vector<std::string>& names) {
-    return *std::min_element(names.begin(), names.end(), [&](const std::string& a, const std::string& b) {
+// The name that a misspelled word was meant to be, or `otherwise` where none is near.
+static std::string did_you_mean(const std::string& word, const std::vector<std::string>& names, const char* prefix,
+                                const std::string& otherwise) {
+    const std::string& nearest = *std::min_element(names.begin(), names.end(), [&](const auto& a, const auto& b) {
         return edit_distance(word, a) < edit_distance(word, b);
     });
+    return 2 * edit_distance(word, nearest) <= word.size() ? "did you mean " + (prefix + nearest) + "?" : otherwise;
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -2309,7 +2407,7 @@ static std::string set_value(Option& o, const std::string& text) {
         std::vector<std::string> names = split(o.form, '|');
         auto found = std::find(names.begin(), names.end(), text);
         if (found == names.end())
-            return format("must be one of %s; did you mean %s?", o.form, nearest(text, names).c_str());
+            return format("must be one of %s", o.form);
         *std::get<int*>(o.value) = (int)(found - names.begin());
         return "";
     }
@@ -2392,7 +2490,8 @@ static bool parse_options(OptionTable& table, const Command& command, int argc, 
             for (const Option& other : table)
                 if (other.commands & command.bit) names.push_back(other.name);
             if (o) die("--%s is not an option of %s; see %s %s --help", o->name, command.name, argv[0], command.name);
-            die("there is no option --%s; did you mean --%s?", name.c_str(), nearest(name, names).c_str());
+            std::string help = format("see %s %s --help", argv[0], command.name);
+            die("there is no option --%s; %s", name.c_str(), did_you_mean(name, names, "--", help).c_str());
         }
         if (word.find('=') != word.npos) die("%s: a blank in place of '=', please: --%s %s", argv[i], o->name, o->form);
         if (o->given) die("--%s is given twice", o->name);
@@ -3875,7 +3974,8 @@ static void train(Options& o, OptionTable& table, const char* program) {
         show_line(format("stopped after step %d of %d, and saved; to go on:\n    %s train --out %s --resume",
                          run.progress.step, o.steps, program, o.out.c_str()), true);
     } else {
-        printf("\ntrained to step %d in %s\n", o.steps, duration(seconds() - start).c_str());
+        printf("\ntrained to step %d in %s%s\n", o.steps, duration(seconds() - start).c_str(),
+               o.resume ? " since it went on" : "");
         if (!run.val.empty())
             printf("validation loss %.4f nats a token, over %s tokens with a unigram entropy of %.4f\n",
                    run.validation.loss, commas(run.validation.tokens).c_str(), run.validation.entropy);
@@ -3900,7 +4000,9 @@ static void eval(Options& o, OptionTable& table) {
     check_memory(model_memory(c, (Precision)o.precision, work), 0, "a smaller --batch or --sequence needs less");
     Model* model = model_create(c, (Precision)o.precision, work);
     read_parameters(file, model);
-    printf("model      %s: %s\nattention  %s\n", o.model.c_str(), config_text(c).c_str(), attention_text(c).c_str());
+    bool own = file.config.attention == c.attention;
+    printf("model      %s: %s\nattention  %s%s%s\n", o.model.c_str(), config_text(c).c_str(), attention_text(c).c_str(),
+           own ? "" : "; it was trained as ", own ? "" : attention_names[file.config.attention]);
     Evaluation e = evaluate(model, c, shards, o, tokenizer, true);
     if (!std::isfinite(e.loss)) die("%s: its loss is not finite: its training failed", o.model.c_str());
     show_line(format("data       %s tokens in windows of %d, with a unigram entropy of %.6f", commas(e.tokens).c_str(),
@@ -4015,6 +4117,12 @@ static double median(std::vector<double> v) {
     return v[v.size() / 2];
 }
 
+static double mean(const std::vector<double>& v) {
+    double sum = 0;
+    for (double x : v) sum += x;
+    return sum / (double)v.size();
+}
+
 // Where the time of so many steps went: each kind of work, its time a step, and its rate beside the limit that it has,
 // which is operations or memory.
 static void print_profile(const std::vector<Share>& before, const std::vector<Share>& after, double step_seconds,
@@ -4068,13 +4176,12 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         }
         std::vector<Share> after = model_profile();
         model_free(model);
-        double time = median(times), peak = median(peaks), all = 0;
+        double time = median(times), peak = median(peaks);
         double best = *std::min_element(times.begin(), times.end());
         double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
-        for (double t : times) all += t;
         printf("%-12s %9.2f %9.2f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
                best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, peak_resident());
-        if (o.profile) print_profile(before, after, all / steps, steps, peak, bandwidth);
+        if (o.profile) print_profile(before, after, mean(times), steps, peak, bandwidth);
         fflush(stdout);
     }
 }
@@ -4104,12 +4211,14 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
         model_prompt(model, tokens.data(), prompt, logits.data());
         double prompt_time = seconds() - start;
         std::vector<double> times, bandwidths;
+        std::vector<Share> before = model_profile();
         for (int i = prompt; i < maxT; i++) {
             if ((i - prompt) % 16 == 0) bandwidths.push_back(device_bandwidth(false));
             start = seconds();
             model_decode(model, &tokens[(size_t)i], logits.data());
             times.push_back(seconds() - start);
         }
+        std::vector<Share> after = model_profile();
         model_free(model);
         size_t read = parameter_count(c) - (size_t)(c.maxT + c.Vp - c.V) * c.C;
         for (int l = 0; l < c.L; l++) read -= 2 * (size_t)(c.C - kv_channels(c, l)) * c.C;
@@ -4117,6 +4226,7 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
         double time = median(times), rate = bytes / time;
         printf("%-12s %16.1f %10.2f %10.1f %9.1f %10.1f%%\n", split(attention_text(c), ':')[0].c_str(),
                prompt / prompt_time, time * 1e3, 1 / time, rate * 1e-9, 100 * rate / median(bandwidths));
+        if (o.profile) print_profile(before, after, mean(times), n, device_peak(precision), median(bandwidths));
         fflush(stdout);
     }
 }
@@ -4139,6 +4249,7 @@ static void bench(Options& o, OptionTable& table) {
     const char* program = argv[0];
     for (int fd = 0; fd < 3; fd++)  // lest a file of ours become standard output where that is closed
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
+    setvbuf(stdout, nullptr, _IOLBF, 0);  // so that lines show at once in a pipe too
     signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error of the write, not the end of the process
     Options o;
     OptionTable table = option_table(o);
@@ -4154,7 +4265,9 @@ static void bench(Options& o, OptionTable& table) {
         return word.empty();
     }
     if (!command && word[0] == '-') die("a command stands first: %s train, eval, generate, describe or bench", program);
-    if (!command) die("there is no command %s; did you mean %s?", word.c_str(), nearest(word, names).c_str());
+    if (!command)
+        die("there is no command %s; %s", word.c_str(),
+            did_you_mean(word, names, "", format("see %s --help", program)).c_str());
     if (!parse_options(table, *command, argc, argv)) {
         print_help(stdout, program, table, command);
         return 0;

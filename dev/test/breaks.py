@@ -24,7 +24,7 @@ BREAKS = {
         "dv[i] += a_ml * dv_m[i]", "dv[i] += (reader.n ? a_ml : 0) * dv_m[i]"),
     "depth: dk not passed on to the last source": (
         "dk[i] += ds_ml * q_m[i]", "dk[i] += (reader.n + 1 < reader.sources ? ds_ml : 0) * q_m[i]"),
-    "depth: mixes v, not ṽ, of the source": ("v_of[n] = k_of[n] + C;", "v_of[n] = k_of[n];"),
+    "depth: mixes v, not ṽ, of the source": ("return qkv[sources[n]] + at_v;", "return qkv[sources[n]] + at_k;"),
     "skip: the share of the layer's own heads forgotten": ("if (own && above)", "if (own && above && false)"),
     "skip: dk, dv taken from the wrong layer": ("m.skip_dkv + l % slots", "m.skip_dkv + (l + 1) % slots"),
     "skip: dk, dv left for the wrong layer": ("m.skip_dkv + below % slots", "m.skip_dkv + (below + 1) % slots"),

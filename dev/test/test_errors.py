@@ -30,7 +30,8 @@ def joined(case):
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--step", "3"], "no option --step; did you mean --steps"),
+    (["--step", "3"], "no option --step; did you mean --steps?"),
+    (["--epochs", "3"], "no option --epochs; see "),
     (["--temperature", "1"], "not an option of train"),
     (["stray"], "'stray': no option stands before it"),
     (["--lr"], "--lr needs a value"),
@@ -54,7 +55,7 @@ def joined(case):
     (["--lr", "1e999"], "must be from 0"),
     (["--min-lr", "1"], "--min-lr 1 is more than --lr"),
     (["--warmup", "100"], "--warmup 100 is more than --steps"),
-    (["--attention", "skp"], "did you mean skip"),
+    (["--attention", "skp"], "must be one of vanilla|skip|depth"),
     (["--schedule", "cos"], "cosine"),
     (["--precision", "fp64"], "must be one of"),
     (["--heads", "3"], "16 channels, which are not a multiple of the 3 heads"),
@@ -83,7 +84,8 @@ def test_option_is_refused(each_build, data, tmp_path, more, says):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["trian"], "no command trian; did you mean train"),
+    (["trian"], "no command trian; did you mean train?"),
+    (["sample"], "no command sample; see "),
     (["--steps", "5"], "a command stands first"),
     (["train"], "train needs --out"),
     (["train", "--out", "out"], "train needs --train"),
