@@ -56,9 +56,9 @@ def run(*command):
 
 
 def parse_bench(said):
-    """The rows of `train_gpt2 bench`: the attention, COLUMNS, and as "parts" the ms of what --profile tells apart."""
+    """The training rows of `train_gpt2 bench`: the attention, COLUMNS, and as "parts" the ms of --profile's lines."""
     rows = []
-    for line in said.splitlines():
+    for line in said.split("\ngenerating:")[0].splitlines():
         row, part = ROW.fullmatch(line), PART.fullmatch(line)
         if row:
             rows.append({"attention": row[1], **dict(zip(COLUMNS, map(float, row.groups()[1:]))), "parts": {}})
