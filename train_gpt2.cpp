@@ -151,6 +151,17 @@ static int kv_channels(const Config& c, int l) {
     return skips(c, l, 0) && !read_above ? c.C - c.skip_heads * c.head_size() : c.C;
 }
 
+// The columns of qkv that have a reader: all, or queries, keys and values of some heads only.
+struct Columns {
+    size_t begin, count;
+};
+static std::vector<Columns> live_columns(const Config& c, int l) {
+    size_t C = c.C, kvC = kv_channels(c, l);
+    if (kvC == C) return {{0, 3 * C}};
+    if (kvC == 0) return {{0, C}};
+    return {{0, C}, {2 * C - kvC, kvC}, {3 * C - kvC, kvC}};
+}
+
 // The layers whose dk, dv wait at the same time for their own turn: from l - skip_distance, just written, to l.
 static size_t skip_slots(const Config& c) {
     bool active = c.attention == SKIP && c.skip_heads > 0 && c.skip_distance < c.L;
@@ -164,6 +175,24 @@ static std::vector<int> depth_sources(const Config& c, int l) {
         if (j % c.depth_stride == 0 || j >= l - c.depth_window) sources.push_back(j);
     return sources;
 }
+
+// The layers m that layer l is a source of.
+struct Reader {
+    int m;
+    size_t n, sources;  // layer l is the n-th of so many
+};
+static std::vector<Reader> depth_readers(const Config& c, int l) {
+    std::vector<Reader> readers;
+    for (int m = l + 1; m < c.L; m++) {
+        const std::vector<int> of_m = depth_sources(c, m);
+        size_t n = std::find(of_m.begin(), of_m.end(), l) - of_m.begin();
+        if (n < of_m.size()) readers.push_back({m, n, of_m.size()});
+    }
+    return readers;
+}
+
+// Operations of causal attention: 2·T·T·HS for each product and head, of which causality leaves half.
+static double attention_flops(size_t B, size_t T, size_t C, int products) { return 1.0 * products * B * T * T * C; }
 
 static size_t classifier_rows_least = 512, classifier_logits_most = 1 << 22;  // (the tests make them small)
 // How many tokens the classifier takes at a time: enough that reading wte for them costs little beside computing, few
@@ -227,6 +256,7 @@ struct Workload {
     int B = 0, T = 0;    // batches that model_forward takes; 0: none
     bool train = false;  // gradients and AdamW's moments too
     int sequences = 0;   // KV caches, each for maxT tokens, that model_prompt and model_decode fill; 0: none
+    bool recompute = false;  // training: to need less memory, what is cheap to compute again is not kept
 };
 
 struct Memory {  // bytes
@@ -246,6 +276,13 @@ struct Share {
     const char* name;
     double seconds = 0, flops = 0, bytes = 0;
 };
+// Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
+// cannot do without; a function that another calls counts under that other's.
+enum Part { EMBEDDING, LAYERNORM, MATMUL, MATMUL_DX, MATMUL_DW, ATTENTION, DEPTH_MIXING, CLASSIFIER, ADAMW, PARTS };
+static Share profile[] = {{"embedding"}, {"LayerNorm"}, {"matmuls"},     {"matmuls, dx"}, {"matmuls, dw"},
+                               {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
+
+static_assert(std::size(profile) == PARTS);
 static std::vector<Share> model_profile();
 
 struct Model;  // parameters, gradients, moments, activations, KV cache: the backend's own
@@ -254,6 +291,8 @@ struct Model;  // parameters, gradients, moments, activations, KV cache: the bac
 // when it returns, or even before main.
 static void device_init(char** argv);
 static std::string device_name();              // "2 threads, AVX-512"
+static Precision device_precision();           // what it computes in unless told otherwise
+static const char* device_help();              // how a user chooses what of the machine is used
 static size_t device_free_memory();            // bytes that can still be allocated
 static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
@@ -402,14 +441,6 @@ static int thread_count() {
     return 1;
 #endif
 }
-
-// Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
-// cannot do without; a function that another calls counts under that other's.
-enum Part { EMBEDDING, LAYERNORM, MATMUL, MATMUL_DX, MATMUL_DW, ATTENTION, DEPTH_MIXING, CLASSIFIER, ADAMW, PARTS };
-static Share profile[] = {{"embedding"}, {"LayerNorm"}, {"matmuls"},     {"matmuls, dx"}, {"matmuls, dw"},
-                               {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
-
-static_assert(std::size(profile) == PARTS);
 
 static std::vector<Share> model_profile() { return {profile, profile + PARTS}; }
 
@@ -1253,9 +1284,6 @@ static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> 
     for (size_t d = 0; d < HS; d++) o[d] = sum_o[d] / sum;
 }
 
-// Operations of causal attention: 2·T·T·HS for each product and head, of which causality leaves half.
-static double attention_flops(size_t B, size_t T, size_t C, int products) { return 1.0 * products * B * T * T * C; }
-
 // A whole layer. qkv (B, T, 3C) is the layer's own; skipping heads find keys and values in qkv_below, that of layer
 // l - skip_distance. o (B, T, C), lse (B, NH, T).
 template <class X>
@@ -1305,17 +1333,6 @@ static void attention_backward(Workspace& ws, X* dqkv, float* dkv, float* dkv_be
 //
 // Head h < skip_heads of layer l ≥ skip_distance reads layer l - skip_distance. So the keys and values of such a head
 // in layer l have up to two readers: layer l + skip_distance, if there is one, and layer l itself, if it does not skip.
-
-// The columns of qkv that have a reader: all, or queries, keys and values of some heads only.
-struct Columns {
-    size_t begin, count;
-};
-static std::vector<Columns> live_columns(const Config& c, int l) {
-    size_t C = c.C, kvC = kv_channels(c, l);
-    if (kvC == C) return {{0, 3 * C}};
-    if (kvC == 0) return {{0, C}};
-    return {{0, C}, {2 * C - kvC, kvC}, {3 * C - kvC, kvC}};
-}
 
 // dk, dv of layer l in dqkv (rows, 3C) = the sum of its readers' shares (rows, 2C): dkv, of its own heads that do not
 // skip, and dkv_above, of the heads that layer l + skip_distance read here (null: there is no such layer). Heads that
@@ -1392,21 +1409,6 @@ static void depth_forward(Workspace& ws, float* a, X* const* qkv, const std::vec
                 HS);
         }
     }
-}
-
-// The layers m that layer l is a source of.
-struct Reader {
-    int m;
-    size_t n, sources;  // layer l is the n-th of so many
-};
-static std::vector<Reader> depth_readers(const Config& c, int l) {
-    std::vector<Reader> readers;
-    for (int m = l + 1; m < c.L; m++) {
-        const std::vector<int> of_m = depth_sources(c, m);
-        size_t n = std::find(of_m.begin(), of_m.end(), l) - of_m.begin();
-        if (n < of_m.size()) readers.push_back({m, n, of_m.size()});
-    }
-    return readers;
 }
 
 // dqkv (rows, 3C) comes in with causal attention's dq, dkv (rows, 2C) with its dk and dṽ of layer l; dqkv goes out with
@@ -2075,6 +2077,9 @@ static std::string device_name() {
     return std::to_string(thread_count()) + (thread_count() == 1 ? " thread, " : " threads, ") + instruction_set;
 }
 
+static Precision device_precision() { return FP32; }
+static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
+
 // What the system can give without swapping, or what is left of the container's limit where that is less. File caches
 // count as free.
 static size_t device_free_memory() {
@@ -2274,7 +2279,7 @@ struct Options {
     std::string model, tokenizer;
     int layers = 0, heads = 0, channels = 0, context = 0, vocab = 0;
     int attention = VANILLA, skip_distance = 0, skip_heads = -1, depth_stride = 0, depth_window = -1;
-    int precision = FP32, seed = 1;
+    int precision = device_precision(), seed = 1;
 
     std::string train, val, out;
     bool resume = false, overwrite = false, keep = false, profile = false;
@@ -2471,7 +2476,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     }
     fprintf(out, "Options of every command\n");
     print_options(out, table, EVERY, true);
-    fprintf(out, "\nOMP_NUM_THREADS sets the number of threads. Exit status: 0, or 1 and one line on what is wrong.\n");
+    fprintf(out, "\n%s Exit status: 0, or 1 and one line on what is wrong.\n", device_help());
 }
 
 static bool is_help(const std::string& word) { return word == "--help" || word == "-h"; }
@@ -4172,9 +4177,9 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
             model_update(model, {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f}, 1, step + 1);
             model_loss(model);
             if (step > 0) times.push_back(seconds() - start);
-            else before = model_profile();
+            else if (o.profile) before = model_profile();
         }
-        std::vector<Share> after = model_profile();
+        std::vector<Share> after = o.profile ? model_profile() : before;
         model_free(model);
         double time = median(times), peak = median(peaks);
         double best = *std::min_element(times.begin(), times.end());
@@ -4211,14 +4216,14 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
         model_prompt(model, tokens.data(), prompt, logits.data());
         double prompt_time = seconds() - start;
         std::vector<double> times, bandwidths;
-        std::vector<Share> before = model_profile();
+        std::vector<Share> before = o.profile ? model_profile() : std::vector<Share>();
         for (int i = prompt; i < maxT; i++) {
             if ((i - prompt) % 16 == 0) bandwidths.push_back(device_bandwidth(false));
             start = seconds();
             model_decode(model, &tokens[(size_t)i], logits.data());
             times.push_back(seconds() - start);
         }
-        std::vector<Share> after = model_profile();
+        std::vector<Share> after = o.profile ? model_profile() : before;
         model_free(model);
         size_t read = parameter_count(c) - (size_t)(c.maxT + c.Vp - c.V) * c.C;
         for (int l = 0; l < c.L; l++) read -= 2 * (size_t)(c.C - kv_channels(c, l)) * c.C;
