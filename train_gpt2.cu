@@ -163,7 +163,7 @@ __global__ void convert_kernel(To* to, const From* from, size_t n) {
 template <class To, class From>
 static void convert(To* to, const From* from, size_t n) {
     constexpr int BLOCK = 256;
-    convert_kernel<<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(to, from, n);
+    convert_kernel<To, From><<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(to, from, n);
     CHECK(cudaGetLastError());
 }
 
@@ -250,8 +250,8 @@ struct Workspace {
 constexpr size_t WORKSPACE = 32 << 20;  // as NVIDIA advises for its Hopper GPUs
 
 #ifndef GPT2_EMULATED
-enum MatmulType { MATMUL_FP32, MATMUL_BF16 };
-enum Epilogue { EPILOGUE_NONE, EPILOGUE_BIAS, EPILOGUE_GELU_AUX_BIAS, EPILOGUE_DGELU };
+enum class MatmulType { FP32, BF16 };
+enum class Epilogue { NONE, BIAS, GELU_AUX_BIAS, DGELU };
 
 static void check(cublasStatus_t status, const char* call, int line) {
     if (status != CUBLAS_STATUS_SUCCESS)
@@ -304,21 +304,21 @@ static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux)
     CHECK(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, s.transA ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, s.transB ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogues[s.epilogue]);
+    set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogues[(int)s.epilogue]);
     if (bias) {
         set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);  // its alignment counts in the choice
-        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, types[s.ab_type]);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, types[(int)s.ab_type]);
     }
     if (aux) {
         set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
         set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)s.ldd);
-        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, types[s.ab_type]);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, types[(int)s.ab_type]);
     }
     uint64_t A_rows = s.transA ? s.k : s.m, A_columns = s.transA ? s.m : s.k;
     uint64_t B_rows = s.transB ? s.n : s.k, B_columns = s.transB ? s.k : s.n;
-    CHECK(cublasLtMatrixLayoutCreate(&plan.A, types[s.ab_type], A_rows, A_columns, s.lda));
-    CHECK(cublasLtMatrixLayoutCreate(&plan.B, types[s.ab_type], B_rows, B_columns, s.ldb));
-    CHECK(cublasLtMatrixLayoutCreate(&plan.D, types[s.d_type], s.m, s.n, s.ldd));
+    CHECK(cublasLtMatrixLayoutCreate(&plan.A, types[(int)s.ab_type], A_rows, A_columns, s.lda));
+    CHECK(cublasLtMatrixLayoutCreate(&plan.B, types[(int)s.ab_type], B_rows, B_columns, s.ldb));
+    CHECK(cublasLtMatrixLayoutCreate(&plan.D, types[(int)s.d_type], s.m, s.n, s.ldd));
 
     cublasLtMatmulPreference_t preference;
     CHECK(cublasLtMatmulPreferenceCreate(&preference));
@@ -338,13 +338,12 @@ static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux)
     CHECK(cublasLtMatmulPreferenceDestroy(preference));
     if (!found)
         die("cuBLASLt has no matmul of %d x %d x %d (layout %d%d, types %d %d, epilogue %d)", s.m, s.n, s.k, s.transA,
-            s.transB, s.ab_type, s.d_type, s.epilogue);
+            s.transB, (int)s.ab_type, (int)s.d_type, (int)s.epilogue);
     plan.algorithm = result.algo;
     return plan;
 }
 
 // D = epilogue(op(A) op(B) + C), column by column as in BLAS; C, if there is one, has D's type and distance of columns.
-// The dev/emulator's emulated_matmul is the same.
 static void matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, const void* A, bool transA, const void* B,
                             bool transB, MatmulType ab_type, int m, int n, int k, int lda, int ldb, int ldd,
                             const void* C, Epilogue epilogue, const void* bias, void* aux) {
@@ -373,13 +372,13 @@ static void matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, con
 }
 #endif
 
-template <class X> constexpr MatmulType MATMUL_TYPE = std::is_same_v<X, float> ? MATMUL_FP32 : MATMUL_BF16;
+template <class X> constexpr MatmulType MATMUL_TYPE = std::is_same_v<X, float> ? MatmulType::FP32 : MatmulType::BF16;
 
 // What happens to the product before it is stored: y = epilogue(product + add), with a bias (N) or an aux (M, N).
 template <class X, class Y>
 struct Finish {
     const Y* add = nullptr;
-    Epilogue epilogue = EPILOGUE_NONE;
+    Epilogue epilogue = Epilogue::NONE;
     const X* bias = nullptr;
     X* aux = nullptr;
 };
@@ -391,9 +390,11 @@ static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, si
     Timed timed(MATMUL, 2.0 * M * N * K, 1.0 * N * K * sizeof(X));
 #ifdef GPT2_EMULATED
     (void)ws;
-    emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N, (int)M, (int)K,
-                    (int)B.stride, (int)A.stride, (int)ldy, finish.add, finish.epilogue, finish.bias, finish.aux,
-                    gpu.stream);
+    if (finish.add && finish.add != y)
+        CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
+    CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
+                          (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, finish.epilogue, finish.bias,
+                          finish.aux, gpu.stream, MATMUL_TYPE<X>));
 #else
     matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N, (int)M,
                     (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, finish.epilogue, finish.bias,
@@ -410,7 +411,7 @@ static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, si
 template <class X>
 static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
                            size_t OC, size_t ldy) {
-    matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C), {.epilogue = EPILOGUE_BIAS, .bias = b});
+    matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C), {.epilogue = Epilogue::BIAS, .bias = b});
 }
 
 // y = residual + (x wᵀ + b); y may be the residual itself
@@ -418,7 +419,7 @@ template <class X>
 static void linear_residual_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
                                     size_t rows, size_t C, size_t OC) {
     matmul<X, X>(ws, y, OC, rows, OC, C, along_k(x, C), along_k(w, C),
-                 {.add = residual, .epilogue = EPILOGUE_BIAS, .bias = b});
+                 {.add = residual, .epilogue = Epilogue::BIAS, .bias = b});
 }
 
 // GELU, in the tanh form of GPT-2: ½ x (1 + tanh u), u = √(2/π) (x + 0.044715 x³). As ½ (1 + tanh u) = σ(2u), the
@@ -459,7 +460,7 @@ __global__ void gelu_forward_kernel(X* y, const X* h, size_t n) {
 template <class X>
 static void gelu_forward(X* y, const X* h, size_t n) {
     constexpr int BLOCK = 128;
-    gelu_forward_kernel<<<(unsigned)ceil_div(n, SHARE * BLOCK), BLOCK, 0, gpu.stream>>>(y, h, n);
+    gelu_forward_kernel<X><<<(unsigned)ceil_div(n, SHARE * BLOCK), BLOCK, 0, gpu.stream>>>(y, h, n);
     CHECK(cudaGetLastError());
 }
 
@@ -473,7 +474,7 @@ __global__ void gelu_backward_kernel(X* dh, const X* h, size_t n) {
 template <class X>
 static void gelu_backward(X* dh, const X* h, size_t n) {
     constexpr int BLOCK = 256;
-    gelu_backward_kernel<<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(dh, h, n);
+    gelu_backward_kernel<X><<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(dh, h, n);
     CHECK(cudaGetLastError());
 }
 
@@ -484,7 +485,7 @@ static void linear_gelu_forward(const Workspace& ws, X* y, X* h, const X* x, con
     Timed timed(MATMUL, 0, 0);
     if (fuses_gelu<X>(OC)) {
         matmul<X, X>(ws, y, OC, rows, OC, C, along_k(x, C), along_k(w, C),
-                     {.epilogue = EPILOGUE_GELU_AUX_BIAS, .bias = b, .aux = h});
+                     {.epilogue = Epilogue::GELU_AUX_BIAS, .bias = b, .aux = h});
     } else {
         linear_forward(ws, h, x, w, b, rows, C, OC, OC);
         gelu_forward(y, h, rows * OC);
@@ -509,7 +510,7 @@ static void linear_gelu_backward_input(const Workspace& ws, X* dh, const X* h, c
     Timed timed(MATMUL_DX, 0, 0);
     if (fuses_gelu<X>(C)) {
         matmul<X, X>(ws, dh, C, rows, C, OC, along_k(dy, OC), across_k(w, C),
-                     {.epilogue = EPILOGUE_DGELU, .aux = const_cast<X*>(h)});
+                     {.epilogue = Epilogue::DGELU, .aux = const_cast<X*>(h)});
     } else {
         linear_backward_input(ws, dh, dy, w, rows, C, OC, OC);
         gelu_backward(dh, h, rows * C);
@@ -1567,7 +1568,7 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
     constexpr int BLOCK = 256;
     size_t n = rows * 2 * c.C;
     Timed timed(ATTENTION, 0, 1.0 * n * (sizeof(float) + sizeof(X)));
-    skip_backward_kernel<<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(
+    skip_backward_kernel<X><<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(
         dqkv, dkv, dkv_above, skips(c, l, 0) ? c.skip_heads : 0, dkv_above ? c.skip_heads : 0, c.C, c.head_size(), n);
     CHECK(cudaGetLastError());
 }
@@ -1819,7 +1820,7 @@ template <class X>
 static void softmax_cross_entropy(float* losses, X* logits, const int* targets, size_t rows, size_t V, size_t Vp,
                                   float gradient_scale) {
     const unsigned block = (unsigned)std::min<size_t>(CLASSIFIER_BLOCK, round_up(ceil_div(Vp, SHARE), WARP));
-    softmax_cross_entropy_kernel<<<(unsigned)rows, block, 0, gpu.stream>>>(losses, logits, targets, (int)V, (int)Vp,
+    softmax_cross_entropy_kernel<X><<<(unsigned)rows, block, 0, gpu.stream>>>(losses, logits, targets, (int)V, (int)Vp,
                                                                           gradient_scale);
     CHECK(cudaGetLastError());
 }
@@ -2444,7 +2445,7 @@ static void cached_qkv(ModelOf<X>& m, int l, const X* w, const X* bias, size_t n
     for (auto [at, count] : m.live[l])
         linear_forward(m.ws, m.new_qkv + at, m.new_ln, w + at * C, bias + at, rows, C, count, 3 * C);
     if (total == 0) return;
-    cache_kernel<<<(unsigned)ceil_div(total, BLOCK), BLOCK, 0, gpu.stream>>>(
+    cache_kernel<X><<<(unsigned)ceil_div(total, BLOCK), BLOCK, 0, gpu.stream>>>(
         m.cache[l], m.new_qkv, (int)n, (int)m.cache_length, (int)kept / c.head_size(), c.maxT, c.C, c.head_size(),
         total);
     CHECK(cudaGetLastError());
