@@ -1,0 +1,1886 @@
+/*
+cuda_emulator.h: runs the kernels of an ordinary .cu file on a CPU, to find out whether they are right.
+
+Each CUDA thread becomes a fiber, all on one thread of the operating system, with a g++ or clang++ and nothing of CUDA
+installed. It is made to make mistakes show, not to be fast: what is undefined on a GPU is made to go wrong here, in
+another way for each seed, or ends the program with one line that names kernel, block, thread, file and line.
+
+Use it for your own kernels:
+
+    python3 translate.py mine.cu mine.cpp                     rewrites launches, __shared__ and CUDA's #includes
+    g++ -std=c++20 -O2 -g -DGPT2_EMULATED -include cuda_emulator.h mine.cpp -o mine              the plain build
+    ... -fsanitize=address,undefined                                                             for bounds
+    g++ -std=c++20 -O1 -g -DGPT2_EMULATED -include cuda_emulator.h -fsanitize=thread -c mine.cpp -o mine.o
+    g++ mine.o -o mine                                                                           the checked build
+
+The checked build has the compiler call a function before each access to memory, as ThreadSanitizer would, and this
+header has its own such functions: hence it is linked without -fsanitize=thread.  They know what a barrier of CUDA
+orders, so a race is reported in every run, and where device memory begins and ends. All must be one translation unit.
+
+What is caught                                                                      plain      address    checked
+    memory used before it was written: it is NaN (bytes 0xff), shared memory anew
+        for each block                                                              result     result     result
+    missing wait for cp.async, which lands only there (its target is NaN till then) result     result     result
+    missing __syncthreads or __syncwarp, += by several threads or blocks            some seeds some seeds always
+    out of bounds, device memory                                                    -          always     always
+    out of bounds, a thread's own arrays                                            -          always     -
+    out of bounds, shared memory                                                    -          always     always
+    host memory used in a kernel, device memory by the host                         -          -          always
+    misaligned float4 and the like                                                  -          always     always
+    misaligned cp.async or ldmatrix, or outside of shared memory                    always     always     always
+    a collective that not all threads of its mask reach, or the block's, or that
+        they reach at different places; a mask without its caller                   always     always     always
+    a launch with too many threads, too much shared memory; copies in the wrong
+        direction or past the end                                                   error code, and a line on stderr
+    missing wait for an event or a copy: queued work runs as late as it may, in an
+        order that differs by seed; a pinned buffer that is overwritten early       some seeds some seeds some seeds
+    an error path of the program: GPT2_EMULATOR_FAIL makes any one call fail        always     always     always
+"result": the value is NaN, which the caller's test must see.
+Addition to floats by atomics is not offered, for its result depends on the order.
+
+Environment                                                                              or in emulator::settings
+    GPT2_EMULATOR_SEED=1        order of threads, blocks and streams; right kernels give the same bits for all
+    GPT2_EMULATOR_BLOCKS=1      blocks whose threads run interleaved
+    GPT2_EMULATOR_FAIL=0        this call of the runtime, a launch being one, fails; 0: none
+    GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
+    GPT2_EMULATOR_MEMORY=2^34   bytes of device memory
+    GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
+
+What it cannot show: speed; bank conflicts and coalescing; registers; weaker memory orders than the one in which its
+threads run, though the checked build reports what would depend on them; protocols between running blocks, whose
+spinning never ends here (the accesses that such a protocol orders count as races). Not there: wgmma, TMA, half,
+textures, cooperative groups, graphs, dynamic parallelism, __activemask, template arguments of a kernel that its launch
+leaves to be deduced. Stricter than a GPU: threads of a warp, or of a block, must meet on the same line.
+
+Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED. Those that are replaced here:
+mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_commit, cp_async_wait; emulated_matmul stands for
+cuBLASLt.
+
+Contents
+     1  the language         keywords, vector types
+     2  settings, messages, random order
+     3  memory               allocations, who touched what, races
+     4  threads              fibers, blocks, collectives
+     5  streams              queues, events, launches
+     6  the runtime          cudaMalloc and so on
+     7  device functions     shuffles and votes, atomics, mathematics, bf16
+     8  tensor cores         mma, ldmatrix, cp.async
+     9  matrix products      the stand-in for cuBLASLt
+    10  what the compiler calls in the checked build
+*/
+
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cassert>
+#include <chrono>
+#include <climits>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <source_location>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#include <link.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifndef __has_feature
+#define __has_feature(x) 0
+#endif
+#if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
+#define EMULATOR_CHECKED 1
+#else
+#define EMULATOR_CHECKED 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
+#define EMULATOR_ADDRESS 1
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define EMULATOR_ADDRESS 0
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+// The emulator's own functions, which run in a thread's place, are not the kernel's accesses.
+#ifdef __clang__
+#define EMULATOR_OWN __attribute__((disable_sanitizer_instrumentation))
+#else
+#define EMULATOR_OWN __attribute__((no_sanitize("thread")))
+#endif
+
+// ====================================================================================================================
+// 1 · The language
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __grid_constant__
+
+#define EMULATOR_VECTOR2(T, name, alignment) \
+    struct alignas(alignment) name##2 { T x, y; }; \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }
+#define EMULATOR_VECTOR3(T, name) \
+    struct name##3 { T x, y, z; }; \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }
+#define EMULATOR_VECTOR4(T, name, alignment) \
+    struct alignas(alignment) name##4 { T x, y, z, w; }; \
+    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+#define EMULATOR_VECTORS(T, name, size) \
+    EMULATOR_VECTOR2(T, name, 2 * size) EMULATOR_VECTOR3(T, name) EMULATOR_VECTOR4(T, name, 4 * size)
+EMULATOR_VECTORS(float, float, 4)
+EMULATOR_VECTORS(int, int, 4)
+EMULATOR_VECTORS(unsigned, uint, 4)
+EMULATOR_VECTORS(short, short, 2)
+EMULATOR_VECTORS(unsigned short, ushort, 2)
+EMULATOR_VECTORS(signed char, char, 1)
+EMULATOR_VECTORS(unsigned char, uchar, 1)
+EMULATOR_VECTOR2(double, double, 16)
+EMULATOR_VECTOR2(long long, longlong, 16)
+EMULATOR_VECTOR2(unsigned long long, ulonglong, 16)
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInitializationError = 3,
+    cudaErrorInvalidConfiguration = 9, cudaErrorInvalidMemcpyDirection = 21, cudaErrorInsufficientDriver = 35,
+    cudaErrorInvalidDeviceFunction = 98, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
+    cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorUnknown = 999,
+};
+using cudaError = cudaError_t;
+
+namespace emulator {
+
+// ====================================================================================================================
+// 2 · Settings, messages, random order
+
+inline long long environment(const char* name, long long otherwise) {
+    const char* text = getenv(name);
+    return text && *text ? atoll(text) : otherwise;
+}
+
+struct Settings {
+    unsigned long long seed = (unsigned long long)environment("GPT2_EMULATOR_SEED", 1);
+    int blocks = (int)environment("GPT2_EMULATOR_BLOCKS", 1);
+    long long fail = environment("GPT2_EMULATOR_FAIL", 0);
+    bool count = environment("GPT2_EMULATOR_COUNT", 0) != 0;
+    size_t memory = (size_t)environment("GPT2_EMULATOR_MEMORY", 1ll << 34);
+    int devices = (int)environment("GPT2_EMULATOR_DEVICES", 1);
+};
+inline Settings settings;
+
+constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10;  // bytes a block; more than the first on request
+constexpr unsigned WARP = 32, THREADS_MOST = 1024;
+
+// splitmix64
+struct Order {
+    uint64_t state = settings.seed;
+    EMULATOR_OWN uint64_t below(uint64_t n) {
+        uint64_t z = (state += 0x9e3779b97f4a7c15);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+        return (uint64_t)(((unsigned __int128)(z ^ (z >> 31)) * n) >> 64);
+    }
+};
+inline Order order;
+inline void set_seed(uint64_t seed) { order.state = settings.seed = seed; }
+
+struct Thread;
+inline thread_local Thread* self = nullptr;  // the thread that runs; null outside of kernels
+inline thread_local int unchecked = 0;       // > 0 while the emulator itself works
+
+struct Unchecked {
+    EMULATOR_OWN Unchecked() { unchecked++; }
+    EMULATOR_OWN ~Unchecked() { unchecked--; }
+};
+
+inline std::string describe(const Thread& thread);  // "kernel sum, block (0,0,0), thread (3,0,0)"
+
+inline std::string text(const char* format, va_list args) {
+    char line[1024];
+    vsnprintf(line, sizeof line, format, args);
+    return line;
+}
+__attribute__((format(printf, 1, 2))) inline std::string text(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    std::string s = text(format, args);
+    va_end(args);
+    return s;
+}
+inline std::string text(const std::source_location& where) { return text("%s:%u", where.file_name(), where.line()); }
+
+// Ends the program over a mistake in a kernel, or in the calls around it.
+[[noreturn]] __attribute__((format(printf, 2, 3))) inline void fail(const Thread* thread, const char* format, ...) {
+    unchecked++;
+    va_list args;
+    va_start(args, format);
+    std::string line = (thread ? describe(*thread) + ": " : "") + text(format, args);
+    va_end(args);
+    fflush(stdout);
+    fprintf(stderr, "emulator: %s\n", line.c_str());
+    fflush(stderr);
+    _exit(1);
+}
+
+// ====================================================================================================================
+// 3 · Memory
+//
+// Device and pinned memory is the host's, each allocation by itself and of its exact size, so that AddressSanitizer
+// knows its bounds.
+//
+// The checked build remembers for each two bytes of device and shared memory who wrote them last, and two of those who
+// have read them since. Two accesses to the same bytes, one of them writing, are a race unless they are of one thread,
+// or a barrier that both threads took part in lies in between. There is one clock for all, which barriers and launches
+// advance; so it is enough to remember when an access was made, and when two threads last met.
+
+struct Record {
+    uint32_t moment = 0;  // on the clock
+    uint32_t who = 0;     // atomic?, block, thread: see `who`
+    uint32_t pc = 0;      // where in the program
+};
+struct Cell {
+    Record write, read[2];
+};
+constexpr size_t GRANULE = 2;  // bytes a cell. Accesses to single bytes are checked for bounds, not for races
+constexpr uint32_t ATOMIC = 1u << 31;
+inline uint32_t now = 1;       // the clock
+
+struct Allocation {
+    char* begin;
+    size_t size;
+    bool device;  // else pinned
+    Cell* cells;  // checked build, device memory
+};
+
+// All allocations in order of their address. Host threads may look one up while another allocates.
+inline std::vector<Allocation> allocations;
+inline std::atomic_flag allocations_busy;
+inline size_t device_used = 0;
+
+// The allocation that holds address p, if one does.
+EMULATOR_OWN inline bool find(const void* p, Allocation& found) {
+    Unchecked own;
+    while (allocations_busy.test_and_set(std::memory_order_acquire)) {}
+    size_t low = 0, high = allocations.size();
+    while (low < high) {  // down to the first that begins after p
+        size_t middle = (low + high) / 2;
+        if ((uintptr_t)allocations[middle].begin <= (uintptr_t)p) low = middle + 1;
+        else high = middle;
+    }
+    bool inside = low > 0 && (uintptr_t)p - (uintptr_t)allocations[low - 1].begin < allocations[low - 1].size;
+    if (inside) found = allocations[low - 1];
+    allocations_busy.clear(std::memory_order_release);
+    return inside;
+}
+
+// Whether n bytes from p on lie within one allocation of device memory.
+inline bool on_device(const void* p, size_t n) {
+    Allocation a;
+    return n == 0 || (find(p, a) && a.device && n <= (size_t)(a.begin + a.size - (const char*)p));
+}
+
+inline size_t cells_size(size_t bytes) { return (bytes / GRANULE + 1) * sizeof(Cell); }
+inline Cell* new_cells(size_t bytes) {  // zero pages that cost nothing until they are used
+    void* p = mmap(nullptr, cells_size(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) fail(nullptr, "no memory to watch %zu bytes of device memory", bytes);
+    return (Cell*)p;
+}
+
+inline void* allocate(size_t size, bool device) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 256, size)) return nullptr;
+    memset(p, 0xff, size);
+    Allocation a = {(char*)p, size, device, EMULATOR_CHECKED && device ? new_cells(size) : nullptr};
+    while (allocations_busy.test_and_set(std::memory_order_acquire)) {}
+    auto after = std::find_if(allocations.begin(), allocations.end(), [&](auto& b) { return b.begin > a.begin; });
+    allocations.insert(after, a);
+    allocations_busy.clear(std::memory_order_release);
+    if (device) device_used += size;
+    return p;
+}
+
+inline bool release(void* p, bool device) {  // false: it is no such allocation
+    Allocation a;
+    if (!find(p, a) || a.begin != p || a.device != device) return false;
+    while (allocations_busy.test_and_set(std::memory_order_acquire)) {}
+    std::erase_if(allocations, [&](auto& b) { return b.begin == a.begin; });
+    allocations_busy.clear(std::memory_order_release);
+    if (a.cells) munmap(a.cells, cells_size(a.size));
+    if (device) device_used -= a.size;
+    free(p);
+    return true;
+}
+
+// ====================================================================================================================
+// 4 · Threads
+//
+// A block's threads are fibers: each has a stack, and runs until it ends or meets a collective (a barrier, a shuffle,
+// mma, ...) that others have yet to reach. Which one runs next is left to chance. Whoever is last to reach a collective
+// does its work for all of them.
+
+#if defined(__x86_64__)
+struct Fiber {
+    void* stack_pointer = nullptr;
+    char* stack = nullptr;  // its low end
+    size_t size = 0;
+    void* fake_stack = nullptr;  // AddressSanitizer's
+};
+// Saves what a function must preserve and the stack pointer, takes the other's, and returns into it.
+__attribute__((naked, noinline, no_sanitize("thread", "address", "undefined")))
+inline void switch_stacks([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
+    asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
+        "movq %rsp, (%rdi); movq %rsi, %rsp\n"
+        "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
+}
+inline void prepare(Fiber& fiber, void (*entry)()) {
+    void** top = (void**)(fiber.stack + fiber.size);  // a multiple of 16
+    *--top = nullptr;                                 // in place of a return address
+    *--top = (void*)entry;
+    fiber.stack_pointer = top - 6;                    // the six registers
+}
+#else
+struct Fiber {
+    ucontext_t context;
+    char* stack = nullptr;
+    size_t size = 0;
+    void* fake_stack = nullptr;
+};
+inline void prepare(Fiber& fiber, void (*entry)()) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = fiber.size;
+    makecontext(&fiber.context, entry, 0);
+}
+#endif
+
+inline Fiber scheduler;  // what runs when no thread does
+
+EMULATOR_OWN inline void switch_fiber(Fiber& from, Fiber& to) {
+#if EMULATOR_ADDRESS
+    __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.size);
+#endif
+#if defined(__x86_64__)
+    switch_stacks(&from.stack_pointer, to.stack_pointer);
+#else
+    swapcontext(&from.context, &to.context);
+#endif
+#if EMULATOR_ADDRESS
+    const void* old;
+    size_t old_size;
+    __sanitizer_finish_switch_fiber(from.fake_stack, &old, &old_size);
+    if (&from != &scheduler) scheduler.stack = (char*)old, scheduler.size = old_size;
+#endif
+}
+
+// Where a thread waits for others.
+struct Waiting {
+    const char* at = nullptr;  // the collective's name; null: it does not wait
+    unsigned mask = 0;
+    std::source_location where = {};
+    void* arguments = nullptr;
+
+    bool same(const Waiting& other) const {
+        return at && other.at && strcmp(at, other.at) == 0 && mask == other.mask && where.line() == other.where.line() &&
+               strcmp(where.file_name(), other.where.file_name()) == 0;
+    }
+};
+
+struct Copy {  // a cp.async that has not landed
+    char* to;
+    const char* from;  // null: zeros
+    unsigned group;
+    uint32_t pc;
+};
+
+struct Block;
+struct Thread {
+    dim3 index;
+    unsigned number = 0;      // in its block
+    bool alive = false;
+    Block* block = nullptr;
+    Waiting waiting;
+    std::vector<Copy> copies;
+    unsigned groups = 0;      // of copies, committed
+    uint32_t met[WARP] = {};  // when it last met each thread of its warp at a __syncwarp, if indirectly
+    Fiber fiber;
+
+    EMULATOR_OWN unsigned lane() const { return number % WARP; }
+};
+
+struct Block {
+    dim3 index;
+    unsigned number = 0, size = 0, alive = 0, arrived = 0;
+    uint32_t started = 0, synced = 0;         // on the clock; its last barrier
+    unsigned waiting[THREADS_MOST / WARP] = {};  // by warp: the lanes that wait at a warp's collective
+    char* shared = nullptr;                   // dynamic first, then each __shared__ variable
+    size_t dirty = 0;                         // bytes of it that may have been used
+    Cell* cells = nullptr;
+    char* stacks = nullptr;
+    Thread* threads = nullptr;
+
+    EMULATOR_OWN Thread* warp(unsigned number) { return &threads[number / WARP * WARP]; }
+};
+
+struct SharedVariable {
+    const char* name;
+    size_t offset, size;
+};
+
+// The launch that runs.
+struct Grid {
+    const char* name = "";
+    dim3 grid, block;
+    size_t dynamic = 0, dynamic_most = SHARED_DEFAULT;
+    void (*enter)(const void*) = nullptr;  // the kernel ...
+    const void* arguments = nullptr;       // ... and what it is called with
+    uint32_t started = 0;
+    uint64_t serial = 0;
+    size_t shared_used = 0;
+    std::vector<SharedVariable> variables;
+};
+inline Grid* grid = nullptr;
+inline std::vector<Thread*> ready;
+inline std::deque<Block>& blocks = *new std::deque<Block>;  // places for blocks that run interleaved
+inline uint64_t launches = 0;
+
+constexpr size_t PAGE = 16384;  // a multiple of the system's
+constexpr size_t STACK = EMULATOR_ADDRESS || EMULATOR_CHECKED ? 256 << 10 : 64 << 10;
+constexpr size_t ARENA = 256 << 10;  // a block's shared memory, with gaps
+
+// Who made an access: which thread of which block of the launch.
+EMULATOR_OWN inline uint32_t who(const Thread& t) { return (t.block->number & 0x1fffff) << 10 | t.number; }
+
+inline std::string place(const char* what, dim3 i) { return text("%s (%u,%u,%u)", what, i.x, i.y, i.z); }
+inline dim3 unravel(unsigned number, dim3 size) {
+    return {number % size.x, number / size.x % size.y, number / size.x / size.y};
+}
+inline std::string describe(const Thread& t) {
+    return text("kernel %s, ", grid->name) + place("block", t.block->index) + ", " + place("thread", t.index);
+}
+
+EMULATOR_OWN inline void pause() {
+    int depth = unchecked;
+    switch_fiber(self->fiber, scheduler);
+    unchecked = depth;
+}
+
+EMULATOR_OWN inline void thread_main() {
+#if EMULATOR_ADDRESS
+    const void* old;
+    __sanitizer_finish_switch_fiber(nullptr, &old, &scheduler.size);
+    scheduler.stack = (char*)old;
+#endif
+    for (;;) {
+        grid->enter(grid->arguments);
+        self->alive = false;
+        pause();
+    }
+}
+
+inline void protect_shared(const Block& b, size_t offset, size_t size, bool usable) {
+#if EMULATOR_ADDRESS
+    if (usable) ASAN_UNPOISON_MEMORY_REGION(b.shared + offset, size);
+    else ASAN_POISON_MEMORY_REGION(b.shared + offset, size);
+#else
+    (void)b, (void)offset, (void)size, (void)usable;
+#endif
+}
+
+inline void start(Block& b, unsigned number) {
+    if (!b.shared) {
+        b.stacks = (char*)mmap(nullptr, THREADS_MOST * (PAGE + STACK), PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        b.shared = (char*)mmap(nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (b.stacks == MAP_FAILED || b.shared == MAP_FAILED) fail(nullptr, "no memory for the threads' stacks");
+        if (EMULATOR_CHECKED) b.cells = new_cells(ARENA);
+        b.threads = new Thread[THREADS_MOST];
+        b.dirty = ARENA;
+        for (unsigned i = 0; i < THREADS_MOST; i++) {
+            Fiber& fiber = b.threads[i].fiber;
+            char* guard = b.stacks + i * (PAGE + STACK);
+            mprotect(guard, PAGE, PROT_NONE);  // a stack that overflows ends the program
+            fiber.stack = guard + PAGE, fiber.size = STACK;
+            prepare(fiber, thread_main);
+        }
+    }
+    protect_shared(b, 0, ARENA, true);
+    memset(b.shared, 0xff, b.dirty);
+    b.dirty = grid->shared_used;
+    protect_shared(b, 0, ARENA, false);
+    protect_shared(b, 0, grid->dynamic, true);
+    for (const SharedVariable& v : grid->variables) protect_shared(b, v.offset, v.size, true);
+
+    b.index = unravel(number, grid->grid);
+    b.number = number;
+    b.size = b.alive = grid->block.x * grid->block.y * grid->block.z;
+    b.arrived = 0;
+    b.started = b.synced = ++now;
+    std::fill(std::begin(b.waiting), std::end(b.waiting), 0u);
+    for (unsigned i = 0; i < b.size; i++) {
+        Thread& t = b.threads[i];
+        t.index = unravel(i, grid->block);
+        t.number = i;
+        t.alive = true;
+        t.block = &b;
+        t.waiting = {};
+        t.copies.clear();
+        t.groups = 0;
+        std::fill(std::begin(t.met), std::end(t.met), now);
+        ready.push_back(&t);
+    }
+}
+
+// No thread can go on: says who waits for whom.
+[[noreturn]] inline void stuck() {
+    for (Block& b : blocks)
+        for (unsigned i = 0; b.alive && i < b.size; i++) {
+            Thread& t = b.threads[i];
+            if (!t.waiting.at) continue;
+            bool of_block = t.waiting.mask == 0;
+            unsigned begin = of_block ? 0 : i / WARP * WARP, end = of_block ? b.size : begin + WARP;
+            for (unsigned j = begin; j < end; j++) {
+                Thread& u = b.threads[j];
+                if ((!of_block && !(t.waiting.mask >> (j - begin) & 1)) || t.waiting.same(u.waiting)) continue;
+                std::string other = j >= b.size  ? "that does not exist"
+                                    : !u.alive   ? "that has returned"
+                                                 : text("that waits in %s at ", u.waiting.at) + text(u.waiting.where);
+                if (u.alive && u.waiting.mask != t.waiting.mask && u.waiting.mask) other += text(", mask %08x", u.waiting.mask);
+                std::string mask = of_block ? "" : text(", mask %08x,", t.waiting.mask);
+                fail(&t, "%s at %s%s waits for %s, %s", t.waiting.at, text(t.waiting.where).c_str(), mask.c_str(),
+                     place("thread", unravel(j, grid->block)).c_str(), other.c_str());
+            }
+        }
+    fail(nullptr, "kernel %s does not end", grid->name);
+}
+
+EMULATOR_OWN inline void run_grid(Grid& g) {
+    grid = &g;
+    g.serial = ++launches;
+    g.shared_used = g.dynamic;
+    g.started = ++now;
+    std::vector<unsigned> numbers(g.grid.x * g.grid.y * g.grid.z);
+    for (size_t i = 0; i < numbers.size(); i++) numbers[i] = (unsigned)i;
+    for (size_t i = numbers.size(); i > 1; i--) std::swap(numbers[i - 1], numbers[order.below(i)]);
+    size_t next = 0, interleaved = std::min(numbers.size(), (size_t)std::max(settings.blocks, 1));
+    while (blocks.size() < interleaved) blocks.emplace_back();
+    for (Block& b : blocks) b.alive = 0;
+    for (size_t i = 0; i < interleaved; i++) start(blocks[i], numbers[next++]);
+
+    while (!ready.empty()) {
+        Thread*& chosen = ready[order.below(ready.size())];
+        Thread* t = chosen;
+        chosen = ready.back();
+        ready.pop_back();
+        self = t;
+        int depth = std::exchange(unchecked, 0);
+        switch_fiber(scheduler, t->fiber);
+        unchecked = depth;
+        self = nullptr;
+        if (!t->alive && --t->block->alive == 0 && next < numbers.size()) start(*t->block, numbers[next++]);
+    }
+    for (Block& b : blocks)
+        if (b.alive) stuck();
+    for (Block& b : blocks) b.dirty = std::max(b.dirty, g.shared_used), protect_shared(b, 0, ARENA, true);
+    now++;
+    grid = nullptr;
+}
+
+// __shared__ T name; becomes one static Shared<T>, which says where in its block's memory the variable is.
+template <class T>
+struct Shared {
+    const char* name;
+    size_t alignment = alignof(T);
+    uint64_t serial = 0;  // of the launch for which offset holds
+    size_t offset = 0;
+
+    EMULATOR_OWN T& here() {
+        if (serial != grid->serial) {
+            Unchecked own;
+            size_t align = std::max(alignment, alignof(T)), used = 0;
+            offset = (grid->shared_used + (EMULATOR_ADDRESS || EMULATOR_CHECKED ? 32 : 0) + align - 1) / align * align;
+            for (auto& v : grid->variables) used += v.size;
+            if (used + sizeof(T) > SHARED_DEFAULT || used + sizeof(T) + grid->dynamic > SHARED_MOST)
+                fail(self, "%zu bytes of __shared__ variables and %zu of dynamic shared memory are too many",
+                     used + sizeof(T), grid->dynamic);
+            grid->shared_used = offset + sizeof(T);
+            grid->variables.push_back({name, offset, sizeof(T)});
+            for (Block& b : blocks)
+                if (b.shared) protect_shared(b, offset, sizeof(T), true), b.dirty = std::max(b.dirty, grid->shared_used);
+            serial = grid->serial;
+        }
+        return *(T*)(self->block->shared + offset);
+    }
+};
+
+// extern __shared__ T name[]; becomes T* name.
+template <class T>
+EMULATOR_OWN T* dynamic_shared() { return (T*)self->block->shared; }
+
+// Whether n bytes from p on are shared memory of this thread's block, all in one variable.
+EMULATOR_OWN inline bool in_shared(const void* p, size_t n) {
+    Unchecked own;
+    size_t offset = (uintptr_t)p - (uintptr_t)self->block->shared;
+    if (offset < grid->dynamic) return n <= grid->dynamic - offset;
+    for (const SharedVariable& v : grid->variables)
+        if (offset - v.offset < v.size) return n <= v.size - (offset - v.offset);
+    return false;
+}
+
+// A warp's collective: returns when every thread that mask names has come to the same one with its own `mine`. The last
+// to come calls complete(all), where all[lane] is that lane's `mine`.
+template <class Arguments, class Complete>
+EMULATOR_OWN void collective(const char* name, unsigned mask, Arguments& mine, const std::source_location& where,
+                             Complete complete) {
+    Unchecked own;
+    Thread& t = *self;
+    Thread* warp = t.block->warp(t.number);
+    unsigned& waiting = t.block->waiting[t.number / WARP];
+    t.waiting = {name, mask, where, &mine};
+    if (!(mask >> t.lane() & 1))
+        fail(&t, "%s at %s has mask %08x, without its own lane %u", name, text(where).c_str(), mask, t.lane());
+    waiting |= 1u << t.lane();
+    bool last = (waiting & mask) == mask;
+    for (unsigned i = 0; last && i < WARP; i++)
+        last = !(mask >> i & 1) || t.waiting.same(warp[i].waiting);
+    if (!last) {
+        pause();
+        return;
+    }
+    Arguments* all[WARP] = {};
+    for (unsigned i = 0; i < WARP; i++)
+        if (mask >> i & 1) all[i] = (Arguments*)warp[i].waiting.arguments;
+    complete(all);
+    waiting &= ~mask;
+    for (unsigned i = 0; i < WARP; i++)
+        if (mask >> i & 1) {
+            warp[i].waiting = {};
+            if (&warp[i] != &t) ready.push_back(&warp[i]);
+        }
+}
+
+// A block's: `mine` as above, in all[thread].
+template <class Arguments, class Complete>
+EMULATOR_OWN void block_collective(const char* name, Arguments& mine, const std::source_location& where,
+                                   Complete complete) {
+    Unchecked own;
+    Thread& t = *self;
+    Block& b = *t.block;
+    t.waiting = {name, 0, where, &mine};
+    if (++b.arrived < b.size) {
+        pause();
+        return;
+    }
+    for (unsigned i = 0; i < b.size; i++)
+        if (!t.waiting.same(b.threads[i].waiting)) stuck();
+    std::vector<Arguments*> all(b.size);
+    for (unsigned i = 0; i < b.size; i++) all[i] = (Arguments*)b.threads[i].waiting.arguments;
+    complete(all);
+    b.arrived = 0;
+    b.synced = ++now;
+    for (unsigned i = 0; i < b.size; i++) {
+        b.threads[i].waiting = {};
+        if (&b.threads[i] != &t) ready.push_back(&b.threads[i]);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The checked build's view of an access
+
+inline uintptr_t program = 0;  // where the program was loaded, so that places in it fit into 32 bits
+EMULATOR_OWN inline uint32_t place_in_program(const void* pc) {
+    if (!program) {
+        Unchecked own;
+        dl_iterate_phdr([](dl_phdr_info* info, size_t, void*) { return program = info->dlpi_addr | 1, 1; }, nullptr);
+    }
+    return (uint32_t)((uintptr_t)pc - program + 1);
+}
+
+inline std::string line_of(uint32_t pc) {  // file:line, from the debug information
+    char program[4096] = {}, line[4096] = {};
+    if (readlink("/proc/self/exe", program, sizeof program - 1) > 0) {
+        FILE* pipe = popen(text("addr2line -s -e '%s' %#x 2>/dev/null", program, pc - 1).c_str(), "r");
+        if (pipe && fgets(line, sizeof line, pipe)) line[strcspn(line, " \n")] = 0;
+        if (pipe) pclose(pipe);
+    }
+    return line[0] && line[0] != '?' ? line : text("%#x in the program (compile with -g)", pc);
+}
+
+enum Access { READ, WRITE, ATOMIC_ADD };  // the last stands for all atomics
+inline const char* const access_names[] = {"reads", "writes", "changes by an atomic"};
+
+// Whether an earlier access is known to have ended before thread t goes on. All before `since` have.
+EMULATOR_OWN inline bool before(const Record& r, const Thread& t, uint32_t since) {
+    if (r.moment < since) return true;
+    uint32_t mine = who(t), theirs = r.who & ~ATOMIC;
+    if (mine == theirs) return true;
+    if (mine >> 10 != theirs >> 10) return false;  // another block
+    if (r.moment < t.block->synced) return true;
+    return mine / WARP == theirs / WARP && r.moment < t.met[theirs % WARP];
+}
+
+[[noreturn]] inline void race(const Thread& t, const void* p, const char* memory, Access access, uint32_t pc,
+                              const Record& other, bool other_wrote) {
+    Thread& them = t.block->threads[other.who % THREADS_MOST];
+    uint32_t block = (other.who & ~ATOMIC) >> 10;
+    std::string which = block == t.block->number ? "" : place(" of block", unravel(block, grid->grid));
+    fail(&t, "race: %s %s memory at %s, which %s%s %s at %s, with no barrier in between (address %p)",
+         access_names[access], memory, line_of(pc).c_str(), place("thread", unravel(them.number, grid->block)).c_str(),
+         which.c_str(), other.who & ATOMIC ? "changed by an atomic" : other_wrote ? "wrote" : "read",
+         line_of(other.pc).c_str(), p);
+}
+
+extern "C" const char __executable_start, _end;  // the linker's
+
+// Thread `self` accesses n bytes at p.
+EMULATOR_OWN inline void check(const void* p, size_t n, Access access, size_t alignment, uint32_t pc) {
+    Unchecked own;
+    Thread& t = *self;
+    if ((uintptr_t)p % alignment)
+        fail(&t, "misaligned: %s %zu bytes at %p at %s", access_names[access], n, p, line_of(pc).c_str());
+    Block& b = *t.block;
+    if ((uintptr_t)p - (uintptr_t)t.fiber.stack < t.fiber.size) return;  // its own variables
+    Cell* cells;
+    size_t offset;
+    uint32_t since;
+    bool shared = (uintptr_t)p - (uintptr_t)b.shared < ARENA;
+    if (shared) {
+        if (!in_shared(p, n)) fail(&t, "out of bounds: %s %zu bytes of shared memory, past the end of a variable, at %s",
+                                   access_names[access], n, line_of(pc).c_str());
+        cells = b.cells;
+        offset = (uintptr_t)p - (uintptr_t)b.shared;
+        since = b.started;
+    } else {
+        Allocation a;
+        if (!find(p, a)) {
+            if (p >= &__executable_start && p < &_end) return;  // constants and __device__ variables
+            size_t distance = SIZE_MAX;
+            for (const Allocation& c : allocations)
+                if (c.device && c.begin <= p) distance = std::min(distance, (size_t)((char*)p - c.begin - c.size));
+            std::string past = distance < 4096 ? text(", %zu bytes past the end of an allocation", distance) : "";
+            fail(&t, "out of bounds: %s %zu bytes at %p, which is not device memory%s, at %s", access_names[access], n, p,
+                 past.c_str(), line_of(pc).c_str());
+        }
+        offset = (uintptr_t)p - (uintptr_t)a.begin;
+        if (n > a.size - offset) fail(&t, "out of bounds: %s %zu bytes, the last of them past the end of an allocation, "
+                                          "at %s", access_names[access], n, line_of(pc).c_str());
+        if (!a.device) return;
+        cells = a.cells;
+        since = grid->started;
+    }
+    if (n < GRANULE) return;
+    Record mine = {now, who(t) | (access == ATOMIC_ADD ? ATOMIC : 0), pc};
+    for (size_t i = offset / GRANULE; i < (offset + n) / GRANULE; i++) {
+        Cell& cell = cells[i];
+        const char* memory = shared ? "shared" : "global";
+        bool atomics = access == ATOMIC_ADD && (cell.write.who & ATOMIC);
+        if (!atomics && !before(cell.write, t, since)) race(t, p, memory, access, pc, cell.write, true);
+        if (access == READ) {
+            // Of two remembered reads, the less telling one is replaced: an old one, or one from the same thread, warp,
+            // or block.
+            Record *r = cell.read, me = mine;
+            auto nearness = [&](const Record& o) {
+                return before(o, t, since) ? 3 : o.who / WARP == me.who / WARP ? 2 : o.who >> 10 == me.who >> 10 ? 1 : 0;
+            };
+            r[nearness(r[1]) >= nearness(r[0])] = mine;
+        } else {
+            for (Record& r : cell.read)
+                if (!before(r, t, since)) race(t, p, memory, access, pc, r, false);
+            cell = {mine, {}};
+        }
+    }
+}
+
+// What the emulator's own functions do in a thread's place.
+EMULATOR_OWN inline void check_own(const void* p, size_t n, Access access, const void* return_address) {
+    if (EMULATOR_CHECKED) check(p, n, access, 1, place_in_program(return_address));
+}
+
+// ====================================================================================================================
+// 5 · Streams
+//
+// What is put on a stream stays in its queue until the program waits for something; then chance picks streams, and runs
+// from their queues, until that has happened. So whatever is not ordered by the program is in another order sometimes.
+
+struct EventState {
+    uint64_t recorded = 0, done = 0;  // how often
+    double time = 0;                  // of the last, in ms
+};
+struct Work {
+    uint64_t serial;
+    std::function<void()> run;
+    std::shared_ptr<EventState> waits_for = nullptr;  // goes on when this one ...
+    uint64_t count = 0;                               // ... is done so often
+};
+
+}  // namespace emulator
+
+struct CUstream_st {
+    bool blocking = true;  // ordered with the default stream
+    std::deque<emulator::Work> queue = {};
+};
+struct CUevent_st {
+    std::shared_ptr<emulator::EventState> state = std::make_shared<emulator::EventState>();
+    bool timing = true;
+};
+using cudaStream_t = CUstream_st*;
+using cudaEvent_t = CUevent_st*;
+
+namespace emulator {
+
+inline std::recursive_mutex busy;
+inline CUstream_st default_stream;
+inline std::vector<cudaStream_t> streams = {&default_stream};
+inline uint64_t serials = 0;
+inline long long calls = 0;
+inline cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t error(cudaError_t e) {
+    if (e != cudaSuccess) last_error = e;
+    return e;
+}
+
+__attribute__((format(printf, 2, 3))) inline cudaError_t error(cudaError_t e, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "emulator: %s\n", text(format, args).c_str());
+    va_end(args);
+    return error(e);
+}
+
+// Every call of the runtime begins with one of these: one call at a time, and any of them may be made to fail.
+struct Call : Unchecked {
+    std::lock_guard<std::recursive_mutex> lock{busy};
+    cudaError_t fault = cudaSuccess;
+
+    explicit Call(const char* name, bool may_fail = true) {
+        if (settings.devices == 0) fault = error(cudaErrorNoDevice);
+        if (settings.devices < 0) fault = error(cudaErrorInsufficientDriver);
+        if (!may_fail || fault) return;
+        static const bool counting = settings.count && (atexit([] { fprintf(stderr, "emulator: %lld calls\n", calls); }), true);
+        (void)counting;
+        if (++calls == settings.fail) fault = error(cudaErrorUnknown, "call %lld, %s, is made to fail", calls, name);
+    }
+};
+
+inline void submit(cudaStream_t stream, std::function<void()> run, std::shared_ptr<EventState> waits_for = nullptr,
+                   uint64_t count = 0) {
+    (stream ? stream : &default_stream)->queue.push_back({++serials, std::move(run), std::move(waits_for), count});
+}
+
+// Runs the first work of one stream that may go on; false: there is none.
+inline bool run_one() {
+    uint64_t oldest = UINT64_MAX;  // on streams that the default stream waits for
+    for (cudaStream_t s : streams)
+        if (s != &default_stream && s->blocking && !s->queue.empty()) oldest = std::min(oldest, s->queue.front().serial);
+    std::vector<cudaStream_t> able;
+    for (cudaStream_t s : streams) {
+        if (s->queue.empty()) continue;
+        const Work& w = s->queue.front();
+        if (w.waits_for && w.waits_for->done < w.count) continue;
+        if (s == &default_stream && w.serial > oldest) continue;
+        if (s != &default_stream && s->blocking && !default_stream.queue.empty() &&
+            w.serial > default_stream.queue.front().serial)
+            continue;
+        able.push_back(s);
+    }
+    if (able.empty()) return false;
+    cudaStream_t s = able[order.below(able.size())];
+    Work w = std::move(s->queue.front());
+    s->queue.pop_front();
+    if (w.run) w.run();
+    return true;
+}
+
+template <class Done>
+void wait_until(Done done) {
+    if (grid) fail(self, "calls the host's functions from within a kernel");
+    while (!done())
+        if (!run_one()) fail(nullptr, "streams wait for each other");
+}
+inline void wait_for(cudaStream_t s) {
+    if (!s) s = &default_stream;
+    uint64_t last = s->queue.empty() ? 0 : s->queue.back().serial;
+    wait_until([=] { return s->queue.empty() || s->queue.front().serial > last; });
+}
+inline void wait_for_all() {
+    for (size_t i = 0; i < streams.size(); i++) wait_for(streams[i]);
+}
+inline bool known(cudaStream_t s) { return !s || std::find(streams.begin(), streams.end(), s) != streams.end(); }
+
+inline std::map<const void*, int> dynamic_most;  // by kernel, where cudaFuncSetAttribute set it
+
+template <class... P>
+struct Invocation {
+    void (*kernel)(P...);
+    std::tuple<P...> arguments;
+
+    template <size_t... I>
+    EMULATOR_OWN static void call(const Invocation& i, std::index_sequence<I...>) {
+        i.kernel(std::get<I>(i.arguments)...);
+    }
+    EMULATOR_OWN static void enter(const void* p) { call(*(const Invocation*)p, std::index_sequence_for<P...>{}); }
+};
+
+// kernel<<<grid, block, shared, stream>>>(arguments) becomes Launch("kernel", ..., grid, block, ...).run(kernel, arguments).
+struct Launch {
+    const char *name, *file;
+    int line;
+    dim3 grid, block;
+    size_t shared = 0;
+    cudaStream_t stream = nullptr;
+
+    Launch(const char* name, const char* file, int line, dim3 grid, dim3 block, size_t shared = 0,
+           cudaStream_t stream = nullptr)
+        : name(name), file(file), line(line), grid(grid), block(block), shared(shared), stream(stream) {}
+
+    template <class... P>
+    void run(void (*kernel)(P...), std::type_identity_t<P>... arguments) const {
+        Call call(name);
+        if (call.fault) return;
+        auto most = dynamic_most.find((const void*)kernel);
+        size_t shared_most = most == dynamic_most.end() ? SHARED_DEFAULT : (size_t)most->second;
+        size_t threads = (size_t)block.x * block.y * block.z;
+        std::string at = text("%s:%d: launch of %s", file, line, name);
+        if (!threads || threads > THREADS_MOST || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT_MAX ||
+            grid.y > 65535 || grid.z > 65535) {
+            error(cudaErrorInvalidConfiguration, "%s with grid (%u,%u,%u), block (%u,%u,%u)", at.c_str(), grid.x, grid.y,
+                  grid.z, block.x, block.y, block.z);
+        } else if (shared > shared_most) {
+            error(cudaErrorInvalidValue, "%s with %zu bytes of dynamic shared memory; it may use %zu", at.c_str(), shared,
+                  shared_most);
+        } else if (!known(stream)) {
+            error(cudaErrorInvalidResourceHandle, "%s on a stream that is not one", at.c_str());
+        } else {
+            auto invocation = std::make_shared<Invocation<P...>>(Invocation<P...>{kernel, {arguments...}});
+            submit(stream, [invocation, launch = *this] {
+                Grid g;
+                g.name = launch.name, g.grid = launch.grid, g.block = launch.block, g.dynamic = launch.shared;
+                g.enter = invocation->enter, g.arguments = invocation.get();
+                run_grid(g);
+            });
+        }
+    }
+};
+
+EMULATOR_OWN inline dim3 thread_index() { return self->index; }
+EMULATOR_OWN inline dim3 block_index() { return self->block->index; }
+EMULATOR_OWN inline dim3 block_size() { return grid->block; }
+EMULATOR_OWN inline dim3 grid_size() { return grid->grid; }
+
+}  // namespace emulator
+
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define blockDim (::emulator::block_size())
+#define gridDim (::emulator::grid_size())
+constexpr int warpSize = 32;
+
+// ====================================================================================================================
+// 6 · The runtime
+
+#define EMULATOR_CALL(name) \
+    ::emulator::Call call(name); \
+    if (call.fault) return call.fault
+
+inline const char* cudaGetErrorName(cudaError_t e) {
+    switch (e) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInitializationError: return "cudaErrorInitializationError";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidMemcpyDirection: return "cudaErrorInvalidMemcpyDirection";
+    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+    case cudaErrorInvalidDeviceFunction: return "cudaErrorInvalidDeviceFunction";
+    case cudaErrorNoDevice: return "cudaErrorNoDevice";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
+    case cudaErrorNotReady: return "cudaErrorNotReady";
+    case cudaErrorUnknown: return "cudaErrorUnknown";
+    }
+    return "unrecognized error code";
+}
+inline const char* cudaGetErrorString(cudaError_t e) {
+    switch (e) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInitializationError: return "initialization error";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInvalidMemcpyDirection: return "invalid copy direction for memcpy";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidDeviceFunction: return "invalid device function";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+    case cudaErrorNotReady: return "device not ready";
+    case cudaErrorUnknown: return "unknown error";
+    }
+    return "unrecognized error code";
+}
+inline cudaError_t cudaPeekAtLastError() {
+    emulator::Call call("", false);
+    return emulator::last_error;
+}
+inline cudaError_t cudaGetLastError() {
+    emulator::Call call("", false);
+    return std::exchange(emulator::last_error, cudaSuccess);
+}
+
+// The device
+
+inline cudaError_t cudaGetDeviceCount(int* count) {
+    *count = 0;
+    EMULATOR_CALL("cudaGetDeviceCount");
+    *count = emulator::settings.devices;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+    EMULATOR_CALL("cudaSetDevice");
+    return emulator::error(device >= 0 && device < emulator::settings.devices ? cudaSuccess : cudaErrorInvalidDevice);
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    EMULATOR_CALL("cudaGetDevice");
+    return *device = 0, cudaSuccess;
+}
+
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
+    int regsPerBlock, regsPerMultiprocessor, l2CacheSize, memoryBusWidth, maxGridSize[3], maxThreadsDim[3];
+};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+    EMULATOR_CALL("cudaGetDeviceProperties");
+    *p = {"emulated GPU", emulator::settings.memory, emulator::SHARED_DEFAULT, emulator::SHARED_MOST, 228 << 10,
+          9, 0, 4, 32, 1024, 2048, 65536, 65536, 1 << 20, 512, {INT_MAX, 65535, 65535}, {1024, 1024, 64}};
+    return cudaSuccess;
+}
+enum cudaDeviceAttr {
+    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36,
+    cudaDevAttrGlobalMemoryBusWidth = 37, cudaDevAttrL2CacheSize = 38, cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    EMULATOR_CALL("cudaDeviceGetAttribute");
+    switch (attribute) {
+    case cudaDevAttrClockRate: *value = 1000000; break;  // kHz
+    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrMemoryClockRate: *value = 1000000; break;
+    case cudaDevAttrGlobalMemoryBusWidth: *value = 512; break;
+    case cudaDevAttrL2CacheSize: *value = 1 << 20; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)emulator::SHARED_MOST; break;
+    default: return emulator::error(cudaErrorInvalidValue);
+    }
+    return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+    EMULATOR_CALL("cudaRuntimeGetVersion");
+    return *version = 13000, cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    EMULATOR_CALL("cudaDriverGetVersion");
+    return *version = 13000, cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() {
+    EMULATOR_CALL("cudaDeviceSynchronize");
+    return emulator::wait_for_all(), cudaSuccess;
+}
+
+// Memory
+
+inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    EMULATOR_CALL("cudaMemGetInfo");
+    *total = emulator::settings.memory;
+    *free = *total - std::min(*total, emulator::device_used);
+    return cudaSuccess;
+}
+template <class T>
+cudaError_t cudaMalloc(T** p, size_t size) {
+    EMULATOR_CALL("cudaMalloc");
+    *p = nullptr;
+    if (size == 0) return cudaSuccess;
+    if (size > emulator::settings.memory - std::min(emulator::settings.memory, emulator::device_used))
+        return emulator::error(cudaErrorMemoryAllocation);
+    *p = (T*)emulator::allocate(size, true);
+    return emulator::error(*p ? cudaSuccess : cudaErrorMemoryAllocation);
+}
+inline cudaError_t cudaFree(void* p) {
+    EMULATOR_CALL("cudaFree");
+    if (!p) return cudaSuccess;
+    emulator::wait_for_all();
+    if (emulator::release(p, true)) return cudaSuccess;
+    return emulator::error(cudaErrorInvalidValue, "cudaFree of %p, which cudaMalloc did not return", p);
+}
+template <class T>
+cudaError_t cudaMallocHost(T** p, size_t size, unsigned = 0) {
+    EMULATOR_CALL("cudaMallocHost");
+    *p = size ? (T*)emulator::allocate(size, false) : nullptr;
+    return emulator::error(!size || *p ? cudaSuccess : cudaErrorMemoryAllocation);
+}
+template <class T>
+cudaError_t cudaHostAlloc(T** p, size_t size, unsigned flags) { return cudaMallocHost(p, size, flags); }
+inline cudaError_t cudaFreeHost(void* p) {
+    EMULATOR_CALL("cudaFreeHost");
+    if (!p) return cudaSuccess;
+    emulator::wait_for_all();
+    if (emulator::release(p, false)) return cudaSuccess;
+    return emulator::error(cudaErrorInvalidValue, "cudaFreeHost of %p, which cudaMallocHost did not return", p);
+}
+
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+};
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
+    EMULATOR_CALL("cudaMemcpy");
+    emulator::Allocation a;
+    bool to_device = emulator::find(to, a) && a.device, from_device = emulator::find(from, a) && a.device;
+    bool to_pinned = emulator::find(to, a) && !a.device, from_pinned = emulator::find(from, a) && !a.device;
+    const char* names[] = {"HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice", "Default"};
+    if (n && kind != cudaMemcpyDefault && (to_device != (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) ||
+                                      from_device != (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice)))
+        return emulator::error(cudaErrorInvalidValue, "cudaMemcpy%s from %s to %s memory", names[kind],
+                               from_device ? "device" : "host", to_device ? "device" : "host");
+    if ((to_device && !emulator::on_device(to, n)) || (from_device && !emulator::on_device(from, n)))
+        return emulator::error(cudaErrorInvalidValue, "cudaMemcpy of %zu bytes past the end of an allocation", n);
+    if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
+    // Memory that is not pinned is read before the call returns, and is written before it returns.
+    if (from_device || from_pinned) {
+        emulator::submit(stream, [=] { memmove(to, from, n); });
+    } else {
+        auto bytes = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + n);
+        emulator::submit(stream, [=] { memcpy(to, bytes->data(), n); });
+    }
+    if (!to_device && !to_pinned) emulator::wait_for(stream);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
+    cudaError_t e = cudaMemcpyAsync(to, from, n, kind, nullptr);
+    emulator::Call call("", false);
+    if (e == cudaSuccess) emulator::wait_for(nullptr);
+    return e;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t stream = nullptr) {
+    EMULATOR_CALL("cudaMemset");
+    if (!emulator::on_device(to, n))
+        return emulator::error(cudaErrorInvalidValue, "cudaMemset of %zu bytes that are not device memory", n);
+    if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
+    emulator::submit(stream, [=] { memset(to, value, n); });
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t n) { return cudaMemsetAsync(to, value, n, nullptr); }
+
+// Streams and events
+
+enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
+enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
+enum { cudaHostAllocDefault = 0 };
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    EMULATOR_CALL("cudaStreamCreate");
+    *stream = new CUstream_st{.blocking = flags != cudaStreamNonBlocking};
+    emulator::streams.push_back(*stream);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    EMULATOR_CALL("cudaStreamDestroy");
+    if (!stream || !emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
+    emulator::wait_for(stream);
+    std::erase(emulator::streams, stream);
+    delete stream;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    EMULATOR_CALL("cudaStreamSynchronize");
+    if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
+    return emulator::wait_for(stream), cudaSuccess;
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    EMULATOR_CALL("cudaStreamQuery");
+    if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
+    emulator::run_one();  // so that a loop around this ends
+    return (stream ? stream : &emulator::default_stream)->queue.empty() ? cudaSuccess : cudaErrorNotReady;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
+    EMULATOR_CALL("cudaStreamWaitEvent");
+    if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
+    emulator::submit(stream, nullptr, event->state, event->state->recorded);
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+    EMULATOR_CALL("cudaEventCreate");
+    *event = new CUevent_st;
+    (*event)->timing = !(flags & cudaEventDisableTiming);
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    EMULATOR_CALL("cudaEventDestroy");
+    delete event;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr) {
+    EMULATOR_CALL("cudaEventRecord");
+    if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
+    auto state = event->state;
+    uint64_t count = ++state->recorded;
+    emulator::submit(stream, [=] {
+        using namespace std::chrono;
+        state->done = std::max(state->done, count);
+        state->time = duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
+    });
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    EMULATOR_CALL("cudaEventSynchronize");
+    auto state = event->state;
+    uint64_t count = state->recorded;
+    emulator::wait_until([=] { return state->done >= count; });
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    EMULATOR_CALL("cudaEventQuery");
+    emulator::run_one();  // so that a loop around this ends
+    return event->state->done < event->state->recorded ? cudaErrorNotReady : cudaSuccess;
+}
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+    EMULATOR_CALL("cudaEventElapsedTime");
+    if (!begin->timing || !end->timing || !begin->state->recorded || !end->state->recorded)
+        return emulator::error(cudaErrorInvalidResourceHandle);
+    if (begin->state->done < begin->state->recorded || end->state->done < end->state->recorded) return cudaErrorNotReady;
+    *ms = (float)(end->state->time - begin->state->time);
+    return cudaSuccess;
+}
+
+// Kernels
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
+    int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, cacheModeCA, maxDynamicSharedSizeBytes;
+};
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+    EMULATOR_CALL("cudaFuncSetAttribute");
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || value > (int)emulator::SHARED_MOST)
+        return emulator::error(cudaErrorInvalidValue, "cudaFuncSetAttribute: %d bytes of dynamic shared memory; %zu is most",
+                               value, emulator::SHARED_MOST);
+    emulator::dynamic_most[(const void*)kernel] = value;
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel) {
+    EMULATOR_CALL("cudaFuncGetAttributes");
+    auto most = emulator::dynamic_most.find((const void*)kernel);
+    *attributes = {0, 0, 0, 1024, 64, 90, 90, 0, most == emulator::dynamic_most.end() ? 48 << 10 : most->second};
+    return cudaSuccess;
+}
+template <class Kernel>  // says 1, whatever the kernel
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel*, int, size_t) {
+    EMULATOR_CALL("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return *count = 1, cudaSuccess;
+}
+
+// ====================================================================================================================
+// 7 · Device functions
+
+// Barriers
+
+inline void __syncthreads(std::source_location where = std::source_location::current()) {
+    char nothing;
+    emulator::block_collective("__syncthreads", nothing, where, [](auto&) {});
+}
+#define EMULATOR_SYNCTHREADS(name, first, step) \
+    inline int name(int predicate, std::source_location where = std::source_location::current()) { \
+        emulator::block_collective(#name, predicate, where, [](auto& all) { \
+            int result = first; \
+            for (int* p : all) result = step; \
+            for (int* p : all) *p = result; \
+        }); \
+        return predicate; \
+    }
+EMULATOR_SYNCTHREADS(__syncthreads_count, 0, result + (*p != 0))
+EMULATOR_SYNCTHREADS(__syncthreads_and, 1, result && *p)
+EMULATOR_SYNCTHREADS(__syncthreads_or, 0, result || *p)
+
+EMULATOR_OWN inline void __syncwarp(unsigned mask = ~0u, std::source_location where = std::source_location::current()) {
+    emulator::Thread* mine = emulator::self;
+    // A warp that its block does not fill has no more lanes.
+    unsigned rest = mine->block->size - mine->number / 32 * 32;
+    if (rest < 32) mask &= (1u << rest) - 1;
+    emulator::collective("__syncwarp", mask, mine, where, [](emulator::Thread** all[32]) {
+        uint32_t met[32] = {};
+        for (int i = 0; i < 32; i++)
+            for (int j = 0; all[i] && j < 32; j++) met[j] = std::max(met[j], (*all[i])->met[j]);
+        emulator::now++;
+        for (int i = 0; i < 32; i++)
+            if (all[i]) met[i] = emulator::now;
+        for (int i = 0; i < 32; i++)
+            if (all[i]) std::copy(met, met + 32, (*all[i])->met);
+    });
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+inline void __threadfence_system() {}
+
+// Shuffles. What a lane outside of the mask would have given is bytes of 0xff.
+
+namespace emulator {
+template <class T>
+EMULATOR_OWN T shuffle(const char* name, unsigned mask, T value, int from, const std::source_location& where) {
+    struct Arguments { T in, out; int from; } mine = {value, value, from};
+    collective(name, mask, mine, where, [](Arguments* (&all)[WARP]) {
+        for (Arguments* a : all) {
+            if (a && all[a->from]) a->out = all[a->from]->in;
+            else if (a) memset((void*)&a->out, 0xff, sizeof(T));
+        }
+    });
+    return mine.out;
+}
+EMULATOR_OWN inline int lane() { return (int)self->lane(); }
+}  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, std::source_location where = std::source_location::current()) {
+    int base = emulator::lane() & ~(width - 1);
+    return emulator::shuffle("__shfl_sync", mask, value, base | (source & (width - 1)), where);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, std::source_location where = std::source_location::current()) {
+    int lane = emulator::lane(), from = lane ^ bits;
+    return emulator::shuffle("__shfl_xor_sync", mask, value, from > (lane | (width - 1)) ? lane : from, where);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, std::source_location where = std::source_location::current()) {
+    int lane = emulator::lane(), from = lane - (int)delta;
+    return emulator::shuffle("__shfl_up_sync", mask, value, from < (lane & ~(width - 1)) ? lane : from, where);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, std::source_location where = std::source_location::current()) {
+    int lane = emulator::lane(), from = lane + (int)delta;
+    return emulator::shuffle("__shfl_down_sync", mask, value, from > (lane | (width - 1)) ? lane : from, where);
+}
+
+// Votes and reductions: one result for all lanes, by `step` from each lane's a.
+
+namespace emulator {
+template <class T, class Step>
+EMULATOR_OWN T reduce(const char* name, unsigned mask, T value, const std::source_location& where, Step step) {
+    collective(name, mask, value, where, [step](T* (&all)[WARP]) {
+        T* result = nullptr;
+        for (unsigned i = 0; i < WARP; i++)
+            if (all[i]) result ? (void)(*result = step(*result, *all[i])) : (void)(result = all[i]);
+        for (T* a : all)
+            if (a) *a = *result;
+    });
+    return value;
+}
+}  // namespace emulator
+
+#define EMULATOR_REDUCE(T, name, step) \
+    inline T name(unsigned mask, T value, std::source_location where = std::source_location::current()) { \
+        return emulator::reduce(#name, mask, value, where, [](T a, T b) -> T { return step; }); \
+    }
+EMULATOR_REDUCE(int, __reduce_add_sync, (int)((unsigned)a + (unsigned)b))
+EMULATOR_REDUCE(int, __reduce_min_sync, std::min(a, b))
+EMULATOR_REDUCE(int, __reduce_max_sync, std::max(a, b))
+EMULATOR_REDUCE(unsigned, __reduce_add_sync, a + b)
+EMULATOR_REDUCE(unsigned, __reduce_min_sync, std::min(a, b))
+EMULATOR_REDUCE(unsigned, __reduce_max_sync, std::max(a, b))
+EMULATOR_REDUCE(unsigned, __reduce_and_sync, a & b)
+EMULATOR_REDUCE(unsigned, __reduce_or_sync, a | b)
+EMULATOR_REDUCE(unsigned, __reduce_xor_sync, a ^ b)
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, std::source_location where = std::source_location::current()) {
+    unsigned mine = predicate ? 1u << emulator::lane() : 0;
+    return emulator::reduce("__ballot_sync", mask, mine, where, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __any_sync(unsigned mask, int predicate, std::source_location where = std::source_location::current()) {
+    return emulator::reduce("__any_sync", mask, (int)(predicate != 0), where, [](int a, int b) { return a | b; });
+}
+inline int __all_sync(unsigned mask, int predicate, std::source_location where = std::source_location::current()) {
+    return emulator::reduce("__all_sync", mask, (int)(predicate != 0), where, [](int a, int b) { return a & b; });
+}
+
+// Atomics, on integers. There is none that adds floats: its result would depend on the order of threads.
+
+namespace emulator {
+template <class T, class Step>
+EMULATOR_OWN T atomic(T* p, const void* caller, Step step) {
+    check_own(p, sizeof(T), ATOMIC_ADD, caller);
+    T old = *p;
+    *p = step(old);
+    return old;
+}
+}  // namespace emulator
+#define EMULATOR_ATOMIC(name, result) \
+    template <class T> requires std::is_integral_v<T> \
+    __attribute__((noinline)) T name(T* p, std::type_identity_t<T> value) { \
+        return emulator::atomic(p, __builtin_return_address(0), [=]([[maybe_unused]] T old) -> T { return (T)(result); }); \
+    }
+EMULATOR_ATOMIC(atomicAdd, old + value)
+EMULATOR_ATOMIC(atomicSub, old - value)
+EMULATOR_ATOMIC(atomicMin, std::min(old, value))
+EMULATOR_ATOMIC(atomicMax, std::max(old, value))
+EMULATOR_ATOMIC(atomicAnd, old & value)
+EMULATOR_ATOMIC(atomicOr, old | value)
+EMULATOR_ATOMIC(atomicXor, old ^ value)
+EMULATOR_ATOMIC(atomicExch, value)
+EMULATOR_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
+template <class T> requires std::is_integral_v<T>
+__attribute__((noinline)) T atomicCAS(T* p, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
+    return emulator::atomic(p, __builtin_return_address(0), [=](T old) { return old == compare ? value : old; });
+}
+float atomicAdd(float*, float) = delete;
+double atomicAdd(double*, double) = delete;
+
+// Loads, stores, numbers
+
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> T __ldca(const T* p) { return *p; }
+template <class T> void __stcs(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T> void __stcg(T* p, std::type_identity_t<T> value) { *p = value; }
+template <class T> void __stwt(T* p, std::type_identity_t<T> value) { *p = value; }
+
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __popcll(unsigned long long x) { return std::popcount(x); }
+inline int __clz(int x) { return std::countl_zero((unsigned)x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __brev(unsigned x) {
+    unsigned y = 0;
+    for (int i = 0; i < 32; i++) y |= (x >> i & 1) << (31 - i);
+    return y;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
+inline int __mul24(int a, int b) { return a * b; }
+
+using std::max;
+using std::min;
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline float min(float a, float b) { return fminf(a, b); }
+inline unsigned max(int a, unsigned b) { return std::max((unsigned)a, b); }
+inline unsigned min(int a, unsigned b) { return std::min((unsigned)a, b); }
+inline unsigned max(unsigned a, int b) { return std::max(a, (unsigned)b); }
+inline unsigned min(unsigned a, int b) { return std::min(a, (unsigned)b); }
+
+// Some of these names are declared, but not defined, by the C library: hence macros.
+#define __expf(x) expf(x)
+#define __exp2f(x) exp2f(x)
+#define __exp10f(x) exp10f(x)
+#define __logf(x) logf(x)
+#define __log2f(x) log2f(x)
+#define __log10f(x) log10f(x)
+#define __sinf(x) sinf(x)
+#define __cosf(x) cosf(x)
+#define __tanf(x) tanf(x)
+#define __powf(x, y) powf(x, y)
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float __frsqrt_rn(float x) { return 1 / sqrtf(x); }
+inline float __fsqrt_rn(float x) { return sqrtf(x); }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+inline float __saturatef(float x) { return fminf(fmaxf(x, 0), 1); }
+// Never contracted into a fused multiply-add.
+__attribute__((noinline)) inline float __fmul_rn(float x, float y) { return x * y; }
+__attribute__((noinline)) inline float __fadd_rn(float x, float y) { return x + y; }
+__attribute__((noinline)) inline float __fsub_rn(float x, float y) { return x - y; }
+
+inline int __float2int_rn(float x) { return (int)lrintf(x); }
+inline int __float2int_rz(float x) { return (int)x; }
+inline float __int2float_rn(int x) { return (float)x; }
+
+#define __trap() ::emulator::fail(::emulator::self, "__trap() at %s:%d", __FILE__, __LINE__)
+inline long long clock64() {
+    static long long ticks = 0;
+    return ++ticks;
+}
+inline void __nanosleep(unsigned) {}
+inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
+
+// bf16: the upper half of a float. Arithmetic on two of them rounds its result.
+
+struct __nv_bfloat16 {
+    unsigned short __x;
+
+    __nv_bfloat16() = default;
+    __nv_bfloat16(float x) {  // to the nearest, ties to even
+        uint32_t b = std::bit_cast<uint32_t>(x);
+        __x = (unsigned short)(x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16);
+    }
+    __nv_bfloat16(double x) : __nv_bfloat16((float)x) {}
+    __nv_bfloat16(int x) : __nv_bfloat16((float)x) {}
+    operator float() const { return std::bit_cast<float>((uint32_t)__x << 16); }
+};
+using nv_bfloat16 = __nv_bfloat16;
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+using nv_bfloat162 = __nv_bfloat162;
+
+#define EMULATOR_BF16(op) \
+    inline __nv_bfloat16 operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return (float)a op (float)b; } \
+    inline __nv_bfloat162 operator op(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x op b.x, a.y op b.y}; } \
+    inline __nv_bfloat16& operator op##=(__nv_bfloat16& a, __nv_bfloat16 b) { return a = a op b; }
+EMULATOR_BF16(+)
+EMULATOR_BF16(-)
+EMULATOR_BF16(*)
+EMULATOR_BF16(/)
+inline __nv_bfloat16 operator-(__nv_bfloat16 a) { return -(float)a; }
+inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
+inline float __bfloat162float(__nv_bfloat16 x) { return x; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {v.x, v.y}; }
+inline __nv_bfloat162 __float2bfloat162_rn(float x) { return {x, x}; }
+inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
+inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return {x, x}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
+inline float __low2float(__nv_bfloat162 v) { return v.x; }
+inline float __high2float(__nv_bfloat162 v) { return v.y; }
+inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
+inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short x) { return std::bit_cast<__nv_bfloat16>(x); }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.__x; }
+inline __nv_bfloat16 __hadd(__nv_bfloat16 a, __nv_bfloat16 b) { return a + b; }
+inline __nv_bfloat16 __hmul(__nv_bfloat16 a, __nv_bfloat16 b) { return a * b; }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return a + b; }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) { return a * b; }
+
+// ====================================================================================================================
+// 8 · Tensor cores
+
+namespace emulator {
+using float8 __attribute__((vector_size(32))) = float;
+
+inline float low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
+inline float high(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
+
+struct MmaArguments {
+    float* d;
+    const uint32_t *a, *b;
+};
+// A fragment's element of lane 4·g + t: of a, rows g and g+8, columns 2t, 2t+1, 2t+8, 2t+9; of b (a column in each g) the
+// same numbers as rows; of d, rows g and g+8, columns 2t, 2t+1.
+EMULATOR_OWN inline void mma(MmaArguments* all[WARP]) {
+    float a[16][16];        // [column][row]
+    float8 b[16], d[16];    // [row]
+    for (int lane = 0; lane < 32; lane++) {
+        int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; i++) {
+            int row = g + i % 2 * 8, column = 2 * t + i / 2 * 8;
+            a[column][row] = low(all[lane]->a[i]), a[column + 1][row] = high(all[lane]->a[i]);
+            d[g + i / 2 * 8][2 * t + i % 2] = all[lane]->d[i];
+        }
+        for (int i = 0; i < 2; i++)
+            b[2 * t + 8 * i][g] = low(all[lane]->b[i]), b[2 * t + 8 * i + 1][g] = high(all[lane]->b[i]);
+    }
+    for (int row = 0; row < 16; row++) {
+        float8 sum = d[row];
+        for (int k = 0; k < 16; k++) sum += a[k][row] * b[k];
+        d[row] = sum;
+    }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) all[lane]->d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+struct LdmatrixArguments {
+    uint32_t* r;
+    const uint16_t* row;
+};
+template <bool TRANS>
+EMULATOR_OWN void ldmatrix(const char* name, uint32_t (&r)[4], const void* row, const void* caller,
+                           const std::source_location& where) {
+    if (!in_shared(row, 16)) fail(self, "%s at %s: its row is not in shared memory", name, text(where).c_str());
+    if ((uintptr_t)row % 16) fail(self, "misaligned: %s at %s: its row is not at a multiple of 16", name, text(where).c_str());
+    check_own(row, 16, READ, caller);
+    LdmatrixArguments mine = {r, (const uint16_t*)row};
+    collective(name, ~0u, mine, where, [](LdmatrixArguments* all[WARP]) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++) {  // four matrices, their rows' addresses from eight lanes each
+                int g = lane / 4, t = lane % 4 * 2;
+                auto at = [&](int row, int column) { return (uint32_t)all[8 * i + row]->row[column]; };
+                all[lane]->r[i] = TRANS ? at(t, g) | at(t + 1, g) << 16 : at(g, t) | at(g, t + 1) << 16;
+            }
+    });
+}
+
+EMULATOR_OWN inline void land(Thread& t, unsigned groups) {  // of its copies, those of the first groups
+    Unchecked own;
+    std::erase_if(t.copies, [&](const Copy& c) {
+        if (c.group >= groups) return false;
+        if (EMULATOR_CHECKED && c.from) check(c.from, 16, READ, 1, c.pc);
+        if (EMULATOR_CHECKED) check(c.to, 16, WRITE, 1, c.pc);
+        c.from ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+        return true;
+    });
+}
+}  // namespace emulator
+
+// d += a b: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         std::source_location where = std::source_location::current()) {
+    emulator::MmaArguments mine = {d, a, b};
+    emulator::collective("mma_m16n8k16", ~0u, mine, where, emulator::mma);
+}
+
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8·i + j gives the address of matrix i's row j.
+__attribute__((noinline)) inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row,
+                                                  std::source_location where = std::source_location::current()) {
+    emulator::ldmatrix<false>("ldmatrix_x4", r, shared_row, __builtin_return_address(0), where);
+}
+__attribute__((noinline)) inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row,
+                                                        std::source_location where = std::source_location::current()) {
+    emulator::ldmatrix<true>("ldmatrix_x4_trans", r, shared_row, __builtin_return_address(0), where);
+}
+
+// cp.async.cg.shared.global, 16 bytes, zeros where not valid. Until it lands, at its wait, its target holds NaN.
+EMULATOR_OWN __attribute__((noinline)) inline void cp_async_16(void* shared, const void* global, bool valid,
+                                                  std::source_location where = std::source_location::current()) {
+    emulator::Unchecked own;
+    emulator::Thread& t = *emulator::self;
+    std::string at = "";
+    const void* caller = __builtin_return_address(0);
+    const char* wrong = (uintptr_t)shared % 16                       ? "misaligned: its target is not at a multiple of 16"
+                        : !emulator::in_shared(shared, 16)            ? "its target is not in shared memory"
+                        : valid && (uintptr_t)global % 16             ? "misaligned: its source is not at a multiple of 16"
+                        : valid && !emulator::on_device(global, 16)   ? "its source is not in device memory"
+                                                                      : nullptr;
+    if (wrong) emulator::fail(&t, "cp_async_16 at %s: %s", emulator::text(where).c_str(), wrong);
+    emulator::check_own(shared, 16, emulator::WRITE, caller);
+    memset(shared, 0xff, 16);
+    uint32_t pc = EMULATOR_CHECKED ? emulator::place_in_program(caller) : 0;
+    t.copies.push_back({(char*)shared, valid ? (const char*)global : nullptr, t.groups, pc});
+}
+EMULATOR_OWN inline void cp_async_commit() { emulator::self->groups++; }
+template <int N>
+EMULATOR_OWN void cp_async_wait() {  // until at most N groups are on their way
+    unsigned groups = emulator::self->groups;
+    emulator::land(*emulator::self, groups > N ? groups - N : 0);
+}
+
+// ====================================================================================================================
+// 9 · Matrix products
+
+enum class MatmulType { FP32, BF16 };
+enum class Epilogue { NONE, BIAS, GELU_AUX_BIAS, DGELU };
+
+namespace emulator {
+
+struct Matmul {
+    void* D;
+    MatmulType d_type;
+    const void* A;
+    bool transA;
+    const void* B;
+    bool transB;
+    int m, n, k, lda, ldb, ldd;
+    bool accumulate;
+    Epilogue epilogue;
+    const void* bias;
+    void* aux;
+    MatmulType ab_type;
+};
+
+EMULATOR_OWN inline float element(const void* p, MatmulType type, size_t i) {
+    return type == MatmulType::FP32 ? ((const float*)p)[i] : low(((const uint16_t*)p)[i]);
+}
+EMULATOR_OWN inline void set_element(void* p, MatmulType type, size_t i, float x) {
+    if (type == MatmulType::FP32) ((float*)p)[i] = x;
+    else ((__nv_bfloat16*)p)[i] = x;
+}
+
+// Each element is a sum over k in order.
+EMULATOR_OWN inline void run_matmul(const Matmul& p) {
+    constexpr int ROWS = 16, COLUMNS = 4;
+    using floats __attribute__((vector_size(ROWS * 4))) = float;
+    static std::vector<float> a_storage, b_storage;
+    size_t panels = (size_t)(p.m + ROWS - 1) / ROWS, groups = (size_t)(p.n + COLUMNS - 1) / COLUMNS, k = (size_t)p.k;
+    a_storage.assign(panels * ROWS * k + ROWS, 0);
+    b_storage.assign(groups * COLUMNS * k, 0);
+    float* a = (float*)(((uintptr_t)a_storage.data() + ROWS * 4 - 1) / (ROWS * 4) * (ROWS * 4));  // panels of (k, ROWS)
+    float* b = b_storage.data();                                                                  // groups of (k, COLUMNS)
+    for (size_t j = 0; j < k; j++)
+        for (size_t i = 0; i < (size_t)p.m; i++)
+            a[(i / ROWS * k + j) * ROWS + i % ROWS] = element(p.A, p.ab_type, p.transA ? j + i * p.lda : i + j * p.lda);
+    for (size_t j = 0; j < (size_t)p.n; j++)
+        for (size_t i = 0; i < k; i++)
+            b[(j / COLUMNS * k + i) * COLUMNS + j % COLUMNS] = element(p.B, p.ab_type, p.transB ? j + i * p.ldb : i + j * p.ldb);
+
+    const float root = 0.7978845608028654f, cubic = 0.044715f;  // GELU by tanh
+    for (size_t panel = 0; panel < panels; panel++)
+        for (size_t group = 0; group < groups; group++) {
+            const floats* column = (const floats*)(a + panel * k * ROWS);
+            const float* row = b + group * k * COLUMNS;
+            floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
+            for (size_t i = 0; i < k; i++, row += COLUMNS) {
+                floats x = column[i];
+                s0 += x * row[0], s1 += x * row[1], s2 += x * row[2], s3 += x * row[3];
+            }
+            const floats sums[COLUMNS] = {s0, s1, s2, s3};
+            for (size_t j = group * COLUMNS; j < std::min((size_t)p.n, (group + 1) * COLUMNS); j++)
+                for (size_t i = panel * ROWS; i < std::min((size_t)p.m, (panel + 1) * ROWS); i++) {
+                    size_t at = i + j * p.ldd;
+                    float x = sums[j % COLUMNS][i % ROWS];
+                    if (p.accumulate) x += element(p.D, p.d_type, at);
+                    if (p.epilogue == Epilogue::BIAS || p.epilogue == Epilogue::GELU_AUX_BIAS)
+                        x += element(p.bias, p.d_type, i);
+                    if (p.epilogue == Epilogue::GELU_AUX_BIAS) {
+                        set_element(p.aux, p.d_type, at, x);
+                        x = 0.5f * x * (1 + tanhf(root * (x + cubic * x * x * x)));
+                    } else if (p.epilogue == Epilogue::DGELU) {
+                        float y = element(p.aux, p.d_type, at), t = tanhf(root * (y + cubic * y * y * y));
+                        x *= 0.5f * (1 + t) + 0.5f * y * (1 - t * t) * root * (1 + 3 * cubic * y * y);
+                    }
+                    set_element(p.D, p.d_type, at, x);
+                }
+        }
+}
+}  // namespace emulator
+
+// D = op(A) op(B) [+ D], then the epilogue; matrices by columns as for cuBLAS: op(A) (m, k), op(B) (k, n), D (m, n).
+// Sums are fp32; D and aux are rounded to d_type when they are stored, and nothing else is. A and B are of ab_type, bias
+// (m) and aux (m, n; its leading dimension ldd) of d_type. Epilogues:
+//   BIAS           D = product + bias            GELU_AUX_BIAS  aux = product + bias, D = gelu of that before rounding
+//   DGELU          D = product · gelu'(aux)
+inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bool transA, const void* B, bool transB,
+                                   int m, int n, int k, int lda, int ldb, int ldd, bool accumulate, Epilogue epilogue,
+                                   const void* bias, void* aux, cudaStream_t stream, MatmulType ab_type) {
+    EMULATOR_CALL("emulated_matmul");
+    auto size = [](MatmulType type) -> size_t { return type == MatmulType::FP32 ? 4 : 2; };
+    auto extent = [](int rows, int columns, int ld) { return (size_t)ld * (size_t)(columns - 1) + (size_t)rows; };
+    int rows_a = transA ? k : m, columns_a = transA ? m : k, rows_b = transB ? n : k, columns_b = transB ? k : n;
+    if (m <= 0 || n <= 0 || k <= 0 || lda < rows_a || ldb < rows_b || ldd < m)
+        return emulator::error(cudaErrorInvalidValue, "emulated_matmul: wrong sizes: m %d, n %d, k %d, lda %d, ldb %d, ldd %d",
+                               m, n, k, lda, ldb, ldd);
+    bool uses_bias = epilogue == Epilogue::BIAS || epilogue == Epilogue::GELU_AUX_BIAS;
+    bool uses_aux = epilogue == Epilogue::GELU_AUX_BIAS || epilogue == Epilogue::DGELU;
+    const char* outside =
+        !emulator::on_device(A, extent(rows_a, columns_a, lda) * size(ab_type))         ? "A"
+        : !emulator::on_device(B, extent(rows_b, columns_b, ldb) * size(ab_type))       ? "B"
+        : !emulator::on_device(D, extent(m, n, ldd) * size(d_type))                     ? "D"
+        : uses_bias && !emulator::on_device(bias, (size_t)m * size(d_type))             ? "bias"
+        : uses_aux && !emulator::on_device(aux, extent(m, n, ldd) * size(d_type))       ? "aux"
+                                                                                        : nullptr;
+    if (outside) emulator::fail(nullptr, "emulated_matmul: %s is not all in device memory", outside);
+    emulator::Matmul product = {D, d_type, A, transA, B, transB, m, n, k, lda, ldb, ldd, accumulate, epilogue, bias, aux, ab_type};
+    emulator::submit(stream, [=] { emulator::run_matmul(product); });
+    return cudaSuccess;
+}
+
+// ====================================================================================================================
+// 10 · What the compiler calls in the checked build
+//
+// -fsanitize=thread has it call these before each access, and in place of atomic operations.
+
+#if EMULATOR_CHECKED
+namespace emulator {
+EMULATOR_OWN inline void accessed(const void* p, size_t n, Access access, size_t alignment, const void* pc) {
+    if (unchecked) return;
+    if (self) {
+        check(p, n, access, alignment, place_in_program(pc));
+        return;
+    }
+    Allocation a;
+    if (find(p, a) && a.device)
+        fail(nullptr, "the host %s device memory at %s", access_names[access],
+             line_of(place_in_program(pc)).c_str());
+}
+}  // namespace emulator
+
+#define EMULATOR_ACCESS(n) \
+    EMULATOR_OWN void __tsan_read##n(void* p) { emulator::accessed(p, n, emulator::READ, n, __builtin_return_address(0)); } \
+    EMULATOR_OWN void __tsan_write##n(void* p) { emulator::accessed(p, n, emulator::WRITE, n, __builtin_return_address(0)); } \
+    EMULATOR_OWN void __tsan_unaligned_read##n(void* p) { emulator::accessed(p, n, emulator::READ, 1, __builtin_return_address(0)); } \
+    EMULATOR_OWN void __tsan_unaligned_write##n(void* p) { emulator::accessed(p, n, emulator::WRITE, 1, __builtin_return_address(0)); }
+#define EMULATOR_ATOMICS(bits, T) \
+    EMULATOR_OWN T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN void __tsan_atomic##bits##_store(volatile T* p, T x, int) { __atomic_store_n(p, x, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN T __tsan_atomic##bits##_exchange(volatile T* p, T x, int) { return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN T __tsan_atomic##bits##_fetch_add(volatile T* p, T x, int) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN T __tsan_atomic##bits##_fetch_sub(volatile T* p, T x, int) { return __atomic_fetch_sub(p, x, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN T __tsan_atomic##bits##_fetch_and(volatile T* p, T x, int) { return __atomic_fetch_and(p, x, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN T __tsan_atomic##bits##_fetch_or(volatile T* p, T x, int) { return __atomic_fetch_or(p, x, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN T __tsan_atomic##bits##_fetch_xor(volatile T* p, T x, int) { return __atomic_fetch_xor(p, x, __ATOMIC_SEQ_CST); } \
+    EMULATOR_OWN int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* old, T x, int, int) { \
+        return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    } \
+    EMULATOR_OWN int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* old, T x, int, int) { \
+        return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    } \
+    EMULATOR_OWN T __tsan_atomic##bits##_compare_exchange_val(volatile T* p, T old, T x, int, int) { \
+        __atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+        return old; \
+    }
+extern "C" {
+EMULATOR_ACCESS(1)
+EMULATOR_ACCESS(2)
+EMULATOR_ACCESS(4)
+EMULATOR_ACCESS(8)
+EMULATOR_ACCESS(16)
+EMULATOR_OWN void __tsan_read_range(void* p, size_t n) { emulator::accessed(p, n, emulator::READ, 1, __builtin_return_address(0)); }
+EMULATOR_OWN void __tsan_write_range(void* p, size_t n) { emulator::accessed(p, n, emulator::WRITE, 1, __builtin_return_address(0)); }
+EMULATOR_OWN void* __tsan_memcpy(void* to, const void* from, size_t n) {
+    if (n) emulator::accessed(from, n, emulator::READ, 1, __builtin_return_address(0));
+    if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
+    return memcpy(to, from, n);
+}
+EMULATOR_OWN void* __tsan_memmove(void* to, const void* from, size_t n) {
+    if (n) emulator::accessed(from, n, emulator::READ, 1, __builtin_return_address(0));
+    if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
+    return memmove(to, from, n);
+}
+EMULATOR_OWN void* __tsan_memset(void* to, int value, size_t n) {
+    if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
+    return memset(to, value, n);
+}
+EMULATOR_OWN void __tsan_init() {}
+EMULATOR_OWN void __tsan_func_entry(void*) {}
+EMULATOR_OWN void __tsan_func_exit() {}
+EMULATOR_OWN void __tsan_vptr_update(void**, void*) {}
+EMULATOR_OWN void __tsan_vptr_read(void**) {}
+EMULATOR_OWN void __tsan_atomic_thread_fence(int) {}
+EMULATOR_OWN void __tsan_atomic_signal_fence(int) {}
+}  // extern "C"
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wattributes"
+extern "C" {
+EMULATOR_ATOMICS(8, unsigned char)
+EMULATOR_ATOMICS(16, unsigned short)
+EMULATOR_ATOMICS(32, unsigned)
+EMULATOR_ATOMICS(64, unsigned long)
+}
+#pragma GCC diagnostic pop
+#endif
