@@ -15,7 +15,9 @@ Contents
 B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are row-major, in device memory.
 */
 
+#ifndef GPT2_CUDA
 #define GPT2_CUDA
+#endif
 #include "train_gpt2.cpp"
 #ifndef GPT2_EMULATED  // else the emulator stands in their place (dev/emulator)
 #include <cublasLt.h>
