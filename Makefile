@@ -1,6 +1,8 @@
 # make                 train_gpt2 and test_gpt2
 # make run             trains a small model for a minute, on this repository's own text, and lets it write
 # make run TEXT=FILE   the same on your text; several names, and the shell's quotes, as in TEXT="'my novel.txt' b.txt"
+# make gpu             train_gpt2cu and test_gpt2cu, where there is nvcc (its folder: CUDA=/usr/local/cuda)
+# make train_gpt2cu_emulated   the GPU's kernels on a CPU, for tests; it takes no GPU and no CUDA
 # make test            all tests that need no PyTorch; packages for them go into .venv
 # make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-amx        test_gpt2 with Intel's AMX, emulated
@@ -10,7 +12,7 @@
 # make bench-ladder    from three plain loops to the matmul used here, step by step: dev/bench/ladder.md
 # make reference       writes dev/reference anew, with PyTorch
 # make clean           removes what was built; data/, run/ and the environments stay
-# Variables: CXX=clang++, OPENMP= (do without it), ARCH=-march=x86-64-v3 (for other machines than this one)
+# Variables: CXX=clang++, OPENMP= (do without it), CUDA=/usr/local/cuda, ARCH=-march=x86-64-v3 (for other machines than this one)
 
 # Whether a program can be built with some flags; the answer is "yes" or nothing.
 builds = $(shell echo 'int main() {}' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
@@ -42,6 +44,26 @@ test_gpt2_sanitized: test_gpt2.cpp train_gpt2.cpp .flags | found
 test_gpt2_amx: test_gpt2.cpp train_gpt2.cpp dev/test/amx.h .flags | found
 	$(CXX) $(CXXFLAGS) -Wno-psabi -include dev/test/amx.h $< -o $@
 
+# The same program with the model on a GPU. Machine code for A100 and H100 or H200, and PTX for what comes after them.
+NVCC := $(firstword $(wildcard $(CUDA)/bin/nvcc $(addsuffix /nvcc,$(subst :, ,$(PATH))) /usr/local/cuda/bin/nvcc))
+NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
+gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
+	@echo "$(or $(NVCC),no nvcc: train_gpt2cu and test_gpt2cu are left out)"
+train_gpt2cu: train_gpt2.cu train_gpt2.cpp
+	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
+test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
+	$(NVCC) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
+# Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's.
+EMULATED = -std=c++20 -O2 -g1 $(ARCH) -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread -I. -DGPT2_EMULATED \
+           -include dev/emulator/cuda_emulator.h
+EMULATOR = dev/emulator/cuda_emulator.h dev/emulator/translate.py
+train_gpt2cu_emulated: train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
+	python3 dev/emulator/translate.py $< $@.cpp
+	$(CXX) $(EMULATED) $@.cpp -o $@
+test_gpt2cu_emulated: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
+	python3 dev/emulator/translate.py $< $@.cpp
+	$(CXX) $(EMULATED) -DGPT2_CUDA $@.cpp -o $@
+
 found:
 	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"
 # Other flags than at the last call build everything again.
@@ -60,7 +82,7 @@ run: train_gpt2
 	    --out run/demo --overwrite $(SMALL)
 
 # AMX's emulation needs an x86-64 compiler.
-test: all train_gpt2_sanitized test_gpt2_sanitized $(if $(call builds,-include immintrin.h),test_gpt2_amx) .venv/ready
+test: all train_gpt2_sanitized test_gpt2_sanitized test_gpt2cu_emulated $(if $(call builds,-include immintrin.h),test_gpt2_amx) .venv/ready
 	@python3 dev/test/run.py
 test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
@@ -90,9 +112,10 @@ reference: .venv-peers/ready
 install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-binary :all: -r dev/test/$(2) && touch $@
 
 clean:
+	rm -rf train_gpt2cu test_gpt2cu *cu_emulated *cu_emulated.cpp
 	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx dev/bench/ladder .flags
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference
+.PHONY: all gpu found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference
 .PHONY: clean help

@@ -1278,7 +1278,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
 #pragma unroll
             for (int k = 0; k < HELD; k++) load_A<HS>(q_A[k], q_tile, row, k), load_A<HS>(do_A[k], do_tile, row, k);
         }
-#pragma unroll
+#pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
             // s = q kᵀ, dp = do vᵀ
             float s[4][4] = {}, dp[4][4] = {};
@@ -1354,10 +1354,11 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
         copy_tile<HS>(q_tile, q.at(b, h, 0), q.row, i * TILE, TILE, T);
         copy_tile<HS>(q_tile + TILE * HS, dout.at(b, h, 0), dout.row, i * TILE, TILE, T);
     };
-    auto read_statistic = [&](int i) {  // past the end q and do are 0, and with lse = delta = 0 so is all they give
-        const int at = i * TILE + threadIdx.x % TILE;
-        if (i >= tiles || at >= T) return 0.0f;
-        return (int)threadIdx.x < TILE ? lse[rows + at] * LOG2_E : delta[rows + at];
+    // Past the end q and do are 0, and with lse = delta = 0 so is all that they give.
+    const float* statistic = ((int)threadIdx.x < TILE ? lse : delta) + rows + threadIdx.x % TILE;
+    auto read_statistic = [&](int i) {
+        const bool inside = i * TILE + (int)threadIdx.x % TILE < T;
+        return inside ? statistic[i * TILE] * ((int)threadIdx.x < TILE ? LOG2_E : 1.0f) : 0.0f;
     };
     copy_tile<HS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j0, TILE, T);
     copy_tile<HS>(v_tile, v_rows.at(b, h, 0), v_rows.row, j0, TILE, T);
@@ -1379,7 +1380,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
 #pragma unroll
             for (int k = 0; k < HELD; k++) load_A<HS>(k_A[k], k_tile, row, k), load_A<HS>(v_A[k], v_tile, row, k);
         }
-#pragma unroll
+#pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
             // sᵀ = k qᵀ, dpᵀ = v doᵀ
             float s[4][4] = {}, dp[4][4] = {};

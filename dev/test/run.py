@@ -54,7 +54,7 @@ def main():
     peers = "--peers" in sys.argv[1:]
     counts = Counter()
     if not peers:
-        for program in "./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx":
+        for program in "./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2cu_emulated", "./test_gpt2_amx":
             if program == "./test_gpt2_amx" and not os.path.exists(program):
                 print("left out: test_gpt2_amx, which takes an x86-64 compiler")
                 continue
