@@ -2162,6 +2162,7 @@ static void furnish(ModelOf<X>& m) {
         copy(m.gather_tables[l], gathers.data(), gathers.size() * sizeof(Gather), cudaMemcpyHostToDevice);
     }
     CHECK(cudaMallocHost((void**)&m.results_here, sizeof(Results)));
+    CHECK(cudaStreamSynchronize(gpu.stream));  // batches come in on another stream, and not before memory is filled
     if (m.work.B == 0) return;
     m.counts.resize(c.V);
     for (Inputs& inputs : m.inputs) {
