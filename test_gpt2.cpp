@@ -100,7 +100,11 @@ static Worst compare_tensor(const Tensor& t, const float* ours, const float* the
 // model's error is an accident. Over so many models, that of a single normal error, like the loss's, varies by 9 %.
 static void check_rounding(const std::string& path, const Config& c, int B, int T, const std::vector<int>& x,
                            const std::vector<int>& y, const std::vector<float>& parameters, bool verbose) {
+#ifdef GPT2_EMULATED
+    constexpr int NEARBY = 12;  // as many as there is time for
+#else
     constexpr int NEARBY = 64;
+#endif
     constexpr double FACTOR = 1.5;
     std::map<std::string, double> reference;
     FILE* file = fopen(path.c_str(), "r");

@@ -1339,7 +1339,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
     attention_backward_key_tiles_kernel(KeysValues<DKV> dkv, Heads<const bf16> dout, const float* lse,
                                         const float* delta, Heads<const bf16> q, KeysValues<const bf16> kv, int T,
                                         float scale) {
-    constexpr int K = HS / 16, HELD = HS == 64 ? K : 1;  // fragments of k and v that stay in registers
+    constexpr int K = HS / 16, HELD = HS == 64 ? K : 1;  // fragments of k that stay in registers; more would not fit
     extern __shared__ uint4 shared_memory[];
     bf16 *k_tile = (bf16*)shared_memory, *v_tile = k_tile + TILE * HS, *q_tiles = v_tile + TILE * HS;
     float* statistics = (float*)(q_tiles + 4 * TILE * HS);  // (2, 2, TILE): lse and delta
@@ -1366,7 +1366,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
     cp_async_commit();
     statistics[blockIdx.x % 2 * 2 * TILE + threadIdx.x] = read_statistic(blockIdx.x);
 
-    uint32_t k_A[HELD][4], v_A[HELD][4];
+    uint32_t k_A[HELD][4];
     float sums_k[2 * K][4] = {}, sums_v[2 * K][4] = {};
     for (int i = blockIdx.x; i < tiles; i++) {
         if (i + 1 < tiles) copy_queries(i + 1);
@@ -1378,7 +1378,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
         const float *lse2 = statistics + i % 2 * 2 * TILE, *delta_i = lse2 + TILE;
         if (i == (int)blockIdx.x && HELD == K) {
 #pragma unroll
-            for (int k = 0; k < HELD; k++) load_A<HS>(k_A[k], k_tile, row, k), load_A<HS>(v_A[k], v_tile, row, k);
+            for (int k = 0; k < HELD; k++) load_A<HS>(k_A[k], k_tile, row, k);
         }
 #pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
@@ -1386,14 +1386,16 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
             float s[4][4] = {}, dp[4][4] = {};
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                if (HELD < K) load_A<HS>(k_A[0], k_tile, row, k), load_A<HS>(v_A[0], v_tile, row, k);
+                uint32_t v_A[4];
+                load_A<HS>(v_A, v_tile, row, k);
+                if (HELD < K) load_A<HS>(k_A[0], k_tile, row, k);
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     uint32_t q_B[4], do_B[4];
                     load_B_of_columns<HS>(q_B, q_tile, first + 16 * n, k);
                     load_B_of_columns<HS>(do_B, do_tile, first + 16 * n, k);
                     mma_two(s[2 * n], s[2 * n + 1], k_A[HELD < K ? 0 : k], q_B);
-                    mma_two(dp[2 * n], dp[2 * n + 1], v_A[HELD < K ? 0 : k], do_B);
+                    mma_two(dp[2 * n], dp[2 * n + 1], v_A, do_B);
                 }
             }
             // p in s's place, ds = scale p (dp - delta) in dp's
