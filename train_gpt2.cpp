@@ -2282,7 +2282,7 @@ struct Options {
     int precision = device_precision(), seed = 1;
 
     std::string train, val, out;
-    bool resume = false, overwrite = false, keep = false, profile = false;
+    bool resume = false, overwrite = false, keep = false, profile = false, recompute = false;
     int batch = 4, sequence = 0, total_batch = 0, steps = 0;
     double lr = 6e-4, min_lr = -1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, clip = 1;
     int warmup = -1, schedule = COSINE;
@@ -2324,6 +2324,8 @@ static OptionTable option_table(Options& o) {
          "tokens in a sequence [the context, at most 1024]"},
         {"total-batch", "N", &o.total_batch, 1, most, TRAIN, FIXED,
          "tokens in a step, a multiple of batch x sequence, which is the default"},
+        {"recompute", "", &o.recompute, 0, 0, TRAIN | DESCRIBE | BENCH, FIXED,
+         "needs less memory: what is cheap to compute is not kept for backward (on a CPU it never is)"},
         {"steps", "N", &o.steps, 1, most, TRAIN | BENCH, FIXED,
          "updates [one pass over the training tokens; bench: 5]"},
         {"lr", "X", &o.lr, 0, 10, TRAIN, FIXED, "highest learning rate"},
@@ -3925,7 +3927,7 @@ static void train(Options& o, OptionTable& table, const char* program) {
     // 4. Memory, and the first batches, in which tokens may be wrong
     run.loader.shards = split_shards(run.train);
     run.loader.T = T, run.loader.V = run.c.V, run.loader.seed = (uint64_t)o.seed;
-    Workload work = {B, T, true, can_sample(run)};
+    Workload work = {B, T, true, can_sample(run), o.recompute};
     Memory memory = model_memory(run.c, (Precision)o.precision, work);
     size_t loading = loader_bytes(run.loader.shards, T);
     check_memory(memory, loading, "a smaller --batch, --sequence or model needs less");
@@ -4091,7 +4093,7 @@ static void describe(Options& o, OptionTable& table) {
         for (const Config& a : of) printf(" %12s", cell(a).c_str());
         printf("\n");
     };
-    auto memory = [&](const Config& a) { return model_memory(a, precision, {o.batch, o.sequence, true, 0}); };
+    auto memory = [&](const Config& a) { return model_memory(a, precision, {o.batch, o.sequence, true, 0, o.recompute}); };
     auto decoding = [&](const Config& a) { return model_memory(a, precision, {0, 0, false, 1}); };
     for (int a : {SKIP, DEPTH}) printf("%s\n", attention_text(of[a]).c_str());
     printf("\n");
@@ -4161,7 +4163,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
     printf("%-12s %9s %9s %10s %9s %9s %9s\n", "attention", "ms/step", "best", "tokens/s", "GFLOP/s", "of peak", "MiB");
     const double bandwidth = o.profile ? device_bandwidth(true) : 0;
     for (const Config& c : configs) {
-        const Workload work = {B, T, true, 0};
+        const Workload work = {B, T, true, 0, o.recompute};
         peak_resident();
         check_memory(model_memory(c, precision, work), 0, "a smaller --batch, --sequence or model needs less");
         Model* model = model_create(c, precision, work);
