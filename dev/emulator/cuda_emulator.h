@@ -251,7 +251,7 @@ constexpr Where here(const char* file = __builtin_FILE(), unsigned line = __buil
 inline std::string text(const Where& where) { return text("%s:%u", where.file, where.line); }
 
 // Ends the program over a mistake in a kernel, or in the calls around it.
-[[noreturn]] __attribute__((format(printf, 2, 3))) inline void fail(const Thread* thread, const char* format, ...) {
+[[noreturn]] __attribute__((format(printf, 2, 3))) EMULATOR_OWN inline void fail(const Thread* thread, const char* format, ...) {
     unchecked++;
     va_list args;
     va_start(args, format);
@@ -1518,7 +1518,9 @@ inline int __float2int_rn(float x) { return (int)lrintf(x); }
 inline int __float2int_rz(float x) { return (int)x; }
 inline float __int2float_rn(int x) { return (float)x; }
 
-#define __trap() ::emulator::fail(::emulator::self, "__trap() at %s:%d", __FILE__, __LINE__)
+EMULATOR_OWN inline void __trap(emulator::Where where = emulator::here()) {
+    emulator::fail(emulator::self, "__trap() at %s:%u", where.file, where.line);
+}
 inline long long clock64() {
     static long long ticks = 0;
     return ++ticks;
