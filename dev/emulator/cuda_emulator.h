@@ -10,12 +10,13 @@ Use it for your own kernels:
     python3 translate.py mine.cu mine.cpp                     rewrites launches, __shared__ and CUDA's #includes
     g++ -std=c++20 -O2 -g -DGPT2_EMULATED -include cuda_emulator.h mine.cpp -o mine              the plain build
     ... -fsanitize=address,undefined                                                             for bounds
-    g++ -std=c++20 -O1 -g -DGPT2_EMULATED -include cuda_emulator.h -fsanitize=thread -c mine.cpp -o mine.o
+    g++ -std=c++20 -O1 -g -DGPT2_EMULATED -include cuda_emulator.h -fsanitize=thread,alignment -c mine.cpp -o mine.o
     g++ mine.o -o mine                                                                           the checked build
 
-The checked build has the compiler call a function before each access to memory, as ThreadSanitizer would, and this
-header has its own such functions: hence it is linked without -fsanitize=thread.  They know what a barrier of CUDA
-orders, so a race is reported in every run, and where device memory begins and ends. All must be one translation unit.
+The checked build has the compiler call a function before each access to memory, as it does for ThreadSanitizer; but the
+functions are this header's, so it is linked without -fsanitize. ThreadSanitizer itself knows neither what CUDA's
+barriers order nor where device memory ends, and its few records of an access may be gone when a race's second half
+comes; these find a race in every run. All must be one translation unit.
 
 What is caught                                                                      plain      address    checked
     memory used before it was written: it is NaN (bytes 0xff), shared memory anew
@@ -87,7 +88,6 @@ Contents
 #include <map>
 #include <memory>
 #include <mutex>
-#include <source_location>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -112,7 +112,10 @@ Contents
 #else
 #define EMULATOR_ADDRESS 0
 #endif
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_UCONTEXT 1  // threads are switched by the system's means, several times slower
+#endif
+#if EMULATOR_UCONTEXT
 #include <ucontext.h>
 #endif
 // The emulator's own functions, which run in a thread's place, are not the kernel's accesses.
@@ -161,11 +164,21 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+#define EMULATOR_ERRORS(E) \
+    E(cudaSuccess, 0, "no error") \
+    E(cudaErrorInvalidValue, 1, "invalid argument") \
+    E(cudaErrorMemoryAllocation, 2, "out of memory") \
+    E(cudaErrorInvalidConfiguration, 9, "invalid configuration argument") \
+    E(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version") \
+    E(cudaErrorNoDevice, 100, "no CUDA-capable device is detected") \
+    E(cudaErrorInvalidDevice, 101, "invalid device ordinal") \
+    E(cudaErrorInvalidResourceHandle, 400, "invalid resource handle") \
+    E(cudaErrorNotReady, 600, "device not ready") \
+    E(cudaErrorUnknown, 999, "unknown error")
 enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInitializationError = 3,
-    cudaErrorInvalidConfiguration = 9, cudaErrorInvalidMemcpyDirection = 21, cudaErrorInsufficientDriver = 35,
-    cudaErrorInvalidDeviceFunction = 98, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
-    cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorUnknown = 999,
+#define EMULATOR_ERROR(name, code, text) name = code,
+    EMULATOR_ERRORS(EMULATOR_ERROR)
+#undef EMULATOR_ERROR
 };
 using cudaError = cudaError_t;
 
@@ -228,10 +241,17 @@ __attribute__((format(printf, 1, 2))) inline std::string text(const char* format
     va_end(args);
     return s;
 }
-inline std::string text(const std::source_location& where) { return text("%s:%u", where.file_name(), where.line()); }
+
+// A line of the program: as a default argument, here() is the caller's.
+struct Where {
+    const char* file = "";
+    unsigned line = 0;
+};
+constexpr Where here(const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) { return {file, line}; }
+inline std::string text(const Where& where) { return text("%s:%u", where.file, where.line); }
 
 // Ends the program over a mistake in a kernel, or in the calls around it.
-[[noreturn]] __attribute__((format(printf, 2, 3))) inline void fail(const Thread* thread, const char* format, ...) {
+[[noreturn]] __attribute__((format(printf, 2, 3))) EMULATOR_OWN inline void fail(const Thread* thread, const char* format, ...) {
     unchecked++;
     va_list args;
     va_start(args, format);
@@ -339,38 +359,37 @@ inline bool release(void* p, bool device) {  // false: it is no such allocation
 // mma, ...) that others have yet to reach. Which one runs next is left to chance. Whoever is last to reach a collective
 // does its work for all of them.
 
-#if defined(__x86_64__)
 struct Fiber {
+#if EMULATOR_UCONTEXT
+    ucontext_t context;
+#else
     void* stack_pointer = nullptr;
+#endif
     char* stack = nullptr;  // its low end
     size_t size = 0;
     void* fake_stack = nullptr;  // AddressSanitizer's
 };
-// Saves what a function must preserve and the stack pointer, takes the other's, and returns into it.
-__attribute__((naked, noinline, no_sanitize("thread", "address", "undefined")))
-inline void switch_stacks([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
-    asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
-        "movq %rsp, (%rdi); movq %rsi, %rsp\n"
-        "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
+
+#if EMULATOR_UCONTEXT
+inline void prepare(Fiber& fiber, void (*entry)()) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = fiber.size;
+    makecontext(&fiber.context, entry, 0);
 }
+#else
 inline void prepare(Fiber& fiber, void (*entry)()) {
     void** top = (void**)(fiber.stack + fiber.size);  // a multiple of 16
     *--top = nullptr;                                 // in place of a return address
     *--top = (void*)entry;
     fiber.stack_pointer = top - 6;                    // the six registers
 }
-#else
-struct Fiber {
-    ucontext_t context;
-    char* stack = nullptr;
-    size_t size = 0;
-    void* fake_stack = nullptr;
-};
-inline void prepare(Fiber& fiber, void (*entry)()) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = fiber.size;
-    makecontext(&fiber.context, entry, 0);
+// Saves what a function must preserve and the stack pointer, takes the other's, and returns into it.
+__attribute__((naked, noinline, no_sanitize("thread", "address", "undefined")))
+inline void switch_stacks([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
+    asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
+        "movq %rsp, (%rdi); movq %rsi, %rsp\n"
+        "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
 }
 #endif
 
@@ -380,10 +399,10 @@ EMULATOR_OWN inline void switch_fiber(Fiber& from, Fiber& to) {
 #if EMULATOR_ADDRESS
     __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.size);
 #endif
-#if defined(__x86_64__)
-    switch_stacks(&from.stack_pointer, to.stack_pointer);
-#else
+#if EMULATOR_UCONTEXT
     swapcontext(&from.context, &to.context);
+#else
+    switch_stacks(&from.stack_pointer, to.stack_pointer);
 #endif
 #if EMULATOR_ADDRESS
     const void* old;
@@ -395,14 +414,14 @@ EMULATOR_OWN inline void switch_fiber(Fiber& from, Fiber& to) {
 
 // Where a thread waits for others.
 struct Waiting {
-    const char* at = nullptr;  // the collective's name; null: it does not wait
+    const char* at = nullptr;  // the collective: its name, compared as a pointer; null: it does not wait
     unsigned mask = 0;
-    std::source_location where = {};
+    Where where;
     void* arguments = nullptr;
 
     bool same(const Waiting& other) const {
-        return at && other.at && strcmp(at, other.at) == 0 && mask == other.mask && where.line() == other.where.line() &&
-               strcmp(where.file_name(), other.where.file_name()) == 0;
+        return at && at == other.at && mask == other.mask && where.line == other.where.line &&
+               (where.file == other.where.file || strcmp(where.file, other.where.file) == 0);
     }
 };
 
@@ -464,7 +483,7 @@ inline std::vector<Thread*> ready;
 inline std::deque<Block>& blocks = *new std::deque<Block>;  // places for blocks that run interleaved
 inline uint64_t launches = 0;
 
-constexpr size_t PAGE = 16384;  // a multiple of the system's
+constexpr size_t PAGE = 65536;  // a multiple of the system's
 constexpr size_t STACK = EMULATOR_ADDRESS || EMULATOR_CHECKED ? 256 << 10 : 64 << 10;
 constexpr size_t ARENA = 256 << 10;  // a block's shared memory, with gaps
 
@@ -552,25 +571,22 @@ inline void start(Block& b, unsigned number) {
 }
 
 // No thread can go on: says who waits for whom.
-[[noreturn]] inline void stuck() {
-    for (Block& b : blocks)
-        for (unsigned i = 0; b.alive && i < b.size; i++) {
-            Thread& t = b.threads[i];
-            if (!t.waiting.at) continue;
-            bool of_block = t.waiting.mask == 0;
-            unsigned begin = of_block ? 0 : i / WARP * WARP, end = of_block ? b.size : begin + WARP;
-            for (unsigned j = begin; j < end; j++) {
-                Thread& u = b.threads[j];
-                if ((!of_block && !(t.waiting.mask >> (j - begin) & 1)) || t.waiting.same(u.waiting)) continue;
-                std::string other = j >= b.size  ? "that does not exist"
-                                    : !u.alive   ? "that has returned"
-                                                 : text("that waits in %s at ", u.waiting.at) + text(u.waiting.where);
-                if (u.alive && u.waiting.mask != t.waiting.mask && u.waiting.mask) other += text(", mask %08x", u.waiting.mask);
-                std::string mask = of_block ? "" : text(", mask %08x,", t.waiting.mask);
-                fail(&t, "%s at %s%s waits for %s, %s", t.waiting.at, text(t.waiting.where).c_str(), mask.c_str(),
-                     place("thread", unravel(j, grid->block)).c_str(), other.c_str());
-            }
+[[noreturn]] inline void stuck(const Block& b) {
+    auto at = [](const Waiting& w) {
+        return text("%s at ", w.at) + text(w.where) + (w.mask ? text(" with mask %08x", w.mask) : "");
+    };
+    for (unsigned i = 0; i < b.size; i++) {
+        const Thread& t = b.threads[i];
+        bool of_block = t.waiting.mask == 0;
+        unsigned begin = of_block ? 0 : i / WARP * WARP, end = of_block ? b.size : begin + WARP;
+        for (unsigned j = begin; t.waiting.at && j < end; j++) {
+            const Thread& u = b.threads[j];
+            if ((!of_block && !(t.waiting.mask >> (j - begin) & 1)) || t.waiting.same(u.waiting)) continue;
+            std::string other = j >= b.size ? "does not exist" : !u.alive ? "has returned" : "waits in " + at(u.waiting);
+            fail(&t, "%s waits for %s, which %s", at(t.waiting).c_str(),
+                 place("thread", unravel(j, grid->block)).c_str(), other.c_str());
         }
+    }
     fail(nullptr, "kernel %s does not end", grid->name);
 }
 
@@ -600,7 +616,7 @@ EMULATOR_OWN inline void run_grid(Grid& g) {
         if (!t->alive && --t->block->alive == 0 && next < numbers.size()) start(*t->block, numbers[next++]);
     }
     for (Block& b : blocks)
-        if (b.alive) stuck();
+        if (b.alive) stuck(b);
     for (Block& b : blocks) b.dirty = std::max(b.dirty, g.shared_used), protect_shared(b, 0, ARENA, true);
     now++;
     grid = nullptr;
@@ -650,7 +666,7 @@ EMULATOR_OWN inline bool in_shared(const void* p, size_t n) {
 // A warp's collective: returns when every thread that mask names has come to the same one with its own `mine`. The last
 // to come calls complete(all), where all[lane] is that lane's `mine`.
 template <class Arguments, class Complete>
-EMULATOR_OWN void collective(const char* name, unsigned mask, Arguments& mine, const std::source_location& where,
+EMULATOR_OWN void collective(const char* name, unsigned mask, Arguments& mine, const Where& where,
                              Complete complete) {
     Unchecked own;
     Thread& t = *self;
@@ -681,7 +697,7 @@ EMULATOR_OWN void collective(const char* name, unsigned mask, Arguments& mine, c
 
 // A block's: `mine` as above, in all[thread].
 template <class Arguments, class Complete>
-EMULATOR_OWN void block_collective(const char* name, Arguments& mine, const std::source_location& where,
+EMULATOR_OWN void block_collective(const char* name, Arguments& mine, const Where& where,
                                    Complete complete) {
     Unchecked own;
     Thread& t = *self;
@@ -692,7 +708,7 @@ EMULATOR_OWN void block_collective(const char* name, Arguments& mine, const std:
         return;
     }
     for (unsigned i = 0; i < b.size; i++)
-        if (!t.waiting.same(b.threads[i].waiting)) stuck();
+        if (!t.waiting.same(b.threads[i].waiting)) stuck(b);
     std::vector<Arguments*> all(b.size);
     for (unsigned i = 0; i < b.size; i++) all[i] = (Arguments*)b.threads[i].waiting.arguments;
     complete(all);
@@ -741,13 +757,12 @@ EMULATOR_OWN inline bool before(const Record& r, const Thread& t, uint32_t since
 
 [[noreturn]] inline void race(const Thread& t, const void* p, const char* memory, Access access, uint32_t pc,
                               const Record& other, bool other_wrote) {
-    Thread& them = t.block->threads[other.who % THREADS_MOST];
     uint32_t block = (other.who & ~ATOMIC) >> 10;
-    std::string which = block == t.block->number ? "" : place(" of block", unravel(block, grid->grid));
-    fail(&t, "race: %s %s memory at %s, which %s%s %s at %s, with no barrier in between (address %p)",
-         access_names[access], memory, line_of(pc).c_str(), place("thread", unravel(them.number, grid->block)).c_str(),
-         which.c_str(), other.who & ATOMIC ? "changed by an atomic" : other_wrote ? "wrote" : "read",
-         line_of(other.pc).c_str(), p);
+    std::string them = place("thread", unravel(other.who % THREADS_MOST, grid->block));
+    if (block != t.block->number) them += place(" of block", unravel(block, grid->grid));
+    fail(&t, "race: %s %s memory at %s, which %s %s at %s, with no barrier in between (address %p)",
+         access_names[access], memory, line_of(pc).c_str(), them.c_str(),
+         other.who & ATOMIC ? "changed by an atomic" : other_wrote ? "wrote" : "read", line_of(other.pc).c_str(), p);
 }
 
 extern "C" const char __executable_start, _end;  // the linker's
@@ -1003,42 +1018,12 @@ constexpr int warpSize = 32;
     ::emulator::Call call(name); \
     if (call.fault) return call.fault
 
-inline const char* cudaGetErrorName(cudaError_t e) {
-    switch (e) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
-    case cudaErrorInitializationError: return "cudaErrorInitializationError";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidMemcpyDirection: return "cudaErrorInvalidMemcpyDirection";
-    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
-    case cudaErrorInvalidDeviceFunction: return "cudaErrorInvalidDeviceFunction";
-    case cudaErrorNoDevice: return "cudaErrorNoDevice";
-    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
-    case cudaErrorNotReady: return "cudaErrorNotReady";
-    case cudaErrorUnknown: return "cudaErrorUnknown";
-    }
-    return "unrecognized error code";
-}
-inline const char* cudaGetErrorString(cudaError_t e) {
-    switch (e) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInitializationError: return "initialization error";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorInvalidMemcpyDirection: return "invalid copy direction for memcpy";
-    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
-    case cudaErrorInvalidDeviceFunction: return "invalid device function";
-    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
-    case cudaErrorNotReady: return "device not ready";
-    case cudaErrorUnknown: return "unknown error";
-    }
-    return "unrecognized error code";
-}
+#define EMULATOR_ERROR(name, code, text) if (e == name) return #name;
+inline const char* cudaGetErrorName(cudaError_t e) { EMULATOR_ERRORS(EMULATOR_ERROR) return "unrecognized error code"; }
+#undef EMULATOR_ERROR
+#define EMULATOR_ERROR(name, code, text) if (e == name) return text;
+inline const char* cudaGetErrorString(cudaError_t e) { EMULATOR_ERRORS(EMULATOR_ERROR) return "unrecognized error code"; }
+#undef EMULATOR_ERROR
 inline cudaError_t cudaPeekAtLastError() {
     emulator::Call call("", false);
     return emulator::last_error;
@@ -1061,8 +1046,9 @@ inline cudaError_t cudaSetDevice(int device) {
     return emulator::error(device >= 0 && device < emulator::settings.devices ? cudaSuccess : cudaErrorInvalidDevice);
 }
 inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
     EMULATOR_CALL("cudaGetDevice");
-    return *device = 0, cudaSuccess;
+    return cudaSuccess;
 }
 
 struct cudaDeviceProp {
@@ -1072,6 +1058,7 @@ struct cudaDeviceProp {
     int regsPerBlock, regsPerMultiprocessor, l2CacheSize, memoryBusWidth, maxGridSize[3], maxThreadsDim[3];
 };
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+    *p = {};
     EMULATOR_CALL("cudaGetDeviceProperties");
     *p = {"emulated GPU", emulator::settings.memory, emulator::SHARED_DEFAULT, emulator::SHARED_MOST, 228 << 10,
           9, 0, 4, 32, 1024, 2048, 65536, 65536, 1 << 20, 512, {INT_MAX, 65535, 65535}, {1024, 1024, 64}};
@@ -1083,6 +1070,7 @@ enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = 0;
     EMULATOR_CALL("cudaDeviceGetAttribute");
     switch (attribute) {
     case cudaDevAttrClockRate: *value = 1000000; break;  // kHz
@@ -1098,12 +1086,14 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     return cudaSuccess;
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = 13000;
     EMULATOR_CALL("cudaRuntimeGetVersion");
-    return *version = 13000, cudaSuccess;
+    return cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
+    *version = 13000;
     EMULATOR_CALL("cudaDriverGetVersion");
-    return *version = 13000, cudaSuccess;
+    return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() {
     EMULATOR_CALL("cudaDeviceSynchronize");
@@ -1113,6 +1103,7 @@ inline cudaError_t cudaDeviceSynchronize() {
 // Memory
 
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    *free = *total = 0;
     EMULATOR_CALL("cudaMemGetInfo");
     *total = emulator::settings.memory;
     *free = *total - std::min(*total, emulator::device_used);
@@ -1120,8 +1111,8 @@ inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 template <class T>
 cudaError_t cudaMalloc(T** p, size_t size) {
-    EMULATOR_CALL("cudaMalloc");
     *p = nullptr;
+    EMULATOR_CALL("cudaMalloc");
     if (size == 0) return cudaSuccess;
     if (size > emulator::settings.memory - std::min(emulator::settings.memory, emulator::device_used))
         return emulator::error(cudaErrorMemoryAllocation);
@@ -1137,8 +1128,9 @@ inline cudaError_t cudaFree(void* p) {
 }
 template <class T>
 cudaError_t cudaMallocHost(T** p, size_t size, unsigned = 0) {
+    *p = nullptr;
     EMULATOR_CALL("cudaMallocHost");
-    *p = size ? (T*)emulator::allocate(size, false) : nullptr;
+    if (size) *p = (T*)emulator::allocate(size, false);
     return emulator::error(!size || *p ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 template <class T>
@@ -1200,6 +1192,7 @@ enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming =
 enum { cudaHostAllocDefault = 0 };
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    *stream = nullptr;
     EMULATOR_CALL("cudaStreamCreate");
     *stream = new CUstream_st{.blocking = flags != cudaStreamNonBlocking};
     emulator::streams.push_back(*stream);
@@ -1232,6 +1225,7 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+    *event = nullptr;
     EMULATOR_CALL("cudaEventCreate");
     *event = new CUevent_st;
     (*event)->timing = !(flags & cudaEventDisableTiming);
@@ -1268,6 +1262,7 @@ inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     return event->state->done < event->state->recorded ? cudaErrorNotReady : cudaSuccess;
 }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+    *ms = 0;
     EMULATOR_CALL("cudaEventElapsedTime");
     if (!begin->timing || !end->timing || !begin->state->recorded || !end->state->recorded)
         return emulator::error(cudaErrorInvalidResourceHandle);
@@ -1302,8 +1297,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel
 }
 template <class Kernel>  // says 1, whatever the kernel
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel*, int, size_t) {
+    *count = 1;
     EMULATOR_CALL("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    return *count = 1, cudaSuccess;
+    return cudaSuccess;
 }
 
 // ====================================================================================================================
@@ -1311,12 +1307,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel*, i
 
 // Barriers
 
-inline void __syncthreads(std::source_location where = std::source_location::current()) {
+inline void __syncthreads(emulator::Where where = emulator::here()) {
     char nothing;
     emulator::block_collective("__syncthreads", nothing, where, [](auto&) {});
 }
 #define EMULATOR_SYNCTHREADS(name, first, step) \
-    inline int name(int predicate, std::source_location where = std::source_location::current()) { \
+    inline int name(int predicate, emulator::Where where = emulator::here()) { \
         emulator::block_collective(#name, predicate, where, [](auto& all) { \
             int result = first; \
             for (int* p : all) result = step; \
@@ -1328,7 +1324,7 @@ EMULATOR_SYNCTHREADS(__syncthreads_count, 0, result + (*p != 0))
 EMULATOR_SYNCTHREADS(__syncthreads_and, 1, result && *p)
 EMULATOR_SYNCTHREADS(__syncthreads_or, 0, result || *p)
 
-EMULATOR_OWN inline void __syncwarp(unsigned mask = ~0u, std::source_location where = std::source_location::current()) {
+EMULATOR_OWN inline void __syncwarp(unsigned mask = ~0u, emulator::Where where = emulator::here()) {
     emulator::Thread* mine = emulator::self;
     // A warp that its block does not fill has no more lanes.
     unsigned rest = mine->block->size - mine->number / 32 * 32;
@@ -1352,7 +1348,7 @@ inline void __threadfence_system() {}
 
 namespace emulator {
 template <class T>
-EMULATOR_OWN T shuffle(const char* name, unsigned mask, T value, int from, const std::source_location& where) {
+EMULATOR_OWN T shuffle(const char* name, unsigned mask, T value, int from, const Where& where) {
     struct Arguments { T in, out; int from; } mine = {value, value, from};
     collective(name, mask, mine, where, [](Arguments* (&all)[WARP]) {
         for (Arguments* a : all) {
@@ -1366,22 +1362,22 @@ EMULATOR_OWN inline int lane() { return (int)self->lane(); }
 }  // namespace emulator
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, std::source_location where = std::source_location::current()) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, emulator::Where where = emulator::here()) {
     int base = emulator::lane() & ~(width - 1);
     return emulator::shuffle("__shfl_sync", mask, value, base | (source & (width - 1)), where);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, std::source_location where = std::source_location::current()) {
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, emulator::Where where = emulator::here()) {
     int lane = emulator::lane(), from = lane ^ bits;
     return emulator::shuffle("__shfl_xor_sync", mask, value, from > (lane | (width - 1)) ? lane : from, where);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, std::source_location where = std::source_location::current()) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, emulator::Where where = emulator::here()) {
     int lane = emulator::lane(), from = lane - (int)delta;
     return emulator::shuffle("__shfl_up_sync", mask, value, from < (lane & ~(width - 1)) ? lane : from, where);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, std::source_location where = std::source_location::current()) {
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, emulator::Where where = emulator::here()) {
     int lane = emulator::lane(), from = lane + (int)delta;
     return emulator::shuffle("__shfl_down_sync", mask, value, from > (lane | (width - 1)) ? lane : from, where);
 }
@@ -1390,7 +1386,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, std::
 
 namespace emulator {
 template <class T, class Step>
-EMULATOR_OWN T reduce(const char* name, unsigned mask, T value, const std::source_location& where, Step step) {
+EMULATOR_OWN T reduce(const char* name, unsigned mask, T value, const Where& where, Step step) {
     collective(name, mask, value, where, [step](T* (&all)[WARP]) {
         T* result = nullptr;
         for (unsigned i = 0; i < WARP; i++)
@@ -1403,7 +1399,7 @@ EMULATOR_OWN T reduce(const char* name, unsigned mask, T value, const std::sourc
 }  // namespace emulator
 
 #define EMULATOR_REDUCE(T, name, step) \
-    inline T name(unsigned mask, T value, std::source_location where = std::source_location::current()) { \
+    inline T name(unsigned mask, T value, emulator::Where where = emulator::here()) { \
         return emulator::reduce(#name, mask, value, where, [](T a, T b) -> T { return step; }); \
     }
 EMULATOR_REDUCE(int, __reduce_add_sync, (int)((unsigned)a + (unsigned)b))
@@ -1416,14 +1412,14 @@ EMULATOR_REDUCE(unsigned, __reduce_and_sync, a & b)
 EMULATOR_REDUCE(unsigned, __reduce_or_sync, a | b)
 EMULATOR_REDUCE(unsigned, __reduce_xor_sync, a ^ b)
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, std::source_location where = std::source_location::current()) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Where where = emulator::here()) {
     unsigned mine = predicate ? 1u << emulator::lane() : 0;
     return emulator::reduce("__ballot_sync", mask, mine, where, [](unsigned a, unsigned b) { return a | b; });
 }
-inline int __any_sync(unsigned mask, int predicate, std::source_location where = std::source_location::current()) {
+inline int __any_sync(unsigned mask, int predicate, emulator::Where where = emulator::here()) {
     return emulator::reduce("__any_sync", mask, (int)(predicate != 0), where, [](int a, int b) { return a | b; });
 }
-inline int __all_sync(unsigned mask, int predicate, std::source_location where = std::source_location::current()) {
+inline int __all_sync(unsigned mask, int predicate, emulator::Where where = emulator::here()) {
     return emulator::reduce("__all_sync", mask, (int)(predicate != 0), where, [](int a, int b) { return a & b; });
 }
 
@@ -1522,7 +1518,9 @@ inline int __float2int_rn(float x) { return (int)lrintf(x); }
 inline int __float2int_rz(float x) { return (int)x; }
 inline float __int2float_rn(int x) { return (float)x; }
 
-#define __trap() ::emulator::fail(::emulator::self, "__trap() at %s:%d", __FILE__, __LINE__)
+EMULATOR_OWN inline void __trap(emulator::Where where = emulator::here()) {
+    emulator::fail(emulator::self, "__trap() at %s:%u", where.file, where.line);
+}
 inline long long clock64() {
     static long long ticks = 0;
     return ++ticks;
@@ -1622,7 +1620,8 @@ struct LdmatrixArguments {
 };
 template <bool TRANS>
 EMULATOR_OWN void ldmatrix(const char* name, uint32_t (&r)[4], const void* row, const void* caller,
-                           const std::source_location& where) {
+                           const Where& where) {
+    Unchecked own;
     if (!in_shared(row, 16)) fail(self, "%s at %s: its row is not in shared memory", name, text(where).c_str());
     if ((uintptr_t)row % 16) fail(self, "misaligned: %s at %s: its row is not at a multiple of 16", name, text(where).c_str());
     check_own(row, 16, READ, caller);
@@ -1651,24 +1650,24 @@ EMULATOR_OWN inline void land(Thread& t, unsigned groups) {  // of its copies, t
 
 // d += a b: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                         std::source_location where = std::source_location::current()) {
+                         emulator::Where where = emulator::here()) {
     emulator::MmaArguments mine = {d, a, b};
     emulator::collective("mma_m16n8k16", ~0u, mine, where, emulator::mma);
 }
 
 // ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8·i + j gives the address of matrix i's row j.
 __attribute__((noinline)) inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row,
-                                                  std::source_location where = std::source_location::current()) {
+                                                  emulator::Where where = emulator::here()) {
     emulator::ldmatrix<false>("ldmatrix_x4", r, shared_row, __builtin_return_address(0), where);
 }
 __attribute__((noinline)) inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row,
-                                                        std::source_location where = std::source_location::current()) {
+                                                        emulator::Where where = emulator::here()) {
     emulator::ldmatrix<true>("ldmatrix_x4_trans", r, shared_row, __builtin_return_address(0), where);
 }
 
 // cp.async.cg.shared.global, 16 bytes, zeros where not valid. Until it lands, at its wait, its target holds NaN.
 EMULATOR_OWN __attribute__((noinline)) inline void cp_async_16(void* shared, const void* global, bool valid,
-                                                  std::source_location where = std::source_location::current()) {
+                                                  emulator::Where where = emulator::here()) {
     emulator::Unchecked own;
     emulator::Thread& t = *emulator::self;
     std::string at = "";
@@ -1865,6 +1864,20 @@ EMULATOR_OWN void* __tsan_memmove(void* to, const void* from, size_t n) {
 EMULATOR_OWN void* __tsan_memset(void* to, int value, size_t n) {
     if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
     return memset(to, value, n);
+}
+// -fsanitize=alignment: before an access whose address does not suit its type.
+struct EmulatorMismatch {
+    const char* file;
+    uint32_t line, column;
+    const void* type;
+    unsigned char log_alignment, kind;
+};
+EMULATOR_OWN void __ubsan_handle_type_mismatch_v1(EmulatorMismatch* at, void* p) {
+    emulator::fail(emulator::self, "misaligned: %p at %s:%u is not at a multiple of %d", p, at->file, at->line,
+                   1 << at->log_alignment);
+}
+EMULATOR_OWN void __ubsan_handle_type_mismatch_v1_abort(EmulatorMismatch* at, void* p) {
+    __ubsan_handle_type_mismatch_v1(at, p);
 }
 EMULATOR_OWN void __tsan_init() {}
 EMULATOR_OWN void __tsan_func_entry(void*) {}

@@ -61,14 +61,14 @@ def kernel_before(code, end):
     """Where the kernel's name, with its template's arguments, begins that ends at `end`."""
     at = len(code[:end].rstrip())
     if code[at - 1] == ">":
-        depth = 0
-        while True:
+        angles = brackets = 0
+        while at == len(code[:end].rstrip()) or angles or brackets:
             at -= 1
             if at < 0:
                 raise Wrong(f"line {code.count(chr(10), 0, end) + 1}: no kernel in front of <<<")
-            depth += {">": 1, "<": -1}.get(code[at], 0)
-            if depth == 0:
-                break
+            brackets += (code[at] in ")]}") - (code[at] in "([{")
+            if not brackets:
+                angles += {">": 1, "<": -1}.get(code[at], 0)
     name = re.search(r"(?:::\s*)?\b[A-Za-z_]\w*(?:\s*::\s*[A-Za-z_]\w*)*\s*$", code[:at])
     if not name:
         raise Wrong(f"line {code.count(chr(10), 0, end) + 1}: no kernel in front of <<<")
