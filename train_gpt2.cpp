@@ -349,7 +349,7 @@ static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r, in plain arithmetic that compilers
 // vectorise. Relative error below 2^-23 for -87 ≤ x ≤ 88; 0 below, the value at 88 above; NaN stays NaN.
 static inline float exp_approx(float x) {
-    float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float clamped = x > 88.0f ? 88.0f : x;
     float shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
     float n = shifted - 0x1.8p23f;
     float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, so that n·ln 2 loses nothing
@@ -1082,7 +1082,7 @@ struct HeadScratch {
         for (float** tile : {&s, &ds}) take(*tile, KEYS<X> * NR);
         take(p, KEYS<X> * NR);
         for (auto* packed : {&p_rows, &p_panels}) take(*packed, KEYS<X> * NR);
-        for (float** sum : {&oT, &dqT}) take(*sum, rows_HS * NR);
+        for (float** sum : {&oT, &dqT}) take(*sum, std::max(rows_HS, round_up(HS, LANES)) * NR);
         for (float** sum : {&dk_sum, &dv_sum}) take(*sum, rows_T * columns_HS);
     }
 };
@@ -1118,6 +1118,19 @@ static void add_over_queries(float* sum, HeadScratch<X>& h, const Cell<X>* a_row
                         steps<X>(n), true);
 }
 
+// out (n, HS) = tileᵀ, from tile (HS, NR), whose room ends with a multiple of LANES rows at the least
+template <class X>
+static void transpose_tile(Rows<X> out, const float* tile, size_t n, size_t HS) {
+    for (size_t d0 = 0; d0 < HS; d0 += LANES)
+        for (size_t i0 = 0; i0 < n; i0 += LANES) {
+            vec block[LANES];
+            for (size_t d = 0; d < LANES; d++) block[d] = load(tile + (d0 + d) * NR + i0);
+            transpose(block);
+            for (size_t i = 0; i < std::min<size_t>(n - i0, LANES); i++)
+                std::copy_n((const float*)&block[i], std::min<size_t>(HS - d0, LANES), out[i0 + i] + d0);
+        }
+}
+
 // o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
 template <class X>
 static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
@@ -1130,7 +1143,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
 
     for (size_t i0 = 0; i0 < queries; i0 += NR) {
         size_t n = std::min<size_t>(queries - i0, NR), visible = before + i0 + n;
-        float max[NR], sum[NR];
+        float max[NR], sum[NR], rescale[NR];
         std::fill_n(max, NR, -INFINITY);
         std::fill_n(sum, NR, 0.0f);
         std::fill_n(h.oT, round_up(HS, MR<X>) * NR, 0.0f);
@@ -1138,10 +1151,15 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
         for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
             size_t keys = std::min(visible - j0, KEYS<X>);
             scores_tile(h, keys, j0, before + i0, HS);
-            float new_max[NR], rescale[NR];
-            std::copy_n(max, NR, new_max);
-            for (size_t r = 0; r < keys; r++)
-                for (int lane = 0; lane < NR; lane++) new_max[lane] = std::max(new_max[lane], h.s[r * NR + lane]);
+            float new_max[NR];
+            for (int lane = 0; lane < NR; lane += LANES) {  // as vectors, which few compilers make of a maximum
+                vec most = load(max + lane);
+                for (size_t r = 0; r < keys; r++) {
+                    vec s = load(h.s + r * NR + lane);
+                    most = s > most ? s : most;
+                }
+                store(new_max + lane, most);
+            }
             for (int lane = 0; lane < NR; lane++) rescale[lane] = exp_approx(scale * (max[lane] - new_max[lane]));
             for (int lane = 0; lane < NR; lane++) sum[lane] *= rescale[lane];
             for (size_t r = 0; r < keys; r++)
@@ -1155,10 +1173,11 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
             add_over_keys(h.oT, h, h.vT_panels, keys, j0, T, HS);
             std::copy_n(new_max, NR, max);
         }
-        for (size_t i = 0; i < n; i++) {
-            for (size_t d = 0; d < HS; d++) o[i0 + i][d] = h.oT[d * NR + i] / sum[i];
-            if (lse) lse[i0 + i] = scale * max[i] + logf(sum[i]);
-        }
+        for (int lane = 0; lane < NR; lane++) rescale[lane] = 1 / sum[lane];
+        for (size_t d = 0; d < HS; d++)
+            for (int lane = 0; lane < NR; lane++) h.oT[d * NR + lane] *= rescale[lane];
+        transpose_tile(Rows<X>{o[i0], o.stride}, h.oT, n, HS);
+        for (size_t i = 0; lse && i < n; i++) lse[i0 + i] = scale * max[i] + logf(sum[i]);
     }
 }
 
@@ -1210,8 +1229,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
             add_over_queries(h.dk_sum, h, h.q_rows, keys, j0, n, HS);
             add_over_keys(h.dqT, h, h.kT_panels, keys, j0, T, HS);
         }
-        for (size_t i = 0; i < n; i++)
-            for (size_t d = 0; d < HS; d++) dq[i0 + i][d] = h.dqT[d * NR + i];
+        transpose_tile(Rows<X>{dq[i0], dq.stride}, h.dqT, n, HS);
     }
     for (size_t t = 0; t < T; t++) {
         std::copy_n(h.dk_sum + t * columns, HS, dk[t]);
