@@ -697,7 +697,8 @@ static inline void microkernel(float* c, size_t ldc, const Cell* a, const Cell* 
 // sum += the products of a register of a and one of b, lane by lane; of bf16 a lane has two.
 template <class X>
 static inline void add_products(vec& sum, const X* a, const X* b) {
-    vec x = load((const float*)a), y = load((const float*)b);
+    vec x, y;
+    memcpy(&x, a, sizeof x), memcpy(&y, b, sizeof y);
     if constexpr (std::is_same_v<X, float>) {
         sum += x * y;
     } else {
@@ -2358,7 +2359,8 @@ static OptionTable option_table(Options& o) {
         {"prompt", "TEXT", &o.prompt, 0, 0, GENERATE, FORGOTTEN,
          "text to go on from [an end-of-text token, or a newline where there is none]"},
         {"prompt-tokens", "LIST", &o.prompt_tokens, 0, 0, GENERATE, FORGOTTEN, "the same as numbers, like 1,2,3"},
-        {"tokens", "N", &o.tokens, 0, most, GENERATE, FORGOTTEN, "how many to add, unless end-of-text comes first"},
+        {"tokens", "N", &o.tokens, 0, most, GENERATE | BENCH, FORGOTTEN,
+         "how many to add, unless end-of-text comes first [200; bench: 1/16 of the context; 0 there: only training]"},
         {"temperature", "X", &o.temperature, 0, 100, GENERATE, FORGOTTEN, "0: always the likeliest token"},
         {"top-k", "N", &o.top_k, 0, 65536, GENERATE, FORGOTTEN, "choose among the k likeliest tokens; 0: all"},
         {"top-p", "X", &o.top_p, 0, 1, GENERATE, FORGOTTEN, "... among the likeliest that together have probability p"},
@@ -4206,10 +4208,9 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
 
 // A prompt that all but fills the context, then one token at a time. Each of these reads the weights that it uses once,
 // and all of the cache, so reading memory is the limit.
-static void bench_decoding(const Options& o, const std::vector<Config>& configs) {
+static void bench_decoding(const Options& o, const std::vector<Config>& configs, int n) {
     const Precision precision = (Precision)o.precision;
-    const int maxT = configs[0].maxT, n = std::max(1, maxT / 16), prompt = maxT - n;
-    if (prompt < 1) return;
+    const int maxT = configs[0].maxT, prompt = maxT - n;
     Random r = random_stream((uint64_t)o.seed, SAMPLES);
     std::vector<int> tokens((size_t)maxT);
     for (int& t : tokens) t = (int)r.below((uint64_t)configs[0].V);
@@ -4256,8 +4257,10 @@ static void bench(Options& o, OptionTable& table) {
     for (int a : {VANILLA, SKIP, DEPTH})
         if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, nullptr));
     printf("%s\n%s, %s\n", config_text(shape).c_str(), precision_names[o.precision], device_name().c_str());
+    int tokens = is_given(table, "tokens") ? o.tokens : shape.maxT / 16;
+    if (tokens >= shape.maxT) die("--tokens %d leave no room for a prompt in a context of %d", tokens, shape.maxT);
     bench_training(o, configs);
-    bench_decoding(o, configs);
+    if (tokens > 0) bench_decoding(o, configs, tokens);
 }
 
 // --------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ def test_rates_of_bench_fit_its_time(program, parse_bench):
     assert row["GFLOP/s"] == pytest.approx(flops * row["tokens/s"] * 1e-9, rel=0.01, abs=0.1)
 
 
+def test_bench_can_leave_generating_out(program):
+    assert "generating: a prompt of 30 tokens, then 2 " in program.run("bench", *TINY)
+    assert "generating" not in program.run("bench", *TINY, "--tokens", 0)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_parts_of_the_profile_add_up_to_the_step(program, parse_bench, attention):
     row, = parse_bench(program.run("bench", *LONGER, "--attention", attention, "--profile"))
