@@ -560,43 +560,55 @@ static inline vec cells_across_k(Operand<X> a, size_t K, size_t k, size_t n) {
     return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
-// Packs one panel, `width` being MR or NR: panel[step][i] from a(i, k) for k < K and i < n; cells past these are 0.
+// Packs n rows of A, or columns of B, into panels of `width`, MR or NR, that follow each other:
+// panels[i / width][step][i % width] from a(i, k), k < K; cells past n or K are 0.
 template <int width, class X>
-static void pack(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
-    constexpr size_t PER = K_PER_STEP<X>;
-    size_t S = steps<X>(K);
-    for (size_t i0 = 0; i0 < width; i0 += LANES) {
-        size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0;
-        // Where a panel is narrower than a vector, a store runs into the next step, which is yet to be written; the
-        // last step has no next.
-        auto put = [&](size_t step, vec cells) {
-            float* out = (float*)(panel + step * width + i0);
-            if (i0 + LANES <= width || step + 1 < S) store(out, cells);
-            else memcpy(out, &cells, (width - i0) * sizeof(float));
-        };
-        if (a.along_k) {
-            for (size_t step = 0; step < S; step += LANES) {
-                vec block[LANES] = {};
-                for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER), K - step * PER);
-                transpose(block);
-                for (size_t j = 0; j < std::min<size_t>(LANES, S - step); j++) put(step + j, block[j]);
-            }
-        } else {
-            for (size_t step = 0; step < S; step++)
-                put(step, cells_across_k(a.at(i0, step * PER), K, step * PER, rows));
-        }
+static void pack(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
+    constexpr size_t PER = K_PER_STEP<X>, AHEAD = 8 * PER;  // steps whose rows of memory are fetched in time
+    const size_t S = steps<X>(K);
+    auto lanes = [&](size_t i) { return i < n ? std::min<size_t>(n - i, LANES) : 0; };
+    // Where a panel is narrower than a vector, a store runs into the next step, which is yet to be written; the last
+    // step has no next.
+    auto put = [&](size_t panel, size_t i, size_t step, vec cells) {
+        float* out = (float*)(panels + panel * S + step * width + i);
+        if (i + LANES <= width || step + 1 < S) store(out, cells);
+        else memcpy(out, &cells, (width - i) * sizeof(float));
+    };
+    if (a.along_k) {
+        for (size_t panel = 0; panel < n; panel += width)
+            for (size_t i0 = 0; i0 < width; i0 += LANES)
+                for (size_t step = 0; step < S; step += LANES) {
+                    vec block[LANES];
+                    const size_t rows = lanes(panel + i0), left = K - step * PER;
+#pragma GCC unroll 16
+                    for (size_t i = 0; i < LANES; i++)
+                        block[i] = i < rows ? cells_along_k(a.at(panel + i0 + i, step * PER), left) : vec{};
+                    transpose(block);
+#pragma GCC unroll 16
+                    for (size_t j = 0; j < LANES; j++)
+                        if (j < S - step) put(panel, i0, step + j, block[j]);
+                }
+    } else {  // all panels at once, since their rows lie side by side
+        for (size_t step = 0; step < S; step++)
+            for (size_t panel = 0; panel < n; panel += width)
+                for (size_t i = 0; i < width; i += LANES) {
+                    Operand<X> from = a.at(panel + i, step * PER);
+                    for (size_t k = 0; k < PER; k++) __builtin_prefetch(from.at(0, AHEAD + k).data);
+                    put(panel, i, step, cells_across_k(from, K, step * PER, lanes(panel + i)));
+                }
     }
 }
 
-// An A panel. AMX takes a row's 16 pairs together, so there it lies [step/16][MR][16], which spares the transposition
-// where k is contiguous.
+// The same for rows of A. AMX takes a row's 16 pairs together, so there a panel is [step/16][MR][16], which spares the
+// transposition where k is contiguous.
 template <class X>
-static void pack_A(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
-    if constexpr (!AMX<X>) return pack<MR<X>>(panel, a, n, K);
+static void pack_A(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
+    if constexpr (!AMX<X>) return pack<MR<X>>(panels, a, n, K);
     constexpr size_t PER = K_PER_STEP<X>;
-    for (size_t step = 0; step < steps<X>(K); step += LANES)
-        for (size_t i0 = 0; i0 < MR<X>; i0 += LANES) {
-            size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0;
+    const size_t S = steps<X>(K);
+    for (size_t i0 = 0; i0 < round_up(n, MR<X>); i0 += LANES)
+        for (size_t step = 0; step < S; step += LANES) {
+            size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0, panel = i0 / MR<X> * MR<X>;
             vec block[LANES] = {};
             if (a.along_k) {
                 for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER), K - step * PER);
@@ -605,14 +617,9 @@ static void pack_A(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
                     block[j] = cells_across_k(a.at(i0, (step + j) * PER), K, (step + j) * PER, rows);
                 transpose(block);
             }
-            for (vec& row : block) store((float*)(panel + step * MR<X> + (i0 + (&row - block)) * LANES), row);
+            float* out = (float*)(panels + panel * S + step * MR<X> + (i0 - panel) * LANES);
+            for (int i = 0; i < LANES; i++) store(out + i * LANES, block[i]);
         }
-}
-
-// One A panel after the other, for n rows
-template <class X>
-static void pack_panels(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
-    for (size_t i = 0; i < n; i += MR<X>) pack_A(panels + i * steps<X>(K), a.at(i, 0), n - i, K);
 }
 
 static inline void multiply_add(vec& sum, float a, const float* b) { sum += a * load(b); }
@@ -771,7 +778,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
     if (M <= 4 && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store_row);
     const size_t S = steps<X>(K);
     Cell<X>* packed = (Cell<X>*)ws.packed;
-    constexpr size_t MR = ::MR<X>;
+    constexpr size_t MR = ::MR<X>, PACKED = 4 * MR;  // rows that a thread packs at a time
     // As many rows of A at once as fit the packed buffer; blocks of C small enough to go round.
     size_t rows_at_once = std::min(round_up(M, MR), ws.packed_size / S / MR * MR);
     size_t column_blocks = ceil_div(N, NC), row_blocks = 1;
@@ -781,7 +788,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
     for (size_t first = 0; first < M; first += rows_at_once) {
         size_t rows = std::min(rows_at_once, M - first);
 #pragma omp for schedule(static)
-        for (size_t m = 0; m < rows; m += MR) pack_A(packed + m * S, A.at(first + m, 0), M - first - m, K);
+        for (size_t m = 0; m < rows; m += PACKED) pack_A(packed + m * S, A.at(first + m, 0), std::min(rows - m, PACKED), K);
 
         Cell<X>* b_block = (Cell<X>*)ws.mine();  // [NC/NR][S][NR]
         float* c_rows = ws.mine() + S * NC;      // (MR, NC)
@@ -789,7 +796,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
         for (size_t n0 = 0; n0 < N; n0 += NC) {
             for (size_t m0 = 0; m0 < rows; m0 += block_rows) {
                 size_t columns = std::min(N - n0, NC), end = std::min(rows, m0 + block_rows);
-                for (size_t n = 0; n < columns; n += NR) pack<NR>(b_block + n * S, B.at(n0 + n, 0), N - n0 - n, K);
+                pack<NR>(b_block, B.at(n0, 0), columns, K);
                 for (size_t m = m0; m < end; m += MR) {
                     for (size_t n = 0; n < columns; n += NR)
                         microkernel(c_rows + n, NC, packed + m * S, b_block + n * S, S, false);
@@ -1112,7 +1119,7 @@ template <class X>
 static void add_over_queries(float* sum, HeadScratch<X>& h, const Cell<X>* a_rows, size_t keys, size_t j0, size_t n,
                              size_t HS) {
     size_t columns = round_up(HS, NR);
-    pack_panels(h.p_panels, along_k<X>(h.p, NR), keys, n);
+    pack_A(h.p_panels, along_k<X>(h.p, NR), keys, n);
     for (size_t r = 0; r < keys; r += MR<X>)
         for (size_t d = 0; d < HS; d += NR)
             microkernel(sum + (j0 + r) * columns + d, columns, h.p_panels + r * steps<X>(n), a_rows + d * steps<X>(n),
@@ -1139,8 +1146,8 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
     size_t T = before + queries;
     float scale = 1.0f / sqrtf(HS);
     HeadScratch<X> h(local, T, HS);
-    pack_panels(h.k_panels, along_k(k.data, k.stride), T, HS);
-    pack_panels(h.vT_panels, across_k(v.data, v.stride), HS, T);
+    pack_A(h.k_panels, along_k(k.data, k.stride), T, HS);
+    pack_A(h.vT_panels, across_k(v.data, v.stride), HS, T);
 
     for (size_t i0 = 0; i0 < queries; i0 += NR) {
         size_t n = std::min<size_t>(queries - i0, NR), visible = before + i0 + n;
@@ -1194,9 +1201,9 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
     size_t columns = round_up(HS, NR);
     float scale = 1.0f / sqrtf(HS);
     HeadScratch<X> h(local, T, HS);
-    pack_panels(h.k_panels, along_k(k.data, k.stride), T, HS);
-    pack_panels(h.v_panels, along_k(v.data, v.stride), T, HS);
-    pack_panels(h.kT_panels, across_k(k.data, k.stride), HS, T);
+    pack_A(h.k_panels, along_k(k.data, k.stride), T, HS);
+    pack_A(h.v_panels, along_k(v.data, v.stride), T, HS);
+    pack_A(h.kT_panels, across_k(k.data, k.stride), HS, T);
     std::fill_n(h.dk_sum, round_up(T, MR<X>) * columns, 0.0f);
     std::fill_n(h.dv_sum, round_up(T, MR<X>) * columns, 0.0f);
 
@@ -1209,10 +1216,8 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
         }
         pack<NR>(h.q_panel, along_k(q[i0], q.stride), n, HS);
         pack<NR>(h.do_panel, along_k(dout[i0], dout.stride), n, HS);
-        for (size_t d = 0; d < HS; d += NR) {
-            pack<NR>(h.q_rows + d * steps<X>(n), across_k(q[i0] + d, q.stride), HS - d, n);
-            pack<NR>(h.do_rows + d * steps<X>(n), across_k(dout[i0] + d, dout.stride), HS - d, n);
-        }
+        pack<NR>(h.q_rows, across_k(q[i0], q.stride), HS, n);
+        pack<NR>(h.do_rows, across_k(dout[i0], dout.stride), HS, n);
         std::fill_n(h.dqT, round_up(HS, MR<X>) * NR, 0.0f);
         for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
             size_t keys = std::min(visible - j0, KEYS<X>);
