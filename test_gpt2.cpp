@@ -315,12 +315,14 @@ static Model* random_model(const Config& c, Precision precision, const Workload&
 
 static const AdamW test_adamw = {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f};
 
-// All that a few training steps leave behind: logits, losses, gradients, parameters, moments.
+// All that a few training steps leave behind: logits, losses, gradients, parameters, moments; and the logits after a
+// prompt and after each of a few more tokens.
 static std::vector<float> everything(const Config& c, Precision precision, const Batch& batch, int steps = 2) {
     size_t P = parameter_count(c), BT = batch.x.size();
-    Model* m = random_model(c, precision, {.B = batch.B, .T = batch.T, .train = true});
-    std::vector<float> all(BT * c.V + BT + 4 * P);
-    float* tensors = all.data() + BT * c.V + BT;
+    const int sequences = 2, prompt = 5, decoded = 3;
+    Model* m = random_model(c, precision, {.B = batch.B, .T = batch.T, .train = true, .sequences = sequences});
+    std::vector<float> all(BT * c.V + BT + 4 * P + (1 + decoded) * sequences * c.V);
+    float *tensors = all.data() + BT * c.V + BT, *logits = tensors + 4 * P;
     for (int step = 1; step <= steps; step++) {
         model_set_inputs(m, batch.x.data(), batch.y.data());
         model_forward(m, true, 1);
@@ -330,6 +332,9 @@ static std::vector<float> everything(const Config& c, Precision precision, const
         model_update(m, test_adamw, 1, step);
     }
     for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, tensors + q * P);
+    std::vector<int> tokens = random_tokens(sequences * prompt, c.V, 4);
+    model_prompt(m, tokens.data(), prompt, logits);
+    for (int i = 1; i <= decoded; i++) model_decode(m, tokens.data() + i, logits + i * sequences * c.V);
     model_free(m);
     return all;
 }
@@ -622,7 +627,7 @@ static void test_decoding(Precision precision) {
         double scale = largest(expected.data(), expected.size()), worst = 0;
         double rounding = precision == BF16 ? rms_difference(forward_logits(c, BF16, batch), expected) : 0;
         Model* m = random_model(c, precision, {.sequences = 2});
-        for (int piece : precision == BF16 ? std::vector<int>{33, 150} : std::vector<int>{1, 2, 33, 150}) {
+        for (int piece : {1, 2, 33, 150}) {
             model_reset_cache(m);
             std::vector<int> tokens(2 * (size_t)piece);
             decoded = expected;
@@ -747,9 +752,11 @@ static void test_matmul(const char* type) {
             }
     Random random = {11};
     for (int i = 0; i < 10; i++) check(1 + random.below(200), 1 + random.below(300), 1 + random.below(900), large.ws);
+    for (size_t M = 1; M <= FEW_ROWS; M++) check(M, 16 * LANES * thread_count() + 5, 70, large.ws);
+    check(1, 37, 1301, large.ws);
     check(1067, NC + 5, 19, large.ws);
     check(29, 2 * NC + 1, 385, large.ws);
-    check(31, 130, 1543, large.ws);  // more than two rounds of KC where a step is a pair
+    check(31, 130, 1543, large.ws);
     TestWorkspace small(3 * MR<X> * steps<X>(393), matmul_local_size<X>(393));  // three panels of A at once
     check(10 * MR<X> + 1, 40, 393, small.ws);
     report(worst.ok(), format("matmul of %s equals the triple loop", type), worst.text());
@@ -793,7 +800,7 @@ static void test_attention_head(const char* type, double tolerance) {
         std::vector<X> o(T * ld, NAN), dq(o), dk(o), dv(o);
         auto in = [&](const std::vector<X>& a, size_t row = 0) { return Rows<const X>{&a[row * ld], ld}; };
         auto out = [&](std::vector<X>& a) { return Rows<X>{a.data(), ld}; };
-        std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS).size, NAN);
+        std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS, true).size, NAN);
         attention_head_forward(local.data(), out(o), lse.data(), in(q), in(k), in(v), T, 0, HS);
         std::fill(local.begin(), local.end(), NAN);
         attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k),
@@ -959,8 +966,9 @@ static void test_exp() {
         if (worst.see(fabs(exp_approx((float)x) - expected), 0x1p-23 * expected)) worst.where = format("at %g", x);
     }
     report(worst.ok(), "exp_approx", worst.text());
-    report(exp_approx(-INFINITY) == 0 && exp_approx(-88) == 0 && exp_approx(0) == 1 && std::isnan(exp_approx(NAN)),
-           "exp_approx of -inf, 0 and NaN");
+    report(exp_approx(-INFINITY) == 0 && exp_approx(-88) == 0 && exp_approx(0) == 1 && std::isnan(exp_approx(NAN)) &&
+               exp_approx(89) == exp_approx(88) && exp_approx(INFINITY) == exp_approx(88),
+           "exp_approx of -inf, 0, inf and NaN");
 }
 #endif
 

@@ -388,7 +388,7 @@ static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r, in plain arithmetic that compilers
 // vectorise. Relative error below 2^-23 for -87 ≤ x ≤ 88; 0 below, the value at 88 above; NaN stays NaN.
 static inline float exp_approx(float x) {
-    float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float clamped = x > 88.0f ? 88.0f : x;
     float shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
     float n = shifted - 0x1.8p23f;
     float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, so that n·ln 2 loses nothing
@@ -486,6 +486,7 @@ struct Pair {
     bf16 low, high;
 };
 #if defined(__AMX_BF16__)      // tiles of 16 × 16 sums, 16 pairs of k at a time
+static_assert(LANES == 16, "AMX takes AVX-512 beside it: drop -mno-avx512f, or add -mno-amx-bf16");
 constexpr bool HAS_PAIRS = true, HAS_AMX = true;
 #elif defined(__AVX512BF16__)  // vectors of 16 sums, a pair at a time
 constexpr bool HAS_PAIRS = true, HAS_AMX = false;
@@ -591,43 +592,55 @@ static inline vec cells_across_k(Operand<X> a, size_t K, size_t k, size_t n) {
     return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
-// Packs one panel, `width` being MR or NR: panel[step][i] from a(i, k) for k < K and i < n; cells past these are 0.
+// Packs n rows of A, or columns of B, into panels of `width`, MR or NR, that follow each other:
+// panels[i / width][step][i % width] from a(i, k), k < K; cells past n or K are 0.
 template <int width, class X>
-static void pack(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
-    constexpr size_t PER = K_PER_STEP<X>;
-    size_t S = steps<X>(K);
-    for (size_t i0 = 0; i0 < width; i0 += LANES) {
-        size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0;
-        // Where a panel is narrower than a vector, a store runs into the next step, which is yet to be written; the
-        // last step has no next.
-        auto put = [&](size_t step, vec cells) {
-            float* out = (float*)(panel + step * width + i0);
-            if (i0 + LANES <= width || step + 1 < S) store(out, cells);
-            else memcpy(out, &cells, (width - i0) * sizeof(float));
-        };
-        if (a.along_k) {
-            for (size_t step = 0; step < S; step += LANES) {
-                vec block[LANES] = {};
-                for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER), K - step * PER);
-                transpose(block);
-                for (size_t j = 0; j < std::min<size_t>(LANES, S - step); j++) put(step + j, block[j]);
-            }
-        } else {
-            for (size_t step = 0; step < S; step++)
-                put(step, cells_across_k(a.at(i0, step * PER), K, step * PER, rows));
-        }
+static void pack(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
+    constexpr size_t PER = K_PER_STEP<X>, AHEAD = 8 * PER;  // steps whose rows of memory are fetched in time
+    const size_t S = steps<X>(K);
+    auto lanes = [&](size_t i) { return i < n ? std::min<size_t>(n - i, LANES) : 0; };
+    // Where a panel is narrower than a vector, a store runs into the next step, which is yet to be written; the last
+    // step has no next.
+    auto put = [&](size_t panel, size_t i, size_t step, vec cells) {
+        float* out = (float*)(panels + panel * S + step * width + i);
+        if (i + LANES <= width || step + 1 < S) store(out, cells);
+        else memcpy(out, &cells, (width - i) * sizeof(float));
+    };
+    if (a.along_k) {
+        for (size_t panel = 0; panel < n; panel += width)
+            for (size_t i0 = 0; i0 < width; i0 += LANES)
+                for (size_t step = 0; step < S; step += LANES) {
+                    vec block[LANES];
+                    const size_t rows = lanes(panel + i0), left = K - step * PER;
+#pragma GCC unroll 16
+                    for (size_t i = 0; i < LANES; i++)
+                        block[i] = i < rows ? cells_along_k(a.at(panel + i0 + i, step * PER), left) : vec{};
+                    transpose(block);
+#pragma GCC unroll 16
+                    for (size_t j = 0; j < LANES; j++)
+                        if (j < S - step) put(panel, i0, step + j, block[j]);
+                }
+    } else {  // all panels at once, since their rows lie side by side
+        for (size_t step = 0; step < S; step++)
+            for (size_t panel = 0; panel < n; panel += width)
+                for (size_t i = 0; i < width; i += LANES) {
+                    Operand<X> from = a.at(panel + i, step * PER);
+                    for (size_t k = 0; k < PER; k++) __builtin_prefetch(from.at(0, AHEAD + k).data);
+                    put(panel, i, step, cells_across_k(from, K, step * PER, lanes(panel + i)));
+                }
     }
 }
 
-// An A panel. AMX takes a row's 16 pairs together, so there it lies [step/16][MR][16], which spares the transposition
-// where k is contiguous.
+// The same for rows of A. AMX takes a row's 16 pairs together, so there a panel is [step/16][MR][16], which spares the
+// transposition where k is contiguous.
 template <class X>
-static void pack_A(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
-    if constexpr (!AMX<X>) return pack<MR<X>>(panel, a, n, K);
+static void pack_A(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
+    if constexpr (!AMX<X>) return pack<MR<X>>(panels, a, n, K);
     constexpr size_t PER = K_PER_STEP<X>;
-    for (size_t step = 0; step < steps<X>(K); step += LANES)
-        for (size_t i0 = 0; i0 < MR<X>; i0 += LANES) {
-            size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0;
+    const size_t S = steps<X>(K);
+    for (size_t i0 = 0; i0 < round_up(n, MR<X>); i0 += LANES)
+        for (size_t step = 0; step < S; step += LANES) {
+            size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0, panel = i0 / MR<X> * MR<X>;
             vec block[LANES] = {};
             if (a.along_k) {
                 for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER), K - step * PER);
@@ -636,14 +649,9 @@ static void pack_A(Cell<X>* panel, Operand<X> a, size_t n, size_t K) {
                     block[j] = cells_across_k(a.at(i0, (step + j) * PER), K, (step + j) * PER, rows);
                 transpose(block);
             }
-            for (vec& row : block) store((float*)(panel + step * MR<X> + (i0 + (&row - block)) * LANES), row);
+            float* out = (float*)(panels + panel * S + step * MR<X> + (i0 - panel) * LANES);
+            for (int i = 0; i < LANES; i++) store(out + i * LANES, block[i]);
         }
-}
-
-// One A panel after the other, for n rows
-template <class X>
-static void pack_panels(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
-    for (size_t i = 0; i < n; i += MR<X>) pack_A(panels + i * steps<X>(K), a.at(i, 0), n - i, K);
 }
 
 static inline void multiply_add(vec& sum, float a, const float* b) { sum += a * load(b); }
@@ -728,7 +736,8 @@ static inline void microkernel(float* c, size_t ldc, const Cell* a, const Cell* 
 // sum += the products of a register of a and one of b, lane by lane; of bf16 a lane has two.
 template <class X>
 static inline void add_products(vec& sum, const X* a, const X* b) {
-    vec x = load((const float*)a), y = load((const float*)b);
+    vec x, y;
+    memcpy(&x, a, sizeof x), memcpy(&y, b, sizeof y);
     if constexpr (std::is_same_v<X, float>) {
         sum += x * y;
     } else {
@@ -753,6 +762,8 @@ static inline vec add_up(vec (&sums)[LANES]) {
 // A few rows, as in decoding: nothing is used often enough to be worth packing, and reading B (k contiguous: weights)
 // is all the time it takes. A thread has one run of columns, which it reads as eight streams side by side: memory then
 // always has as much to do as it can. Prefetching at the end of a column reaches into the next one of its stream.
+constexpr size_t FEW_ROWS = 4;
+
 template <class X, class Store>
 static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
     constexpr size_t STREAMS = 8, STEP = sizeof(vec) / sizeof(X);
@@ -797,11 +808,11 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
 // store_row(m, n, count, c) receives C's finished elements (m, n .. n+count-1).
 template <class X, class Store>
 static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
-    Timed timed(MATMUL, 2.0 * M * N * K, 1.0 * N * K * sizeof(X));
-    if (M <= 4 && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store_row);
+    Timed timed(MATMUL, 2.0 * M * N * K, (1.0 * M * K + 1.0 * N * K + 1.0 * M * N) * sizeof(X));
+    if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store_row);
     const size_t S = steps<X>(K);
     Cell<X>* packed = (Cell<X>*)ws.packed;
-    constexpr size_t MR = ::MR<X>;
+    constexpr size_t MR = ::MR<X>, PACKED = 4 * MR;  // rows that a thread packs at a time
     // As many rows of A at once as fit the packed buffer; blocks of C small enough to go round.
     size_t rows_at_once = std::min(round_up(M, MR), ws.packed_size / S / MR * MR);
     size_t column_blocks = ceil_div(N, NC), row_blocks = 1;
@@ -811,7 +822,8 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
     for (size_t first = 0; first < M; first += rows_at_once) {
         size_t rows = std::min(rows_at_once, M - first);
 #pragma omp for schedule(static)
-        for (size_t m = 0; m < rows; m += MR) pack_A(packed + m * S, A.at(first + m, 0), M - first - m, K);
+        for (size_t m = 0; m < rows; m += PACKED)
+            pack_A(packed + m * S, A.at(first + m, 0), std::min(rows - m, PACKED), K);
 
         Cell<X>* b_block = (Cell<X>*)ws.mine();  // [NC/NR][S][NR]
         float* c_rows = ws.mine() + S * NC;      // (MR, NC)
@@ -819,7 +831,7 @@ static void matmul(Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Op
         for (size_t n0 = 0; n0 < N; n0 += NC) {
             for (size_t m0 = 0; m0 < rows; m0 += block_rows) {
                 size_t columns = std::min(N - n0, NC), end = std::min(rows, m0 + block_rows);
-                for (size_t n = 0; n < columns; n += NR) pack<NR>(b_block + n * S, B.at(n0 + n, 0), N - n0 - n, K);
+                pack<NR>(b_block, B.at(n0, 0), columns, K);
                 for (size_t m = m0; m < end; m += MR) {
                     for (size_t n = 0; n < columns; n += NR)
                         microkernel(c_rows + n, NC, packed + m * S, b_block + n * S, S, false);
@@ -1089,32 +1101,37 @@ struct Rows {
 // A operands lie in panels of MR rows, B operands in panels of NR columns.
 template <class X>
 struct HeadScratch {
-    Cell<X>*k_panels, *v_panels;    // A: k, v (T, HS)
-    Cell<X>*kT_panels, *vT_panels;  // A: kᵀ, vᵀ (HS, T)
-    Cell<X>*q_panel, *do_panel;     // B: qᵀ, doᵀ (HS, NR queries)
-    Cell<X>*q_rows, *do_rows;       // B: q, do (NR queries, HS)
-    float *s, *ds;                  // sᵀ and its gradient (KEYS, NR)
-    X* p;                           // pᵀ or dsᵀ (KEYS, NR), rounded for a matmul ...
-    Cell<X>*p_rows, *p_panels;      // ... and packed as B (keys summed over) or A (queries summed over)
-    float *oT, *dqT;                // (HS, NR)
-    float *dk_sum, *dv_sum;         // (T, HS), rows of round_up(HS, NR)
-    size_t size = 0;                // floats in all
+    Cell<X>*k_panels, *vT_panels;           // A: k (T, HS), vᵀ (HS, T)
+    Cell<X>* q_panel;                       // B: qᵀ (HS, NR queries)
+    float* s;                               // sᵀ (KEYS, NR)
+    X* p;                                   // pᵀ or dsᵀ (KEYS, NR), rounded for a matmul ...
+    Cell<X>* p_rows;                        // ... and packed as B, for a sum over keys
+    float* oT;                              // (HS, NR)
+    // In backward, also
+    Cell<X>*v_panels, *kT_panels;           // A: v (T, HS), kᵀ (HS, T)
+    Cell<X>*do_panel, *q_rows, *do_rows;    // B: doᵀ (HS, NR queries); q, do (NR queries, HS)
+    float* ds;                              // (KEYS, NR)
+    Cell<X>* p_panels;                      // p packed as A, for a sum over queries
+    float *dqT, *dk_sum, *dv_sum;           // (HS, NR); (T, HS), rows of round_up(HS, NR)
+    size_t size = 0;                        // floats in all
 
-    HeadScratch(float* local, size_t T, size_t HS) {
+    HeadScratch(float* local, size_t T, size_t HS, bool backward) {
         auto take = [&](auto*& p, size_t n) {
             p = local ? (std::remove_reference_t<decltype(p)>)(local + size) : nullptr;  // null: only counts
             size += round_up(n, CACHE_LINE);
         };
         size_t rows_T = round_up(T, MR<X>), rows_HS = round_up(HS, MR<X>), columns_HS = round_up(HS, NR);
-        for (auto* panels : {&k_panels, &v_panels}) take(*panels, rows_T * steps<X>(HS));
-        for (auto* panels : {&kT_panels, &vT_panels}) take(*panels, rows_HS * steps<X>(T));
-        for (auto* panel : {&q_panel, &do_panel}) take(*panel, steps<X>(HS) * NR);
-        for (auto* rows : {&q_rows, &do_rows}) take(*rows, columns_HS * steps<X>(NR));
-        for (float** tile : {&s, &ds}) take(*tile, KEYS<X> * NR);
-        take(p, KEYS<X> * NR);
-        for (auto* packed : {&p_rows, &p_panels}) take(*packed, KEYS<X> * NR);
-        for (float** sum : {&oT, &dqT}) take(*sum, rows_HS * NR);
-        for (float** sum : {&dk_sum, &dv_sum}) take(*sum, rows_T * columns_HS);
+        size_t tile_HS = std::max(rows_HS, round_up(HS, LANES)) * NR;
+        take(k_panels, rows_T * steps<X>(HS)), take(vT_panels, rows_HS * steps<X>(T));
+        take(q_panel, steps<X>(HS) * NR);
+        take(s, KEYS<X> * NR), take(p, KEYS<X> * NR), take(p_rows, KEYS<X> * NR);
+        take(oT, tile_HS);
+        if (!backward) return;
+        take(v_panels, rows_T * steps<X>(HS)), take(kT_panels, rows_HS * steps<X>(T));
+        take(do_panel, steps<X>(HS) * NR);
+        take(q_rows, columns_HS * steps<X>(NR)), take(do_rows, columns_HS * steps<X>(NR));
+        take(ds, KEYS<X> * NR), take(p_panels, KEYS<X> * NR);
+        take(dqT, tile_HS), take(dk_sum, rows_T * columns_HS), take(dv_sum, rows_T * columns_HS);
     }
 };
 
@@ -1142,11 +1159,24 @@ template <class X>
 static void add_over_queries(float* sum, HeadScratch<X>& h, const Cell<X>* a_rows, size_t keys, size_t j0, size_t n,
                              size_t HS) {
     size_t columns = round_up(HS, NR);
-    pack_panels(h.p_panels, along_k<X>(h.p, NR), keys, n);
+    pack_A(h.p_panels, along_k<X>(h.p, NR), keys, n);
     for (size_t r = 0; r < keys; r += MR<X>)
         for (size_t d = 0; d < HS; d += NR)
             microkernel(sum + (j0 + r) * columns + d, columns, h.p_panels + r * steps<X>(n), a_rows + d * steps<X>(n),
                         steps<X>(n), true);
+}
+
+// out (n, HS) = tileᵀ, from tile (HS, NR), whose room ends with a multiple of LANES rows at the least
+template <class X>
+static void transpose_tile(Rows<X> out, const float* tile, size_t n, size_t HS) {
+    for (size_t d0 = 0; d0 < HS; d0 += LANES)
+        for (size_t i0 = 0; i0 < n; i0 += LANES) {
+            vec block[LANES];
+            for (size_t d = 0; d < LANES; d++) block[d] = load(tile + (d0 + d) * NR + i0);
+            transpose(block);
+            for (size_t i = 0; i < std::min<size_t>(n - i0, LANES); i++)
+                std::copy_n((const float*)&block[i], std::min<size_t>(HS - d0, LANES), out[i0 + i] + d0);
+        }
 }
 
 // o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
@@ -1155,13 +1185,13 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
                                    Rows<const X> v, size_t queries, size_t before, size_t HS) {
     size_t T = before + queries;
     float scale = 1.0f / sqrtf(HS);
-    HeadScratch<X> h(local, T, HS);
-    pack_panels(h.k_panels, along_k(k.data, k.stride), T, HS);
-    pack_panels(h.vT_panels, across_k(v.data, v.stride), HS, T);
+    HeadScratch<X> h(local, T, HS, false);
+    pack_A(h.k_panels, along_k(k.data, k.stride), T, HS);
+    pack_A(h.vT_panels, across_k(v.data, v.stride), HS, T);
 
     for (size_t i0 = 0; i0 < queries; i0 += NR) {
         size_t n = std::min<size_t>(queries - i0, NR), visible = before + i0 + n;
-        float max[NR], sum[NR];
+        float max[NR], sum[NR], rescale[NR];
         std::fill_n(max, NR, -INFINITY);
         std::fill_n(sum, NR, 0.0f);
         std::fill_n(h.oT, round_up(HS, MR<X>) * NR, 0.0f);
@@ -1169,10 +1199,15 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
         for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
             size_t keys = std::min(visible - j0, KEYS<X>);
             scores_tile(h, keys, j0, before + i0, HS);
-            float new_max[NR], rescale[NR];
-            std::copy_n(max, NR, new_max);
-            for (size_t r = 0; r < keys; r++)
-                for (int lane = 0; lane < NR; lane++) new_max[lane] = std::max(new_max[lane], h.s[r * NR + lane]);
+            float new_max[NR];
+            for (int lane = 0; lane < NR; lane += LANES) {  // as vectors, which few compilers make of a maximum
+                vec most = load(max + lane);
+                for (size_t r = 0; r < keys; r++) {
+                    vec s = load(h.s + r * NR + lane);
+                    most = s > most ? s : most;
+                }
+                store(new_max + lane, most);
+            }
             for (int lane = 0; lane < NR; lane++) rescale[lane] = exp_approx(scale * (max[lane] - new_max[lane]));
             for (int lane = 0; lane < NR; lane++) sum[lane] *= rescale[lane];
             for (size_t r = 0; r < keys; r++)
@@ -1186,10 +1221,11 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
             add_over_keys(h.oT, h, h.vT_panels, keys, j0, T, HS);
             std::copy_n(new_max, NR, max);
         }
-        for (size_t i = 0; i < n; i++) {
-            for (size_t d = 0; d < HS; d++) o[i0 + i][d] = h.oT[d * NR + i] / sum[i];
-            if (lse) lse[i0 + i] = scale * max[i] + logf(sum[i]);
-        }
+        for (int lane = 0; lane < NR; lane++) rescale[lane] = 1 / sum[lane];
+        for (size_t d = 0; d < HS; d++)
+            for (int lane = 0; lane < NR; lane++) h.oT[d * NR + lane] *= rescale[lane];
+        transpose_tile(Rows<X>{o[i0], o.stride}, h.oT, n, HS);
+        for (size_t i = 0; lse && i < n; i++) lse[i0 + i] = scale * max[i] + logf(sum[i]);
     }
 }
 
@@ -1204,10 +1240,10 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
                                     Rows<const X> v, size_t T, size_t HS) {
     size_t columns = round_up(HS, NR);
     float scale = 1.0f / sqrtf(HS);
-    HeadScratch<X> h(local, T, HS);
-    pack_panels(h.k_panels, along_k(k.data, k.stride), T, HS);
-    pack_panels(h.v_panels, along_k(v.data, v.stride), T, HS);
-    pack_panels(h.kT_panels, across_k(k.data, k.stride), HS, T);
+    HeadScratch<X> h(local, T, HS, true);
+    pack_A(h.k_panels, along_k(k.data, k.stride), T, HS);
+    pack_A(h.v_panels, along_k(v.data, v.stride), T, HS);
+    pack_A(h.kT_panels, across_k(k.data, k.stride), HS, T);
     std::fill_n(h.dk_sum, round_up(T, MR<X>) * columns, 0.0f);
     std::fill_n(h.dv_sum, round_up(T, MR<X>) * columns, 0.0f);
 
@@ -1220,10 +1256,8 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
         }
         pack<NR>(h.q_panel, along_k(q[i0], q.stride), n, HS);
         pack<NR>(h.do_panel, along_k(dout[i0], dout.stride), n, HS);
-        for (size_t d = 0; d < HS; d += NR) {
-            pack<NR>(h.q_rows + d * steps<X>(n), across_k(q[i0] + d, q.stride), HS - d, n);
-            pack<NR>(h.do_rows + d * steps<X>(n), across_k(dout[i0] + d, dout.stride), HS - d, n);
-        }
+        pack<NR>(h.q_rows, across_k(q[i0], q.stride), HS, n);
+        pack<NR>(h.do_rows, across_k(dout[i0], dout.stride), HS, n);
         std::fill_n(h.dqT, round_up(HS, MR<X>) * NR, 0.0f);
         for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
             size_t keys = std::min(visible - j0, KEYS<X>);
@@ -1241,8 +1275,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
             add_over_queries(h.dk_sum, h, h.q_rows, keys, j0, n, HS);
             add_over_keys(h.dqT, h, h.kT_panels, keys, j0, T, HS);
         }
-        for (size_t i = 0; i < n; i++)
-            for (size_t d = 0; d < HS; d++) dq[i0 + i][d] = h.dqT[d * NR + i];
+        transpose_tile(Rows<X>{dq[i0], dq.stride}, h.dqT, n, HS);
     }
     for (size_t t = 0; t < T; t++) {
         std::copy_n(h.dk_sum + t * columns, HS, dk[t]);
@@ -1617,12 +1650,14 @@ static void with_type(Model* m, F f) {
     else f(*(ModelOf<float>*)m);
 }
 
+constexpr size_t HUGE_PAGE = 1 << 21;
+static size_t block_alignment(size_t bytes) { return bytes < HUGE_PAGE ? 64 : HUGE_PAGE; }
+static size_t block_size(size_t bytes) { return round_up(bytes, block_alignment(bytes)); }
+
 static void* allocate(size_t bytes, bool zero) {
-    constexpr size_t HUGE_PAGE = 1 << 21;
-    size_t alignment = bytes < HUGE_PAGE ? 64 : HUGE_PAGE;
-    void* p = aligned_alloc(alignment, round_up(bytes, alignment));
+    void* p = aligned_alloc(block_alignment(bytes), block_size(bytes));
 #ifdef MADV_HUGEPAGE
-    if (p && bytes >= HUGE_PAGE) madvise(p, bytes, MADV_HUGEPAGE);  // fewer misses of the address translation
+    if (p && bytes >= HUGE_PAGE) madvise(p, block_size(bytes), MADV_HUGEPAGE);  // fewer misses of address translation
 #endif
     if (!p) die("cannot allocate %zu MiB: use a smaller model, --batch or --sequence", bytes >> 20);
     if (!zero && !poison_memory) return p;
@@ -1643,7 +1678,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     auto take = [&](auto*& p, size_t n, size_t& account, bool zero = false) {
         p = nullptr;
         if (n == 0) return;
-        account += round_up(n * sizeof *p, 64);
+        account += block_size(n * sizeof *p);
         if (!dry) m.blocks.push_back(p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, zero));
     };
     take(m.parameters, P, m.memory.parameters);
@@ -1692,7 +1727,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.norm_partial, ceil_div(P, UPDATE_RUN), scratch);
         take(m.dx_sum, (skip_slots(c) ? BT : classifier_rows(BT, c.Vp)) * C, scratch);
     }
-    size_t rows = m.work.sequences * (size_t)c.maxT, longest = m.work.sequences ? c.maxT : m.work.T;
+    size_t rows = m.work.sequences * (size_t)c.maxT, HS = c.head_size();
     take(m.new_x, rows * C, scratch);
     take(m.new_ln, rows * C, scratch);
     take(m.new_q, rows * C, scratch);
@@ -1701,8 +1736,9 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     // A whole A operand where it is small, else as many rows as 16 MB hold, but 512 at the least.
     size_t widest = std::max({4 * C, std::min(BT, token_slab), std::min<size_t>(c.V, vocabulary_slab)});
     m.ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
-    size_t head = HeadScratch<X>(nullptr, longest, c.head_size()).size, mixing = L + 1 + c.head_size();
-    m.ws.local_size = std::max({matmul_local_size<X>(widest), head, mixing});
+    size_t head = HeadScratch<X>(nullptr, m.work.T, HS, train).size, mixing = L + 1 + HS;
+    size_t decoding = m.work.sequences ? HeadScratch<X>(nullptr, c.maxT, HS, false).size : 0;
+    m.ws.local_size = std::max({matmul_local_size<X>(widest), head, decoding, mixing});
     take(m.ws.packed, m.ws.packed_size, scratch);
     take(m.ws.local, threads * m.ws.local_size, scratch);
 }
@@ -1892,9 +1928,9 @@ static void model_logits(Model* m, float* out) {
 //
 // The same layers for new tokens only: their keys and (mixed) values join the cache, their queries read all of it. Each
 // head's keys lie together, as do its values, for that is how they are read.
-// Prompts go through matmul and attention's tiles at once; a single token through matmul_few_rows and
-// attention_head_decode, which add up in another order: logits agree with model_forward's within rounding, not to the
-// bit.
+// Prompts go through matmul and attention's tiles; one token of a sequence through attention_head_decode, and of at
+// most FEW_ROWS sequences through matmul_few_rows, which add up in another order: logits agree with model_forward's
+// within rounding, not to the bit.
 
 // Queries of the new tokens, ln (rows, C), to new_q; their keys and values to the cache
 template <class X>
@@ -1956,29 +1992,28 @@ static void cached_forward(ModelOf<X>& m, const int* tokens, size_t n, float* lo
     Workspace& ws = m.ws;
     size_t B = m.work.sequences, rows = B * n, C = c.C;
     X *x = m.new_x, *ln = m.new_ln, *fch = m.new_fch;
-    auto layernorm = [&](const X* from, const X* w, const X* b, size_t count) {
-        layernorm_forward<X>(ln, nullptr, nullptr, from, w, b, count, C);
+    auto layernorm = [&](const X* w, const X* b, size_t count) {
+        layernorm_forward<X>(ln, nullptr, nullptr, x, w, b, count, C);
     };
 
     for (size_t b = 0; b < B; b++)
         embedding_forward(x + b * n * C, tokens + b * n, m.weight(WTE), m.weight(WPE) + m.cache_length * C, 1, n, C);
     for (int l = 0; l < c.L; l++) {
         auto w = [&](int tensor) { return m.weight(tensor, l); };
-        layernorm(x, w(LN1W), w(LN1B), rows);
+        layernorm(w(LN1W), w(LN1B), rows);
         cached_qkv(m, l, w(QKVW), w(QKVB), n);
         cached_depth(m, l, n);
         cached_attention(m, l, n);
         linear_residual_forward(ws, x, x, m.new_atty, w(ATTPROJW), w(ATTPROJB), rows, C, C);
-        layernorm(x, w(LN2W), w(LN2B), rows);
+        layernorm(w(LN2W), w(LN2B), rows);
         linear_gelu_forward(ws, fch, fch, ln, w(FCW), w(FCB), rows, C, 4 * C);
         linear_residual_forward(ws, x, x, fch, w(FCPROJW), w(FCPROJB), rows, 4 * C, C);
     }
     m.cache_length += n;
-    for (size_t b = 0; b < B; b++) {  // the logits after each sequence's last token
-        layernorm(x + (b * n + n - 1) * C, m.weight(LNFW), m.weight(LNFB), 1);
-        matmul(ws, 1, c.V, C, along_k(ln, C), along_k(m.weight(WTE), C),
-               [&](size_t, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + b * c.V + v); });
-    }
+    for (size_t b = 0; b < B && n > 1; b++) std::copy_n(x + (b * n + n - 1) * C, C, x + b * C);  // the last tokens'
+    layernorm(m.weight(LNFW), m.weight(LNFB), B);
+    matmul(ws, B, c.V, C, along_k(ln, C), along_k(m.weight(WTE), C),
+           [&](size_t b, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + b * c.V + v); });
 }
 
 static void model_prompt(Model* m, const int* tokens, int n, float* logits) {
@@ -2055,7 +2090,7 @@ static void device_init([[maybe_unused]] char** argv) {
     // takes the number of spins, others sleep at once. It is read as OpenMP is loaded, hence the second start.
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
-        setenv("GOMP_SPINCOUNT", "10000", 0);
+        setenv("GOMP_SPINCOUNT", "1000", 0);
         std::error_code error;
         std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
         execv(self.c_str(), argv);
@@ -2103,9 +2138,13 @@ template <class F>
 static double best_rate(double operations, F round) {
     double best = 0;
     for (double begin = seconds(), start = begin; start - begin < 0.05; start = seconds()) {
-#pragma omp parallel
-        round();
-        best = std::max(best, operations * thread_count() / (seconds() - start));
+        int threads = 0;
+#pragma omp parallel reduction(+ : threads)  // as many as ran
+        {
+            round();
+            threads++;
+        }
+        best = std::max(best, operations * threads / (seconds() - start));
     }
     return best;
 }
@@ -2180,9 +2219,9 @@ static double device_bandwidth(bool writing) {
 #pragma omp parallel for schedule(static)
             for (size_t i = 0; i < N; i += LANES) store(a + i, load(a + i) * 1.0001f);
         } else {
-#pragma omp parallel
-            {
-                const float* p = a + share * (size_t)thread_id();
+#pragma omp parallel for schedule(static)
+            for (size_t part = 0; part < N / share; part++) {
+                const float* p = a + share * part;
                 vec sums[STREAMS] = {};
                 for (size_t i = 0; i < length; i += LANES) {
 #pragma GCC unroll 8
@@ -2347,7 +2386,8 @@ static OptionTable option_table(Options& o) {
         {"prompt", "TEXT", &o.prompt, 0, 0, GENERATE, FORGOTTEN,
          "text to go on from [an end-of-text token, or a newline where there is none]"},
         {"prompt-tokens", "LIST", &o.prompt_tokens, 0, 0, GENERATE, FORGOTTEN, "the same as numbers, like 1,2,3"},
-        {"tokens", "N", &o.tokens, 0, most, GENERATE, FORGOTTEN, "how many to add, unless end-of-text comes first"},
+        {"tokens", "N", &o.tokens, 0, most, GENERATE | BENCH, FORGOTTEN,
+         "how many to add, unless end-of-text comes first [200; bench: 1/16 of the context; 0 there: only training]"},
         {"temperature", "X", &o.temperature, 0, 100, GENERATE, FORGOTTEN, "0: always the likeliest token"},
         {"top-k", "N", &o.top_k, 0, 65536, GENERATE, FORGOTTEN, "choose among the k likeliest tokens; 0: all"},
         {"top-p", "X", &o.top_p, 0, 1, GENERATE, FORGOTTEN, "... among the likeliest that together have probability p"},
@@ -3117,6 +3157,9 @@ static ModelFile open_model(const std::string& path) {
     m.version = h[1];
     m.value_bytes = h[1] % 1000 == 5 ? 2 : 4;
     m.config = {h[2], h[3], h[7], h[4], h[5], h[6], h[8], h[9], h[10], h[11], h[12]};
+    const Config unused;  // settings of the attentions that this is not
+    if (h[8] != SKIP) m.config.skip_distance = unused.skip_distance, m.config.skip_heads = unused.skip_heads;
+    if (h[8] != DEPTH) m.config.depth_stride = unused.depth_stride, m.config.depth_window = unused.depth_window;
     std::string wrong = config_error(m.config);
     if (wrong.empty() && vanilla != (h[8] == VANILLA)) wrong = format("version %d with attention %d", h[1], h[8]);
     if (!wrong.empty()) die("%s: its header says %s: damaged", name, wrong.c_str());
@@ -4195,10 +4238,9 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
 
 // A prompt that all but fills the context, then one token at a time. Each of these reads the weights that it uses once,
 // and all of the cache, so reading memory is the limit.
-static void bench_decoding(const Options& o, const std::vector<Config>& configs) {
+static void bench_decoding(const Options& o, const std::vector<Config>& configs, int n) {
     const Precision precision = (Precision)o.precision;
-    const int maxT = configs[0].maxT, n = std::max(1, maxT / 16), prompt = maxT - n;
-    if (prompt < 1) return;
+    const int maxT = configs[0].maxT, prompt = maxT - n;
     Random r = random_stream((uint64_t)o.seed, SAMPLES);
     std::vector<int> tokens((size_t)maxT);
     for (int& t : tokens) t = (int)r.below((uint64_t)configs[0].V);
@@ -4212,16 +4254,17 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
         check_memory(memory, (size_t)512 << 20, "use a smaller model");  // device_bandwidth's too
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
-        model_decode(model, tokens.data(), logits.data());  // warms up
-        model_reset_cache(model);
-        double start = seconds();
-        model_prompt(model, tokens.data(), prompt, logits.data());
-        double prompt_time = seconds() - start;
-        std::vector<double> times, bandwidths;
+        std::vector<double> times, bandwidths, prompt_times;
+        for (int round = 0; round < 4; round++) {  // the first warms up
+            model_reset_cache(model);
+            double start = seconds();
+            model_prompt(model, tokens.data(), prompt, logits.data());
+            if (round > 0) prompt_times.push_back(seconds() - start);
+        }
         std::vector<Share> before = o.profile ? model_profile() : std::vector<Share>();
         for (int i = prompt; i < maxT; i++) {
             if ((i - prompt) % 16 == 0) bandwidths.push_back(device_bandwidth(false));
-            start = seconds();
+            double start = seconds();
             model_decode(model, &tokens[(size_t)i], logits.data());
             times.push_back(seconds() - start);
         }
@@ -4232,7 +4275,7 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs)
         double bytes = read * (precision == BF16 ? 2.0 : 4.0) + (double)memory.cache / maxT * (prompt + n / 2);
         double time = median(times), rate = bytes / time;
         printf("%-12s %16.1f %10.2f %10.1f %9.1f %10.1f%%\n", split(attention_text(c), ':')[0].c_str(),
-               prompt / prompt_time, time * 1e3, 1 / time, rate * 1e-9, 100 * rate / median(bandwidths));
+               prompt / median(prompt_times), time * 1e3, 1 / time, rate * 1e-9, 100 * rate / median(bandwidths));
         if (o.profile) print_profile(before, after, mean(times), n, device_peak(precision), median(bandwidths));
         fflush(stdout);
     }
@@ -4245,8 +4288,10 @@ static void bench(Options& o, OptionTable& table) {
     for (int a : {VANILLA, SKIP, DEPTH})
         if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, nullptr));
     printf("%s\n%s, %s\n", config_text(shape).c_str(), precision_names[o.precision], device_name().c_str());
+    int tokens = is_given(table, "tokens") ? o.tokens : shape.maxT / 16;
+    if (tokens >= shape.maxT) die("--tokens %d leave no room for a prompt in a context of %d", tokens, shape.maxT);
     bench_training(o, configs);
-    bench_decoding(o, configs);
+    if (tokens > 0) bench_decoding(o, configs, tokens);
 }
 
 // --------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def step(T, L, C, threads, args):
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     said, _ = run(PROGRAM, "bench", "--attention", args.attention, "--precision", args.precision, "--batch", 1024 // T,
-                  "--sequence", T, "--layers", L, "--channels", C, "--heads", C // 64, "--steps", args.steps)
+                  "--sequence", T, "--layers", L, "--channels", C, "--heads", C // 64, "--steps", args.steps, "--tokens", 0)
     return parse_bench(said)[0]
 
 

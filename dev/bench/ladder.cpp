@@ -119,10 +119,8 @@ static void cache_blocks(const Linear& l) {
 // w's panels stream past each panel of x.
 
 static void packed(const Linear& l) {
-    for (size_t m = 0; m < l.rows; m += ROWS)
-        pack<ROWS>(l.x_panels + m * l.C, along_k(l.x + m * l.C, l.C), l.rows - m, l.C);
-    for (size_t n = 0; n < l.OC; n += NR)
-        pack<NR>(l.w_panels + n * l.C, along_k(l.w + n * l.C, l.C), l.OC - n, l.C);
+    pack<ROWS>(l.x_panels, along_k(l.x, l.C), l.rows, l.C);
+    pack<NR>(l.w_panels, along_k(l.w, l.C), l.OC, l.C);
     for (size_t m = 0; m < l.rows; m += ROWS)
         for (size_t n = 0; n < l.OC; n += NR) {
             float tile[ROWS * NR];

@@ -73,7 +73,7 @@ def parse_bench(said):
 
 def our_training(B, T, precision, steps):
     said, _ = run(PROGRAM, "bench", "--attention", "vanilla", "--batch", B, "--sequence", T, "--steps", steps,
-                  "--precision", precision)
+                  "--precision", precision, "--tokens", 0)
     return parse_bench(said)[0]
 
 
@@ -189,9 +189,9 @@ def main():
     for package in ["torch"] + ["transformers"] * ("transformers" in args.peers):
         if importlib.util.find_spec(package) is None:
             fail(f"{sys.executable} has no {package}: run make bench-peers")
-    tiny = ["--layers", 1, "--heads", 1, "--channels", 16, "--batch", 1, "--sequence", 1, "--steps", 1]
-    threads = int(re.search(r"(\d+) threads?,", run(PROGRAM, "bench", *tiny)[0])[1])
     busy = os.getloadavg()[0]
+    tiny = ["--layers", 1, "--heads", 1, "--channels", 16, "--batch", 1, "--sequence", 1, "--steps", 1, "--tokens", 0]
+    threads = int(re.search(r"(\d+) threads?,", run(PROGRAM, "bench", *tiny)[0])[1])
     print(f"{threads} threads" + (f"; other programs keep {busy:.1f} cores busy: distrust what follows"
                                   if busy > 0.5 else ""), flush=True)
 
