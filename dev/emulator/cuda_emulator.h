@@ -22,22 +22,25 @@ What is caught                                                                  
     memory used before it was written: it is NaN (bytes 0xff), shared memory anew
         for each block                                                              result     result     result
     missing wait for cp.async, which lands only there (its target is NaN till then) result     result     result
-    missing __syncthreads or __syncwarp, += by several threads or blocks            some seeds some seeds always
-    out of bounds, device memory                                                    -          always     always
-    out of bounds, a thread's own arrays                                            -          always     -
+    cp.async into what others still read                                            some seeds some seeds always
+    missing __syncthreads or __syncwarp, blocks that read what others write         some seeds some seeds always
+    += on one address by several threads or blocks                                  -          -          always
+    out of bounds, and after cudaFree, in device memory                             -          always     always
     out of bounds, shared memory                                                    -          always     always
+    out of bounds, a thread's own arrays                                            -          always     -
     host memory used in a kernel, device memory by the host                         -          -          always
-    misaligned float4 and the like                                                  -          always     always
+    misaligned float4 and the like                                                  (may crash) always    always
     misaligned cp.async or ldmatrix, or outside of shared memory                    always     always     always
-    a collective that not all threads of its mask reach, or the block's, or that
+    a collective that not all threads of its mask, or of its block, reach, or that
         they reach at different places; a mask without its caller                   always     always     always
     a launch with too many threads, too much shared memory; copies in the wrong
-        direction or past the end                                                   error code, and a line on stderr
-    missing wait for an event or a copy: queued work runs as late as it may, in an
-        order that differs by seed; a pinned buffer that is overwritten early       some seeds some seeds some seeds
+        direction or past the end                                        error code, and a line on stderr
+    missing wait for an event: queued work runs as late as it may, in an order that
+        differs by seed                                                             some seeds some seeds some seeds
+    pinned memory overwritten before its copy has run, or read before               result     result     result
     an error path of the program: GPT2_EMULATOR_FAIL makes any one call fail        always     always     always
-"result": the value is NaN, which the caller's test must see.
-Addition to floats by atomics is not offered, for its result depends on the order.
+"result": a value is wrong, mostly NaN; the caller's test must see it. "some seeds": likewise, but not for every order.
+Adding to floats by atomics is not offered, for its result depends on the order. test.py tries each of these.
 
 Environment                                                                              or in emulator::settings
     GPT2_EMULATOR_SEED=1        order of threads, blocks and streams; right kernels give the same bits for all
@@ -251,7 +254,8 @@ constexpr Where here(const char* file = __builtin_FILE(), unsigned line = __buil
 inline std::string text(const Where& where) { return text("%s:%u", where.file, where.line); }
 
 // Ends the program over a mistake in a kernel, or in the calls around it.
-[[noreturn]] __attribute__((format(printf, 2, 3))) EMULATOR_OWN inline void fail(const Thread* thread, const char* format, ...) {
+[[noreturn]] __attribute__((format(printf, 2, 3)))
+EMULATOR_OWN inline void fail(const Thread* thread, const char* format, ...) {
     unchecked++;
     va_list args;
     va_start(args, format);
@@ -322,7 +326,8 @@ inline bool on_device(const void* p, size_t n) {
 
 inline size_t cells_size(size_t bytes) { return (bytes / GRANULE + 1) * sizeof(Cell); }
 inline Cell* new_cells(size_t bytes) {  // zero pages that cost nothing until they are used
-    void* p = mmap(nullptr, cells_size(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* p = mmap(nullptr, cells_size(bytes), PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED) fail(nullptr, "no memory to watch %zu bytes of device memory", bytes);
     return (Cell*)p;
 }
@@ -582,9 +587,9 @@ inline void start(Block& b, unsigned number) {
         for (unsigned j = begin; t.waiting.at && j < end; j++) {
             const Thread& u = b.threads[j];
             if ((!of_block && !(t.waiting.mask >> (j - begin) & 1)) || t.waiting.same(u.waiting)) continue;
-            std::string other = j >= b.size ? "does not exist" : !u.alive ? "has returned" : "waits in " + at(u.waiting);
+            std::string does = j >= b.size ? "does not exist" : !u.alive ? "has returned" : "waits in " + at(u.waiting);
             fail(&t, "%s waits for %s, which %s", at(t.waiting).c_str(),
-                 place("thread", unravel(j, grid->block)).c_str(), other.c_str());
+                 place("thread", unravel(j, grid->block)).c_str(), does.c_str());
         }
     }
     fail(nullptr, "kernel %s does not end", grid->name);
@@ -641,8 +646,10 @@ struct Shared {
                      used + sizeof(T), grid->dynamic);
             grid->shared_used = offset + sizeof(T);
             grid->variables.push_back({name, offset, sizeof(T)});
-            for (Block& b : blocks)
-                if (b.shared) protect_shared(b, offset, sizeof(T), true), b.dirty = std::max(b.dirty, grid->shared_used);
+            for (Block& b : blocks) {
+                if (b.shared) protect_shared(b, offset, sizeof(T), true);
+                b.dirty = std::max(b.dirty, grid->shared_used);
+            }
             serial = grid->serial;
         }
         return *(T*)(self->block->shared + offset);
@@ -775,33 +782,31 @@ EMULATOR_OWN inline void check(const void* p, size_t n, Access access, size_t al
         fail(&t, "misaligned: %s %zu bytes at %p at %s", access_names[access], n, p, line_of(pc).c_str());
     Block& b = *t.block;
     if ((uintptr_t)p - (uintptr_t)t.fiber.stack < t.fiber.size) return;  // its own variables
-    Cell* cells;
-    size_t offset;
-    uint32_t since;
-    bool shared = (uintptr_t)p - (uintptr_t)b.shared < ARENA;
+    auto outside = [&](const std::string& what) {
+        fail(&t, "out of bounds: %s %zu bytes at %p, %s, at %s", access_names[access], n, p, what.c_str(),
+             line_of(pc).c_str());
+    };
+    Cell* cells = b.cells;
+    size_t offset = (uintptr_t)p - (uintptr_t)b.shared;
+    uint32_t since = b.started;
+    bool shared = offset < ARENA;
     if (shared) {
-        if (!in_shared(p, n)) fail(&t, "out of bounds: %s %zu bytes of shared memory, past the end of a variable, at %s",
-                                   access_names[access], n, line_of(pc).c_str());
-        cells = b.cells;
-        offset = (uintptr_t)p - (uintptr_t)b.shared;
-        since = b.started;
+        if (!in_shared(p, n)) outside("past the end of a variable in shared memory");
     } else {
         Allocation a;
         if (!find(p, a)) {
             if (p >= &__executable_start && p < &_end) return;  // constants and __device__ variables
-            size_t distance = SIZE_MAX;
+            size_t past = SIZE_MAX;
             for (const Allocation& c : allocations)
-                if (c.device && c.begin <= p) distance = std::min(distance, (size_t)((char*)p - c.begin - c.size));
-            std::string past = distance < 4096 ? text(", %zu bytes past the end of an allocation", distance) : "";
-            fail(&t, "out of bounds: %s %zu bytes at %p, which is not device memory%s, at %s", access_names[access], n, p,
-                 past.c_str(), line_of(pc).c_str());
+                if (c.device && c.begin <= p) past = std::min(past, (size_t)((char*)p - c.begin - c.size));
+            outside("which is not device memory" +
+                    (past < 4096 ? text(", %zu bytes past the end of an allocation", past) : ""));
         }
-        offset = (uintptr_t)p - (uintptr_t)a.begin;
-        if (n > a.size - offset) fail(&t, "out of bounds: %s %zu bytes, the last of them past the end of an allocation, "
-                                          "at %s", access_names[access], n, line_of(pc).c_str());
-        if (!a.device) return;
         cells = a.cells;
+        offset = (uintptr_t)p - (uintptr_t)a.begin;
         since = grid->started;
+        if (n > a.size - offset) outside("which begin in an allocation and end past it");
+        if (!a.device) return;
     }
     if (n < GRANULE) return;
     Record mine = {now, who(t) | (access == ATOMIC_ADD ? ATOMIC : 0), pc};
@@ -815,7 +820,7 @@ EMULATOR_OWN inline void check(const void* p, size_t n, Access access, size_t al
             // or block.
             Record *r = cell.read, me = mine;
             auto nearness = [&](const Record& o) {
-                return before(o, t, since) ? 3 : o.who / WARP == me.who / WARP ? 2 : o.who >> 10 == me.who >> 10 ? 1 : 0;
+                return before(o, t, since) ? 3 : o.who / WARP == me.who / WARP ? 2 : o.who >> 10 == me.who >> 10;
             };
             r[nearness(r[1]) >= nearness(r[0])] = mine;
         } else {
@@ -870,10 +875,7 @@ inline uint64_t serials = 0;
 inline long long calls = 0;
 inline cudaError_t last_error = cudaSuccess;
 
-inline cudaError_t error(cudaError_t e) {
-    if (e != cudaSuccess) last_error = e;
-    return e;
-}
+inline cudaError_t error(cudaError_t e) { if (e != cudaSuccess) last_error = e; return e; }
 
 __attribute__((format(printf, 2, 3))) inline cudaError_t error(cudaError_t e, const char* format, ...) {
     va_list args;
@@ -892,9 +894,8 @@ struct Call : Unchecked {
         if (settings.devices == 0) fault = error(cudaErrorNoDevice);
         if (settings.devices < 0) fault = error(cudaErrorInsufficientDriver);
         if (!may_fail || fault) return;
-        static const bool counting = settings.count && (atexit([] { fprintf(stderr, "emulator: %lld calls\n", calls); }), true);
-        (void)counting;
-        if (++calls == settings.fail) fault = error(cudaErrorUnknown, "call %lld, %s, is made to fail", calls, name);
+        if (++calls == 1 && settings.count) atexit([] { fprintf(stderr, "emulator: %lld calls\n", calls); });
+        if (calls == settings.fail) fault = error(cudaErrorUnknown, "call %lld, %s, is made to fail", calls, name);
     }
 };
 
@@ -907,7 +908,8 @@ inline void submit(cudaStream_t stream, std::function<void()> run, std::shared_p
 inline bool run_one() {
     uint64_t oldest = UINT64_MAX;  // on streams that the default stream waits for
     for (cudaStream_t s : streams)
-        if (s != &default_stream && s->blocking && !s->queue.empty()) oldest = std::min(oldest, s->queue.front().serial);
+        if (s != &default_stream && s->blocking && !s->queue.empty())
+            oldest = std::min(oldest, s->queue.front().serial);
     std::vector<cudaStream_t> able;
     for (cudaStream_t s : streams) {
         if (s->queue.empty()) continue;
@@ -938,9 +940,7 @@ inline void wait_for(cudaStream_t s) {
     uint64_t last = s->queue.empty() ? 0 : s->queue.back().serial;
     wait_until([=] { return s->queue.empty() || s->queue.front().serial > last; });
 }
-inline void wait_for_all() {
-    for (size_t i = 0; i < streams.size(); i++) wait_for(streams[i]);
-}
+inline void wait_for_all() { for (size_t i = 0; i < streams.size(); i++) wait_for(streams[i]); }
 inline bool known(cudaStream_t s) { return !s || std::find(streams.begin(), streams.end(), s) != streams.end(); }
 
 inline std::map<const void*, int> dynamic_most;  // by kernel, where cudaFuncSetAttribute set it
@@ -957,7 +957,7 @@ struct Invocation {
     EMULATOR_OWN static void enter(const void* p) { call(*(const Invocation*)p, std::index_sequence_for<P...>{}); }
 };
 
-// kernel<<<grid, block, shared, stream>>>(arguments) becomes Launch("kernel", ..., grid, block, ...).run(kernel, arguments).
+// kernel<<<grid, block, shared, stream>>>(x) becomes Launch("kernel", file, line, grid, block, ...).run(kernel, x).
 struct Launch {
     const char *name, *file;
     int line;
@@ -979,11 +979,11 @@ struct Launch {
         std::string at = text("%s:%d: launch of %s", file, line, name);
         if (!threads || threads > THREADS_MOST || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT_MAX ||
             grid.y > 65535 || grid.z > 65535) {
-            error(cudaErrorInvalidConfiguration, "%s with grid (%u,%u,%u), block (%u,%u,%u)", at.c_str(), grid.x, grid.y,
-                  grid.z, block.x, block.y, block.z);
+            error(cudaErrorInvalidConfiguration, "%s with %s, %s", at.c_str(), place("grid", grid).c_str(),
+                  place("block", block).c_str());
         } else if (shared > shared_most) {
-            error(cudaErrorInvalidValue, "%s with %zu bytes of dynamic shared memory; it may use %zu", at.c_str(), shared,
-                  shared_most);
+            error(cudaErrorInvalidValue, "%s with %zu bytes of dynamic shared memory; it may use %zu", at.c_str(),
+                  shared, shared_most);
         } else if (!known(stream)) {
             error(cudaErrorInvalidResourceHandle, "%s on a stream that is not one", at.c_str());
         } else {
@@ -1019,15 +1019,12 @@ constexpr int warpSize = 32;
     if (call.fault) return call.fault
 
 #define EMULATOR_ERROR(name, code, text) if (e == name) return #name;
-inline const char* cudaGetErrorName(cudaError_t e) { EMULATOR_ERRORS(EMULATOR_ERROR) return "unrecognized error code"; }
+inline const char* cudaGetErrorName(cudaError_t e) { EMULATOR_ERRORS(EMULATOR_ERROR) return "unknown"; }
 #undef EMULATOR_ERROR
 #define EMULATOR_ERROR(name, code, text) if (e == name) return text;
-inline const char* cudaGetErrorString(cudaError_t e) { EMULATOR_ERRORS(EMULATOR_ERROR) return "unrecognized error code"; }
+inline const char* cudaGetErrorString(cudaError_t e) { EMULATOR_ERRORS(EMULATOR_ERROR) return "unknown"; }
 #undef EMULATOR_ERROR
-inline cudaError_t cudaPeekAtLastError() {
-    emulator::Call call("", false);
-    return emulator::last_error;
-}
+inline cudaError_t cudaPeekAtLastError() { emulator::Call call("", false); return emulator::last_error; }
 inline cudaError_t cudaGetLastError() {
     emulator::Call call("", false);
     return std::exchange(emulator::last_error, cudaSuccess);
@@ -1146,14 +1143,16 @@ inline cudaError_t cudaFreeHost(void* p) {
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
 };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind,
+                                   cudaStream_t stream = nullptr) {
     EMULATOR_CALL("cudaMemcpy");
     emulator::Allocation a;
     bool to_device = emulator::find(to, a) && a.device, from_device = emulator::find(from, a) && a.device;
     bool to_pinned = emulator::find(to, a) && !a.device, from_pinned = emulator::find(from, a) && !a.device;
     const char* names[] = {"HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice", "Default"};
-    if (n && kind != cudaMemcpyDefault && (to_device != (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) ||
-                                      from_device != (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice)))
+    bool says_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool says_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (n && kind != cudaMemcpyDefault && (to_device != says_to || from_device != says_from))
         return emulator::error(cudaErrorInvalidValue, "cudaMemcpy%s from %s to %s memory", names[kind],
                                from_device ? "device" : "host", to_device ? "device" : "host");
     if ((to_device && !emulator::on_device(to, n)) || (from_device && !emulator::on_device(from, n)))
@@ -1198,7 +1197,7 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flag
     emulator::streams.push_back(*stream);
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+inline cudaError_t cudaStreamCreate(cudaStream_t* s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     EMULATOR_CALL("cudaStreamDestroy");
     if (!stream || !emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
@@ -1266,14 +1265,17 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_
     EMULATOR_CALL("cudaEventElapsedTime");
     if (!begin->timing || !end->timing || !begin->state->recorded || !end->state->recorded)
         return emulator::error(cudaErrorInvalidResourceHandle);
-    if (begin->state->done < begin->state->recorded || end->state->done < end->state->recorded) return cudaErrorNotReady;
+    if (begin->state->done < begin->state->recorded || end->state->done < end->state->recorded)
+        return cudaErrorNotReady;
     *ms = (float)(end->state->time - begin->state->time);
     return cudaSuccess;
 }
 
 // Kernels
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
 struct cudaFuncAttributes {
     size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
     int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, cacheModeCA, maxDynamicSharedSizeBytes;
@@ -1283,7 +1285,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
     EMULATOR_CALL("cudaFuncSetAttribute");
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || value > (int)emulator::SHARED_MOST)
-        return emulator::error(cudaErrorInvalidValue, "cudaFuncSetAttribute: %d bytes of dynamic shared memory; %zu is most",
+        return emulator::error(cudaErrorInvalidValue, "cudaFuncSetAttribute: %d bytes of shared memory; %zu is most",
                                value, emulator::SHARED_MOST);
     emulator::dynamic_most[(const void*)kernel] = value;
     return cudaSuccess;
@@ -1437,7 +1439,8 @@ EMULATOR_OWN T atomic(T* p, const void* caller, Step step) {
 #define EMULATOR_ATOMIC(name, result) \
     template <class T> requires std::is_integral_v<T> \
     __attribute__((noinline)) T name(T* p, std::type_identity_t<T> value) { \
-        return emulator::atomic(p, __builtin_return_address(0), [=]([[maybe_unused]] T old) -> T { return (T)(result); }); \
+        auto step = [=]([[maybe_unused]] T old) -> T { return (T)(result); }; \
+        return emulator::atomic(p, __builtin_return_address(0), step); \
     }
 EMULATOR_ATOMIC(atomicAdd, old + value)
 EMULATOR_ATOMIC(atomicSub, old - value)
@@ -1521,10 +1524,7 @@ inline float __int2float_rn(int x) { return (float)x; }
 EMULATOR_OWN inline void __trap(emulator::Where where = emulator::here()) {
     emulator::fail(emulator::self, "__trap() at %s:%u", where.file, where.line);
 }
-inline long long clock64() {
-    static long long ticks = 0;
-    return ++ticks;
-}
+inline long long clock64() { static long long ticks = 0; return ++ticks; }
 inline void __nanosleep(unsigned) {}
 inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
 
@@ -1590,8 +1590,8 @@ struct MmaArguments {
     float* d;
     const uint32_t *a, *b;
 };
-// A fragment's element of lane 4·g + t: of a, rows g and g+8, columns 2t, 2t+1, 2t+8, 2t+9; of b (a column in each g) the
-// same numbers as rows; of d, rows g and g+8, columns 2t, 2t+1.
+// What lane 4·g + t holds: of a, rows g and g+8, columns 2t, 2t+1, 2t+8, 2t+9; of b, column g, rows 2t, 2t+1, 2t+8,
+// 2t+9; of d, rows g and g+8, columns 2t, 2t+1.
 EMULATOR_OWN inline void mma(MmaArguments* all[WARP]) {
     float a[16][16];        // [column][row]
     float8 b[16], d[16];    // [row]
@@ -1623,7 +1623,7 @@ EMULATOR_OWN void ldmatrix(const char* name, uint32_t (&r)[4], const void* row, 
                            const Where& where) {
     Unchecked own;
     if (!in_shared(row, 16)) fail(self, "%s at %s: its row is not in shared memory", name, text(where).c_str());
-    if ((uintptr_t)row % 16) fail(self, "misaligned: %s at %s: its row is not at a multiple of 16", name, text(where).c_str());
+    if ((uintptr_t)row % 16) fail(self, "%s at %s: misaligned: %p", name, text(where).c_str(), row);
     check_own(row, 16, READ, caller);
     LdmatrixArguments mine = {r, (const uint16_t*)row};
     collective(name, ~0u, mine, where, [](LdmatrixArguments* all[WARP]) {
@@ -1670,13 +1670,12 @@ EMULATOR_OWN __attribute__((noinline)) inline void cp_async_16(void* shared, con
                                                   emulator::Where where = emulator::here()) {
     emulator::Unchecked own;
     emulator::Thread& t = *emulator::self;
-    std::string at = "";
     const void* caller = __builtin_return_address(0);
-    const char* wrong = (uintptr_t)shared % 16                       ? "misaligned: its target is not at a multiple of 16"
-                        : !emulator::in_shared(shared, 16)            ? "its target is not in shared memory"
-                        : valid && (uintptr_t)global % 16             ? "misaligned: its source is not at a multiple of 16"
-                        : valid && !emulator::on_device(global, 16)   ? "its source is not in device memory"
-                                                                      : nullptr;
+    const char* wrong = (uintptr_t)shared % 16                     ? "misaligned: its target is not at a multiple of 16"
+                        : !emulator::in_shared(shared, 16)         ? "its target is not in shared memory"
+                        : valid && (uintptr_t)global % 16          ? "misaligned: its source is not at a multiple of 16"
+                        : valid && !emulator::on_device(global, 16) ? "its source is not in device memory"
+                                                                   : nullptr;
     if (wrong) emulator::fail(&t, "cp_async_16 at %s: %s", emulator::text(where).c_str(), wrong);
     emulator::check_own(shared, 16, emulator::WRITE, caller);
     memset(shared, 0xff, 16);
@@ -1729,14 +1728,15 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
     size_t panels = (size_t)(p.m + ROWS - 1) / ROWS, groups = (size_t)(p.n + COLUMNS - 1) / COLUMNS, k = (size_t)p.k;
     a_storage.assign(panels * ROWS * k + ROWS, 0);
     b_storage.assign(groups * COLUMNS * k, 0);
-    float* a = (float*)(((uintptr_t)a_storage.data() + ROWS * 4 - 1) / (ROWS * 4) * (ROWS * 4));  // panels of (k, ROWS)
-    float* b = b_storage.data();                                                                  // groups of (k, COLUMNS)
-    for (size_t j = 0; j < k; j++)
+    float* a = (float*)(((uintptr_t)a_storage.data() + 4 * ROWS - 1) / (4 * ROWS) * (4 * ROWS));  // panels of (k, ROWS)
+    float* b = b_storage.data();                                                               // groups of (k, COLUMNS)
+    for (size_t l = 0; l < k; l++)
         for (size_t i = 0; i < (size_t)p.m; i++)
-            a[(i / ROWS * k + j) * ROWS + i % ROWS] = element(p.A, p.ab_type, p.transA ? j + i * p.lda : i + j * p.lda);
+            a[(i / ROWS * k + l) * ROWS + i % ROWS] = element(p.A, p.ab_type, p.transA ? l + i * p.lda : i + l * p.lda);
     for (size_t j = 0; j < (size_t)p.n; j++)
-        for (size_t i = 0; i < k; i++)
-            b[(j / COLUMNS * k + i) * COLUMNS + j % COLUMNS] = element(p.B, p.ab_type, p.transB ? j + i * p.ldb : i + j * p.ldb);
+        for (size_t l = 0; l < k; l++)
+            b[(j / COLUMNS * k + l) * COLUMNS + j % COLUMNS] =
+                element(p.B, p.ab_type, p.transB ? j + l * p.ldb : l + j * p.ldb);
 
     const float root = 0.7978845608028654f, cubic = 0.044715f;  // GELU by tanh
     for (size_t panel = 0; panel < panels; panel++)
@@ -1770,8 +1770,8 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
 }  // namespace emulator
 
 // D = op(A) op(B) [+ D], then the epilogue; matrices by columns as for cuBLAS: op(A) (m, k), op(B) (k, n), D (m, n).
-// Sums are fp32; D and aux are rounded to d_type when they are stored, and nothing else is. A and B are of ab_type, bias
-// (m) and aux (m, n; its leading dimension ldd) of d_type. Epilogues:
+// Sums are fp32; D and aux are rounded to d_type when they are stored, and nothing else is. A and B are of ab_type,
+// bias (m) and aux (m, n; its leading dimension ldd) of d_type. Epilogues:
 //   BIAS           D = product + bias            GELU_AUX_BIAS  aux = product + bias, D = gelu of that before rounding
 //   DGELU          D = product · gelu'(aux)
 inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bool transA, const void* B, bool transB,
@@ -1782,8 +1782,8 @@ inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bo
     auto extent = [](int rows, int columns, int ld) { return (size_t)ld * (size_t)(columns - 1) + (size_t)rows; };
     int rows_a = transA ? k : m, columns_a = transA ? m : k, rows_b = transB ? n : k, columns_b = transB ? k : n;
     if (m <= 0 || n <= 0 || k <= 0 || lda < rows_a || ldb < rows_b || ldd < m)
-        return emulator::error(cudaErrorInvalidValue, "emulated_matmul: wrong sizes: m %d, n %d, k %d, lda %d, ldb %d, ldd %d",
-                               m, n, k, lda, ldb, ldd);
+        return emulator::error(cudaErrorInvalidValue, "emulated_matmul: m %d, n %d, k %d, lda %d, ldb %d, ldd %d", m, n,
+                               k, lda, ldb, ldd);
     bool uses_bias = epilogue == Epilogue::BIAS || epilogue == Epilogue::GELU_AUX_BIAS;
     bool uses_aux = epilogue == Epilogue::GELU_AUX_BIAS || epilogue == Epilogue::DGELU;
     const char* outside =
@@ -1794,7 +1794,8 @@ inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bo
         : uses_aux && !emulator::on_device(aux, extent(m, n, ldd) * size(d_type))       ? "aux"
                                                                                         : nullptr;
     if (outside) emulator::fail(nullptr, "emulated_matmul: %s is not all in device memory", outside);
-    emulator::Matmul product = {D, d_type, A, transA, B, transB, m, n, k, lda, ldb, ldd, accumulate, epilogue, bias, aux, ab_type};
+    emulator::Matmul product = {D,   d_type, A,   transA,     B,        transB, m,   n,      k, lda,
+                                ldb, ldd,    accumulate, epilogue, bias,   aux, ab_type};
     emulator::submit(stream, [=] { emulator::run_matmul(product); });
     return cudaSuccess;
 }
@@ -1819,59 +1820,70 @@ EMULATOR_OWN inline void accessed(const void* p, size_t n, Access access, size_t
 }
 }  // namespace emulator
 
-#define EMULATOR_ACCESS(n) \
-    EMULATOR_OWN void __tsan_read##n(void* p) { emulator::accessed(p, n, emulator::READ, n, __builtin_return_address(0)); } \
-    EMULATOR_OWN void __tsan_write##n(void* p) { emulator::accessed(p, n, emulator::WRITE, n, __builtin_return_address(0)); } \
-    EMULATOR_OWN void __tsan_unaligned_read##n(void* p) { emulator::accessed(p, n, emulator::READ, 1, __builtin_return_address(0)); } \
-    EMULATOR_OWN void __tsan_unaligned_write##n(void* p) { emulator::accessed(p, n, emulator::WRITE, 1, __builtin_return_address(0)); }
+#define EMULATOR_ON(name, access, n, alignment) \
+    EMULATOR_OWN void name(void* p) { \
+        emulator::accessed(p, n, emulator::access, alignment, __builtin_return_address(0)); \
+    }
+#define EMULATOR_ACCESSES(n) \
+    EMULATOR_ON(__tsan_read##n, READ, n, n) EMULATOR_ON(__tsan_unaligned_read##n, READ, n, 1) \
+    EMULATOR_ON(__tsan_write##n, WRITE, n, n) EMULATOR_ON(__tsan_unaligned_write##n, WRITE, n, 1)
+#define EMULATOR_COPY(name) \
+    EMULATOR_OWN void* name(void* to, const void* from, size_t n) { \
+        if (n) emulator::accessed(from, n, emulator::READ, 1, __builtin_return_address(0)); \
+        if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0)); \
+        return memmove(to, from, n); \
+    }
+#define EMULATOR_FETCH(bits, T, name, operation) \
+    EMULATOR_OWN T __tsan_atomic##bits##_##name(volatile T* p, T x, int) { return operation(p, x, __ATOMIC_SEQ_CST); }
+#define EMULATOR_EXCHANGE(bits, T, strength, weak) \
+    EMULATOR_OWN int __tsan_atomic##bits##_compare_exchange_##strength(volatile T* p, T* old, T x, int, int) { \
+        return __atomic_compare_exchange_n(p, old, x, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    }
 #define EMULATOR_ATOMICS(bits, T) \
-    EMULATOR_OWN T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN void __tsan_atomic##bits##_store(volatile T* p, T x, int) { __atomic_store_n(p, x, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN T __tsan_atomic##bits##_exchange(volatile T* p, T x, int) { return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN T __tsan_atomic##bits##_fetch_add(volatile T* p, T x, int) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN T __tsan_atomic##bits##_fetch_sub(volatile T* p, T x, int) { return __atomic_fetch_sub(p, x, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN T __tsan_atomic##bits##_fetch_and(volatile T* p, T x, int) { return __atomic_fetch_and(p, x, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN T __tsan_atomic##bits##_fetch_or(volatile T* p, T x, int) { return __atomic_fetch_or(p, x, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN T __tsan_atomic##bits##_fetch_xor(volatile T* p, T x, int) { return __atomic_fetch_xor(p, x, __ATOMIC_SEQ_CST); } \
-    EMULATOR_OWN int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* old, T x, int, int) { \
-        return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    EMULATOR_OWN T __tsan_atomic##bits##_load(const volatile T* p, int) { \
+        return __atomic_load_n(p, __ATOMIC_SEQ_CST); \
     } \
-    EMULATOR_OWN int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* old, T x, int, int) { \
-        return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    EMULATOR_OWN void __tsan_atomic##bits##_store(volatile T* p, T x, int) { \
+        __atomic_store_n(p, x, __ATOMIC_SEQ_CST); \
     } \
+    EMULATOR_FETCH(bits, T, exchange, __atomic_exchange_n) EMULATOR_FETCH(bits, T, fetch_add, __atomic_fetch_add) \
+    EMULATOR_FETCH(bits, T, fetch_sub, __atomic_fetch_sub) EMULATOR_FETCH(bits, T, fetch_and, __atomic_fetch_and) \
+    EMULATOR_FETCH(bits, T, fetch_or, __atomic_fetch_or) EMULATOR_FETCH(bits, T, fetch_xor, __atomic_fetch_xor) \
+    EMULATOR_EXCHANGE(bits, T, strong, false) EMULATOR_EXCHANGE(bits, T, weak, true) \
     EMULATOR_OWN T __tsan_atomic##bits##_compare_exchange_val(volatile T* p, T old, T x, int, int) { \
         __atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
         return old; \
     }
-extern "C" {
-EMULATOR_ACCESS(1)
-EMULATOR_ACCESS(2)
-EMULATOR_ACCESS(4)
-EMULATOR_ACCESS(8)
-EMULATOR_ACCESS(16)
-EMULATOR_OWN void __tsan_read_range(void* p, size_t n) { emulator::accessed(p, n, emulator::READ, 1, __builtin_return_address(0)); }
-EMULATOR_OWN void __tsan_write_range(void* p, size_t n) { emulator::accessed(p, n, emulator::WRITE, 1, __builtin_return_address(0)); }
-EMULATOR_OWN void* __tsan_memcpy(void* to, const void* from, size_t n) {
-    if (n) emulator::accessed(from, n, emulator::READ, 1, __builtin_return_address(0));
-    if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
-    return memcpy(to, from, n);
-}
-EMULATOR_OWN void* __tsan_memmove(void* to, const void* from, size_t n) {
-    if (n) emulator::accessed(from, n, emulator::READ, 1, __builtin_return_address(0));
-    if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
-    return memmove(to, from, n);
-}
-EMULATOR_OWN void* __tsan_memset(void* to, int value, size_t n) {
-    if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
-    return memset(to, value, n);
-}
-// -fsanitize=alignment: before an access whose address does not suit its type.
-struct EmulatorMismatch {
+
+struct EmulatorMismatch {  // what -fsanitize=alignment gives
     const char* file;
     uint32_t line, column;
     const void* type;
     unsigned char log_alignment, kind;
 };
+
+extern "C" {
+EMULATOR_ACCESSES(1)
+EMULATOR_ACCESSES(2)
+EMULATOR_ACCESSES(4)
+EMULATOR_ACCESSES(8)
+EMULATOR_ACCESSES(16)
+EMULATOR_OWN void __tsan_read_range(void* p, size_t n) {
+    emulator::accessed(p, n, emulator::READ, 1, __builtin_return_address(0));
+}
+EMULATOR_OWN void __tsan_write_range(void* p, size_t n) {
+    emulator::accessed(p, n, emulator::WRITE, 1, __builtin_return_address(0));
+}
+EMULATOR_COPY(__tsan_memcpy)
+EMULATOR_COPY(__tsan_memmove)
+EMULATOR_OWN void* __tsan_memset(void* to, int value, size_t n) {
+    if (n) emulator::accessed(to, n, emulator::WRITE, 1, __builtin_return_address(0));
+    return memset(to, value, n);
+}
+EMULATOR_ATOMICS(8, unsigned char)
+EMULATOR_ATOMICS(16, unsigned short)
+EMULATOR_ATOMICS(32, unsigned)
+EMULATOR_ATOMICS(64, unsigned long)
 EMULATOR_OWN void __ubsan_handle_type_mismatch_v1(EmulatorMismatch* at, void* p) {
     emulator::fail(emulator::self, "misaligned: %p at %s:%u is not at a multiple of %d", p, at->file, at->line,
                    1 << at->log_alignment);
@@ -1886,14 +1898,5 @@ EMULATOR_OWN void __tsan_vptr_update(void**, void*) {}
 EMULATOR_OWN void __tsan_vptr_read(void**) {}
 EMULATOR_OWN void __tsan_atomic_thread_fence(int) {}
 EMULATOR_OWN void __tsan_atomic_signal_fence(int) {}
-}  // extern "C"
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wattributes"
-extern "C" {
-EMULATOR_ATOMICS(8, unsigned char)
-EMULATOR_ATOMICS(16, unsigned short)
-EMULATOR_ATOMICS(32, unsigned)
-EMULATOR_ATOMICS(64, unsigned long)
 }
-#pragma GCC diagnostic pop
 #endif

@@ -174,6 +174,19 @@ static void past_the_end_of_dynamic() {
     EXPECT(!broken);
 }
 
+__global__ void past_own(float* out, int n) {
+    float own[8];
+    float* p = own;
+    for (int i = 0; i < n; i++) p[i] = (float)i;
+    __syncwarp();
+    out[threadIdx.x] = p[threadIdx.x];
+}
+static void past_own_array() {
+    Array<float> out(8);
+    past_own<<<1, 8>>>(out, broken ? 9 : 8);
+    EXPECT(out.get()[7] == 7);
+}
+
 static void use_after_free() {
     Array<float> out(8);
     float* in;
@@ -459,7 +472,9 @@ static void matmul() {
     products<bf16, bf16>(MatmulType::BF16, MatmulType::BF16);
     products<bf16, float>(MatmulType::BF16, MatmulType::FP32);
     Array<float> a(16), d(16);
-    if (broken) emulated_matmul(d, MatmulType::FP32, a, false, a, false, 4, 4, 5, 4, 5, 4, false, Epilogue::NONE, 0, 0, 0, MatmulType::FP32);
+    if (broken)
+        emulated_matmul(d, MatmulType::FP32, a, false, a, false, 4, 4, 5, 4, 5, 4, false, Epilogue::NONE, nullptr,
+                        nullptr, nullptr, MatmulType::FP32);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -608,8 +623,9 @@ static void too_much_shared() {
     Array<float> out(8);
     past_dynamic<<<1, 8, 49152>>>(out, 0);
     EXPECT(cudaGetLastError() == cudaSuccess);
-    if (!broken) EXPECT(cudaFuncSetAttribute(past_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 100000) == cudaSuccess);
-    EXPECT(cudaFuncSetAttribute(past_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, 300000) == cudaErrorInvalidValue);
+    auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (!broken) EXPECT(cudaFuncSetAttribute(past_dynamic, attribute, 100000) == cudaSuccess);
+    EXPECT(cudaFuncSetAttribute(past_shared, attribute, 300000) == cudaErrorInvalidValue);
     cudaGetLastError();
     past_dynamic<<<1, 8, 100000>>>(out, 0);
     EXPECT(cudaGetLastError() == cudaSuccess);
@@ -661,7 +677,7 @@ int main(int argc, char** argv) {
 #define CASE(name) {#name, name}
         CASE(missing_syncthreads), CASE(missing_syncwarp), CASE(race_in_block), CASE(race_of_blocks),
         CASE(read_of_other_blocks), CASE(race_of_halves), CASE(past_the_end), CASE(past_the_end_of_shared),
-        CASE(past_the_end_of_dynamic), CASE(use_after_free), CASE(device_memory_uninitialised),
+        CASE(past_the_end_of_dynamic), CASE(past_own_array), CASE(use_after_free), CASE(device_memory_uninitialised),
         CASE(shared_uninitialised), CASE(misaligned_float4), CASE(host_memory_in_kernel), CASE(device_memory_by_host),
         CASE(copy_direction), CASE(copy_past_the_end), CASE(all_collectives), CASE(mask_without_caller),
         CASE(shuffle_with_returned), CASE(masks_that_differ), CASE(divergent_syncthreads),

@@ -15,11 +15,11 @@ import pathlib
 import re
 import sys
 
-CUDA_HEADER = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<(cuda|cublas|curand|nv|vector_types|device_launch|sm_\d)[^>]*>[^\n]*|"
-                         r"^[ \t]*#[ \t]*pragma[ \t]+unroll[^\n]*", re.M)
+CUDA_HEADER = re.compile(r"^[ \t]*#[ \t]*(include[ \t]*<(cuda|cublas|nv|vector_types|device_launch|sm_\d)[^>]*>|"
+                         r"pragma[ \t]+unroll)[^\n]*", re.M)
 QUOTED_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"[^\n]*$', re.M)
-NOT_CODE = re.compile(r'//(?:\\\n|[^\n])*|/\*.*?\*/|R"([^(\s]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|(?<![0-9A-Za-z_])\'(?:\\.|[^\'\\\n])+\'',
-                      re.S)
+NOT_CODE = re.compile(r"""//(?:\\\n|[^\n])*|/\*.*?\*/|R"([^(\s]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|"""
+                      r"""(?<![0-9A-Za-z_])'(?:\\.|[^'\\\n])+'""", re.S)
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
