@@ -307,15 +307,18 @@ enum Quantity { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };
 static void model_get(const Model*, Quantity, size_t begin, size_t n, float* out);
 static void model_put(Model*, Quantity, size_t begin, size_t n, const float* in);
 
-// A training step is: for each micro-batch set_inputs, forward(train), backward; then update; then loss.
+// A training step is: for each micro-batch set_inputs, forward(train), backward; then update; then norm and loss. A
+// backend may only note what it has to do, and do it by and by; it is norm and loss that wait for it. So the next
+// inputs may be set before these, while the last step is still under way.
 // The tokens x and targets y (B, T) are < V; they are copied.
 static void model_set_inputs(Model*, const int* x, const int* y);
 // Cross-entropy of the inputs. With `train`, what backward needs stays behind, and the gradients, which are those of
 // loss_scale · (mean loss of this micro-batch), are begun: exactly one backward must follow.
 static void model_forward(Model*, bool train, float loss_scale);
 static void model_backward(Model*);  // gradients = (first since update or create) or +=
-// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are. Returns that norm.
-static double model_update(Model*, const AdamW&, float clip, int step);
+// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are.
+static void model_update(Model*, const AdamW&, float clip, int step);
+static double model_norm(Model*);  // of the gradients, in the last update
 // Mean cross-entropy, in nats a token, over the forwards since the last call.
 static double model_loss(Model*);
 static void model_token_losses(const Model*, float* out);      // (B, T), of the last forward
@@ -1605,6 +1608,7 @@ struct Model {
     float *dkv, *skip_dkv;            // (B, T, 2C) shares of dk, dv; (skip_slots, B, T, 2C) those that wait for a layer
     float *ln_partial, *dx_sum;       // scratch of layernorm_backward and linear_backward_input
     double* norm_partial;             // scratch of sum_of_squares
+    double norm;                      // of the gradients, in the last update
     // By layer, as depth_sources, depth_readers and live_columns say
     std::vector<std::vector<int>> sources;
     std::vector<std::vector<Reader>> readers;
@@ -1888,9 +1892,9 @@ static void model_backward(Model* m) {
     with_type(m, [](auto& model) { backward(model); });
 }
 
-static double model_update(Model* m, const AdamW& a, float clip, int step) {
-    double norm = sqrt(sum_of_squares(m->norm_partial, m->gradients, parameter_count(m->config)));
-    float scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
+static void model_update(Model* m, const AdamW& a, float clip, int step) {
+    m->norm = sqrt(sum_of_squares(m->norm_partial, m->gradients, parameter_count(m->config)));
+    float scale = clip > 0 && m->norm > clip ? (float)(clip / m->norm) : 1.0f;
     with_type(m, [&](auto& model) {
         for (const Tensor& t : m->tensors)
             adamw_update(model.weights + t.offset, m->parameters + t.offset, m->moment1 + t.offset,
@@ -1898,8 +1902,9 @@ static double model_update(Model* m, const AdamW& a, float clip, int step) {
                          t.decays ? a.weight_decay : 0.0f, scale, step);
     });
     m->accumulated = 0;
-    return norm;
 }
+
+static double model_norm(Model* m) { return m->norm; }
 
 static double model_loss(Model* m) {
     double mean = m->loss_sum / m->loss_count;
@@ -3846,24 +3851,31 @@ static void train_steps(Run& run, std::vector<int>& x, std::vector<int>& y, bool
     const int accumulation = o.total_batch / (o.batch * o.sequence);
     const double flops = flops_per_token(run.c, o.sequence), start = seconds();
     const int first_step = p.step;
+    enum { NOWHERE, HERE, SET } batch = batch_ready ? HERE : NOWHERE;  // the next one: in x and y, or with the model too
 
     while (p.step < o.steps || p.due) {
         if (!p.due) {  // the step itself
             double step_start = seconds();
             for (int i = 0; i < accumulation; i++) {
-                if (!batch_ready) loader_batch(run.loader, x.data(), y.data(), o.batch);
-                batch_ready = false;
-                model_set_inputs(run.model, x.data(), y.data());
+                if (batch == NOWHERE) loader_batch(run.loader, x.data(), y.data(), o.batch);
+                if (batch != SET) model_set_inputs(run.model, x.data(), y.data());
+                batch = NOWHERE;
                 model_forward(run.model, true, 1.0f / (float)accumulation);
                 model_backward(run.model);
             }
             p.step++;
             float lr = (float)learning_rate(o, p.step);
             AdamW adamw = {lr, (float)o.beta1, (float)o.beta2, 1e-8f, (float)o.weight_decay};
-            p.norm = model_update(run.model, adamw, (float)o.clip, p.step);
+            model_update(run.model, adamw, (float)o.clip, p.step);
+            p.epoch = run.loader.epoch, p.position = run.loader.position;
+            if (p.step < o.steps) {  // a GPU is still at this step while the next batch comes in
+                loader_batch(run.loader, x.data(), y.data(), o.batch);
+                model_set_inputs(run.model, x.data(), y.data());
+                batch = SET;
+            }
+            p.norm = model_norm(run.model);
             p.loss = model_loss(run.model);
             p.milliseconds = (seconds() - step_start) * 1e3;
-            p.epoch = run.loader.epoch, p.position = run.loader.position;
             p.due = true;
         }
         check_finite(run, "the loss", p.loss);
@@ -3880,6 +3892,7 @@ static void train_steps(Run& run, std::vector<int>& x, std::vector<int>& y, bool
         if (validates) {
             if (on_terminal()) show_line(line, false);
             run.validation = evaluate(run.model, run.c, run.val, o, run.tokenizer, false);
+            if (batch == SET) batch = HERE;  // the model has other inputs now
             if (run.validation.cut_short) {
                 save_run(run);  // with this step's row due
                 return;

@@ -2373,12 +2373,13 @@ static void model_backward(Model* m) {
     with_type(m, [](auto& model) { backward(model); });
 }
 
+// The one time in a step that the CPU waits
 static void read_results(Model* m) {
     copy(m->results_here, m->results, sizeof(Results), cudaMemcpyDeviceToHost);
     m->results_fresh = true;
 }
 
-static double model_update(Model* m, const AdamW& a, float clip, int step) {
+static void model_update(Model* m, const AdamW& a, float clip, int step) {
     global_norm(m->results, m->norm_partial, m->gradients, parameter_count(m->config), clip);
     with_type(m, [&](auto& model) {
         for (const Tensor& t : m->tensors)
@@ -2387,7 +2388,11 @@ static double model_update(Model* m, const AdamW& a, float clip, int step) {
                          t.decays ? a.weight_decay : 0.0f, m->results, step);
     });
     m->accumulated = 0;
-    read_results(m);  // the one time in a step that the CPU waits
+    m->results_fresh = false;
+}
+
+static double model_norm(Model* m) {
+    if (!m->results_fresh) read_results(m);
     return m->results_here->norm;
 }
 
