@@ -196,9 +196,10 @@ static double attention_flops(size_t B, size_t T, size_t C, int products) { retu
 
 static size_t classifier_rows_least = 512, classifier_logits_most = 1 << 22;  // (the tests make them small)
 // How many tokens the classifier takes at a time: enough that reading wte for them costs little beside computing, few
-// enough that their logits do not take much memory.
+// enough that their logits do not take much memory, and no less for the last ones than for the others.
 static size_t classifier_rows(size_t rows, size_t Vp) {
-    return std::min(rows, std::max(classifier_rows_least, classifier_logits_most / Vp));
+    size_t most = std::max(classifier_rows_least, classifier_logits_most / Vp);
+    return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
 }
 
 // One parameter tensor: `layers` matrices of rows × cols, or one vector a layer where cols is 1.
@@ -279,9 +280,8 @@ struct Share {
 // Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
 // cannot do without; a function that another calls counts under that other's.
 enum Part { EMBEDDING, LAYERNORM, MATMUL, MATMUL_DX, MATMUL_DW, ATTENTION, DEPTH_MIXING, CLASSIFIER, ADAMW, PARTS };
-static Share profile[] = {{"embedding"}, {"LayerNorm"}, {"matmuls"},     {"matmuls, dx"}, {"matmuls, dw"},
-                               {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
-
+static Share profile[] = {{"embedding"}, {"LayerNorm"},    {"matmuls"},    {"matmuls, dx"}, {"matmuls, dw"},
+                          {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
 static_assert(std::size(profile) == PARTS);
 static std::vector<Share> model_profile();
 
