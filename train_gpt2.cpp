@@ -83,17 +83,6 @@ static double seconds() {  // since some fixed moment
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 
-// The number after a word at the start of a line of a file, or `otherwise`.
-static double number_after(const char* path, const char* word, double otherwise) {
-    FILE* file = fopen(path, "r");
-    if (!file) return otherwise;
-    char line[256];
-    while (fgets(line, sizeof line, file))
-        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
-    fclose(file);
-    return otherwise;
-}
-
 // Random numbers: splitmix64, a counter passed through a mixing function (Steele, Lea and Flood 2014). Its whole state
 // is one integer, so each use and step can have a stream of its own.
 struct Random {
@@ -294,6 +283,7 @@ static std::string device_name();              // "2 threads, AVX-512"
 static Precision device_precision();           // what it computes in unless told otherwise
 static const char* device_help();              // how a user chooses what of the machine is used
 static size_t device_free_memory();            // bytes that can still be allocated
+static double device_peak_memory();            // MiB: the most that was in use at a time since the last call
 static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
 
@@ -2120,6 +2110,17 @@ static std::string device_name() {
 static Precision device_precision() { return FP32; }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
+// The number after a word at the start of a line of a file, or `otherwise`.
+static double number_after(const char* path, const char* word, double otherwise) {
+    FILE* file = fopen(path, "r");
+    if (!file) return otherwise;
+    char line[256];
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
+    fclose(file);
+    return otherwise;
+}
+
 // What the system can give without swapping, or what is left of the container's limit where that is less. File caches
 // count as free.
 static size_t device_free_memory() {
@@ -2136,6 +2137,16 @@ static size_t device_free_memory() {
         if (limit > 0) free_bytes = std::min(free_bytes, limit - used + caches);
     }
     return (size_t)std::max(0.0, free_bytes);
+}
+
+// The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
+static double device_peak_memory() {
+    double kilobytes = number_after("/proc/self/status", "VmHWM:", 0);
+    if (FILE* reset = fopen("/proc/self/clear_refs", "w")) {
+        fputs("5", reset);  // begins anew
+        fclose(reset);
+    }
+    return kilobytes / 1024;
 }
 
 // The best rate of many rounds in 50 ms, in each of which every thread does so many operations.
@@ -4165,16 +4176,6 @@ static void describe(Options& o, OptionTable& table) {
     row("generating: all, with a full cache", [&](const Config& a) { return mebibytes(decoding(a).total()); });
 }
 
-// The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
-static double peak_resident() {
-    double kilobytes = number_after("/proc/self/status", "VmHWM:", 0);
-    if (FILE* reset = fopen("/proc/self/clear_refs", "w")) {
-        fputs("5", reset);  // begins anew
-        fclose(reset);
-    }
-    return kilobytes / 1024;
-}
-
 static double median(std::vector<double> v) {
     std::sort(v.begin(), v.end());
     return v[v.size() / 2];
@@ -4220,7 +4221,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
     const double bandwidth = o.profile ? device_bandwidth(true) : 0;
     for (const Config& c : configs) {
         const Workload work = {B, T, true, 0, o.recompute};
-        peak_resident();
+        device_peak_memory();
         check_memory(model_memory(c, precision, work), 0, "a smaller --batch, --sequence or model needs less");
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
@@ -4243,7 +4244,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         double best = *std::min_element(times.begin(), times.end());
         double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
         printf("%-12s %9.2f %9.2f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
-               best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, peak_resident());
+               best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, device_peak_memory());
         if (o.profile) print_profile(before, after, mean(times), steps, peak, bandwidth);
         fflush(stdout);
     }

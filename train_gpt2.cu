@@ -54,6 +54,7 @@ static void check(cudaError_t error, const char* call, int line) {
 struct Gpu {
     std::string name;
     int multiprocessors;
+    size_t in_use = 0, most_in_use = 0;  // bytes of models
     cudaStream_t stream, copies;
 };
 static Gpu gpu;
@@ -2081,7 +2082,9 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         p = nullptr;
         if (n == 0) return;
         account += n * sizeof *p;
-        if (!dry) m.blocks.push_back(p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, zero));
+        if (dry) return;
+        m.blocks.push_back(p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, zero));
+        gpu.most_in_use = std::max(gpu.most_in_use, gpu.in_use += n * sizeof *p);
     };
     take(m.parameters, P, m.memory.parameters);
     if constexpr (std::is_same_v<X, float>) m.weights = m.parameters;
@@ -2197,6 +2200,7 @@ static void model_free(Model* m) {
     if (!m->blocks.empty()) {
         CHECK(cudaStreamSynchronize(gpu.copies));
         CHECK(cudaStreamSynchronize(gpu.stream));
+        gpu.in_use -= m->memory.total();
     }
     for (void* block : m->blocks) CHECK(cudaFree(block));
     if (m->results_here) CHECK(cudaFreeHost(m->results_here));
@@ -2556,6 +2560,8 @@ static size_t device_free_memory() {
     CHECK(cudaMemGetInfo(&free_bytes, &total));
     return free_bytes;
 }
+
+static double device_peak_memory() { return (double)std::exchange(gpu.most_in_use, gpu.in_use) / (1 << 20); }
 
 // The best rate of some rounds, each of so many operations
 template <class F>
