@@ -9,7 +9,8 @@ three attentions that share the same sixteen parameter tensors:
     depth     each value is first mixed with the values of earlier layers at the same token        arXiv 2606.05014
 
 It is not a framework: no automatic differentiation, no tensor class, no dependency but OpenMP. It does not tokenize
-text for training (data_prep/prepare.py does), and one process runs on one machine.
+text for training (data_prep/prepare.py does), and one process runs on one machine. train_gpt2.cu is the same program
+with section 3 on a GPU.
 
     make && ./train_gpt2 --help                          what it can do
     ./train_gpt2 train --train 'data/train_*.bin' --val 'data/val_*.bin' --out run
@@ -105,8 +106,8 @@ struct Random {
 // ====================================================================================================================
 // 2 · The model interface
 //
-// All that the program knows of a model. Section 3 implements it on a CPU; another backend would do so in its place,
-// defining GPT2_CUDA. Commands and tests are written once, against what follows. Values cross it as fp32, whatever the
+// All that the program knows of a model. Section 3 implements it on a CPU; train_gpt2.cu, which defines GPT2_CUDA and
+// includes this file, does so on a GPU. Commands and tests are written once, against what follows. Values cross it as fp32, whatever the
 // backend computes in.
 
 enum Attention { VANILLA, SKIP, DEPTH };
