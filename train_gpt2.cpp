@@ -107,8 +107,8 @@ struct Random {
 // 2 · The model interface
 //
 // All that the program knows of a model. Section 3 implements it on a CPU; train_gpt2.cu, which defines GPT2_CUDA and
-// includes this file, does so on a GPU. Commands and tests are written once, against what follows. Values cross it as fp32, whatever the
-// backend computes in.
+// includes this file, does so on a GPU. Commands and tests are written once, against what follows. Values cross it as
+// fp32, whatever the backend computes in.
 
 enum Attention { VANILLA, SKIP, DEPTH };
 static const char* const attention_names[] = {"vanilla", "skip", "depth"};
