@@ -284,7 +284,7 @@ static std::string device_name();              // "2 threads, AVX-512"
 static Precision device_precision();           // what it computes in unless told otherwise
 static const char* device_help();              // how a user chooses what of the machine is used
 static size_t device_free_memory();            // bytes that can still be allocated
-static double device_peak_memory();            // MiB: the most that was in use at a time since the last call
+static double device_most_memory();            // MiB: the most that was in use at a time since the last call
 static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
 
@@ -2141,7 +2141,7 @@ static size_t device_free_memory() {
 }
 
 // The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
-static double device_peak_memory() {
+static double device_most_memory() {
     double kilobytes = number_after("/proc/self/status", "VmHWM:", 0);
     if (FILE* reset = fopen("/proc/self/clear_refs", "w")) {
         fputs("5", reset);  // begins anew
@@ -4222,7 +4222,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
     const double bandwidth = o.profile ? device_bandwidth(true) : 0;
     for (const Config& c : configs) {
         const Workload work = {B, T, true, 0, o.recompute};
-        device_peak_memory();
+        device_most_memory();
         check_memory(model_memory(c, precision, work), 0, "a smaller --batch, --sequence or model needs less");
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
@@ -4245,7 +4245,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         double best = *std::min_element(times.begin(), times.end());
         double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
         printf("%-12s %9.2f %9.2f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
-               best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, device_peak_memory());
+               best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, device_most_memory());
         if (o.profile) print_profile(before, after, mean(times), steps, peak, bandwidth);
         fflush(stdout);
     }

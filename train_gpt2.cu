@@ -2561,7 +2561,7 @@ static size_t device_free_memory() {
     return free_bytes;
 }
 
-static double device_peak_memory() { return (double)std::exchange(gpu.most_in_use, gpu.in_use) / (1 << 20); }
+static double device_most_memory() { return (double)std::exchange(gpu.most_in_use, gpu.in_use) / (1 << 20); }
 
 // The best rate of some rounds, each of so many operations
 template <class F>
