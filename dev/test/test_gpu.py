@@ -20,8 +20,11 @@ from helpers import (
 GPU_PROGRAM = os.environ.get("GPU_PROGRAM", "train_gpt2cu_emulated")
 emulator_alone = pytest.mark.skipif("emulated" not in GPU_PROGRAM, reason="a GPU that the emulator alone can play")
 FP32 = ["--precision", "fp32"]
-# Queries, keys and values of 64 channels: bf16's attention in tiles, of which a sequence takes two.
-TILES = ["--heads", 1, "--channels", 64, "--context", 70, "--sequence", 65, "--batch", 1, "--total-batch", 65]
+FEW = ["--batch", 1, "--total-batch", SEQUENCE, "--val-batches", 2]  # tokens a step
+# Queries, keys and values of 64 channels: bf16's attention in tiles, of which a sequence takes two. At a higher rate, a
+# batch of one sequence makes losses jump, and runs that differ by a rounding part.
+TILES = ["--heads", 1, "--channels", 64, "--context", 70, "--sequence", 65, "--batch", 1, "--total-batch", 65,
+         "--lr", "3e-4"]
 
 
 class Emulated(Program):
@@ -81,27 +84,29 @@ def arrays(out):
 def test_losses_of_fifty_steps_are_those_of_the_cpu(program, gpu, text_data, tmp_path, attention):
     def run(which, precision, *more):
         out = tmp_path / f"{which.path.name}_{precision}"
-        which.run(*training(text_data, out, "--attention", attention, "--precision", precision, *more, steps=50))
+        which.run(*training(text_data, out, "--attention", attention, "--precision", precision, "--overwrite",
+                            "--val-batches", 1, *more, steps=50))
         return losses(out)
 
-    assert run(gpu, "fp32") == pytest.approx(run(program, "fp32"), rel=1e-5, abs=0)
-    # Both round the same values at the same points, and sum in another order. A rounding that falls the other way then
-    # moves what follows; but the two stay nearer to each other than either is to fp32.
+    two = ["--batch", 2, "--total-batch", 2 * SEQUENCE]
+    assert run(gpu, "fp32", *two) == pytest.approx(run(program, "fp32", *two), rel=1e-5, abs=0)
+    # Both round the same values at the same points, and sum in another order, so that some roundings fall the other way.
+    # Yet the two stay nearer to each other than to fp32; how near that is follows from the run itself.
     exact, rounded = run(program, "fp32", *TILES), run(program, "bf16", *TILES)
-    assert rms_difference(run(gpu, "bf16", *TILES), rounded) < rms_difference(rounded, exact)
+    assert rms_difference(run(gpu, "bf16", *TILES), rounded) < 0.5 * rms_difference(rounded, exact)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_run_moves_to_the_gpu_and_back(program, gpu, data, tmp_path, attention):
     """CPU, GPU, CPU; each ends where it is stopped."""
     def arguments(out):
-        return training(data, out, "--attention", attention, *FP32, steps=300, save_every=25)
+        return training(data, out, "--attention", attention, *FP32, *FEW, steps=200, save_every=25)
 
     program.run(*arguments(tmp_path / "other"))
     out = tmp_path / "out"
     status, said, err = program.stop(*arguments(out), after=20, by=signal.SIGTERM)
     assert (status, err) == (0, "") and "stopped after step" in said
-    status, said, err = gpu.stop("train", "--out", out, "--resume", after=40, by=signal.SIGTERM)
+    status, said, err = gpu.stop("train", "--out", out, "--resume", after=100, by=signal.SIGTERM)
     assert (status, err) == (0, "") and "stopped after step" in said
     program.run("train", "--out", out, "--resume")
     assert [row[0] for row in metrics(out)] == [row[0] for row in metrics(tmp_path / "other")]
@@ -111,10 +116,9 @@ def test_run_moves_to_the_gpu_and_back(program, gpu, data, tmp_path, attention):
         assert rms_difference(ours, theirs) < 1e-4 * math.sqrt(sum(x * x for x in theirs) / len(theirs))
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_run_on_the_gpu_ends_as_if_never_stopped(gpu, data, tmp_path, attention):
+def test_run_on_the_gpu_ends_as_if_never_stopped(gpu, data, tmp_path):
     def arguments(out):
-        return training(data, out, "--attention", attention, "--sample-every", 20, steps=60, save_every=25)
+        return training(data, out, "--attention", "depth", "--sample-every", 50, *FEW, steps=100, save_every=25)
 
     gpu.run(*arguments(tmp_path / "other"))
     status, said, err = gpu.stop(*arguments(tmp_path / "out"), after=10, by=signal.SIGTERM)
@@ -128,7 +132,7 @@ def test_recompute_changes_memory_alone(gpu, data, tmp_path):
     for attention in ATTENTIONS:
         for name, more in ("kept", []), ("again", ["--recompute"]):
             gpu.run(*training(data, tmp_path / name, "--attention", attention, "--overwrite", *FP32,
-                              *more))
+                              *FEW, *more, steps=4))
         assert metrics(tmp_path / "kept") == metrics(tmp_path / "again")
 
 
