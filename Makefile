@@ -82,7 +82,7 @@ run: train_gpt2
 	    --out run/demo --overwrite $(SMALL)
 
 # AMX's emulation needs an x86-64 compiler.
-test: all train_gpt2_sanitized test_gpt2_sanitized test_gpt2cu_emulated $(if $(call builds,-include immintrin.h),test_gpt2_amx) .venv/ready
+test: all train_gpt2_sanitized test_gpt2_sanitized train_gpt2cu_emulated test_gpt2cu_emulated $(if $(call builds,-include immintrin.h),test_gpt2_amx) .venv/ready
 	@python3 dev/test/run.py
 test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
@@ -90,7 +90,7 @@ test-amx: test_gpt2_amx
 	./test_gpt2_amx
 test-builds:
 	@dev/test/builds.sh
-test-peers: all .venv-peers/ready
+test-peers: all test_gpt2cu_emulated .venv-peers/ready
 	@python3 dev/test/run.py --peers
 bench-peers: train_gpt2 .venv-peers/ready
 	.venv-peers/bin/python dev/bench/peers.py

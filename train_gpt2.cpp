@@ -278,8 +278,8 @@ static std::vector<Share> model_profile();
 struct Model;  // parameters, gradients, moments, activations, KV cache: the backend's own
 
 // The machine. device_init goes first. Where the machine lacks what this binary was built for, the program has ended
-// when it returns, or even before main.
-static void device_init(char** argv);
+// when it returns, or even before main. Without `computes`, nothing but model_memory will be asked for.
+static void device_init(char** argv, bool computes = true);
 static std::string device_name();              // "2 threads, AVX-512"
 static Precision device_precision();           // what it computes in unless told otherwise
 static const char* device_help();              // how a user chooses what of the machine is used
@@ -287,6 +287,7 @@ static size_t device_free_memory();            // bytes that can still be alloca
 static double device_most_memory();            // MiB: the most that was in use at a time since the last call
 static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
+static size_t device_peak_memory(Precision);   // bytes that this takes meanwhile
 
 // What model_create will allocate, to the byte. Parameters are not initialised, gradients and moments are zero.
 static Memory model_memory(const Config&, Precision, const Workload&);
@@ -2079,7 +2080,7 @@ static const char* const instruction_set = "128-bit vectors";
 }
 #endif
 
-static void device_init([[maybe_unused]] char** argv) {
+static void device_init([[maybe_unused]] char** argv, bool) {
 #ifdef _OPENMP
     // OpenMP's threads spin for milliseconds wherever they wait for each other. On cores that other programs use too,
     // this makes small steps several times slower, and a tenth of a millisecond is as good elsewhere. GNU's OpenMP
@@ -2222,6 +2223,7 @@ static double device_peak(Precision precision) {
     (void)precision;  // elsewhere bf16 is computed in fp32
     return best_rate(operations, [&] { chains([](vec s) { return s * 0.999f + 0.001f; }); });
 }
+static size_t device_peak_memory(Precision) { return 0; }
 
 // Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or scaling them in
 // place.
@@ -3441,10 +3443,23 @@ static double flops_per_token(const Config& c, int T) {
     return flops;
 }
 
-static void check_memory(const Memory& m, size_t others, const char* advice) {
-    size_t needed = m.total() + others, free = device_free_memory();
-    if (needed > free)
-        die("this needs %s of memory, and %s are free: %s", mebibytes(needed).c_str(), mebibytes(free).c_str(), advice);
+// What a model will allocate. Where less is free, together with so many bytes for other things, the program ends and
+// names the largest batch that fits: one that divides `sequences`, if these are not 0.
+static Memory check_memory(const Config& c, int precision, Workload work, size_t others, int sequences = 0) {
+    auto needed = [&] { return model_memory(c, (Precision)precision, work).total() + others; };
+    const size_t free = device_free_memory();
+    if (needed() <= free) return model_memory(c, (Precision)precision, work);
+    std::string line = format("this needs %s of memory, and %s are free: ", mebibytes(needed()).c_str(),
+                              mebibytes(free).c_str());
+    if (work.B == 0) die("%suse a smaller model", line.c_str());
+    int fits = 0, too_large = work.B;
+    while (too_large - fits > 1) {
+        work.B = fits + (too_large - fits) / 2;
+        (needed() <= free ? fits : too_large) = work.B;
+    }
+    while (fits > 1 && sequences % fits != 0) fits--;
+    if (fits == 0) die("%snot even --batch 1 fits; a smaller --sequence or model needs less", line.c_str());
+    die("%sthe largest --batch that fits is %d", line.c_str(), fits);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -3996,9 +4011,9 @@ static void train(Options& o, OptionTable& table, const char* program) {
     run.loader.shards = split_shards(run.train);
     run.loader.T = T, run.loader.V = run.c.V, run.loader.seed = (uint64_t)o.seed;
     Workload work = {B, T, true, can_sample(run), o.recompute};
-    Memory memory = model_memory(run.c, (Precision)o.precision, work);
     size_t loading = loader_bytes(run.loader.shards, T);
-    check_memory(memory, loading, "a smaller --batch, --sequence or model needs less");
+    const int sequences = is_given(table, "total-batch") ? o.total_batch / T : 0;
+    Memory memory = check_memory(run.c, o.precision, work, loading, sequences);
     std::vector<int> x((size_t)B * T), y((size_t)B * T);
     if (!run.val.empty()) {
         WindowReader reader = {run.val, T, run.c.V};
@@ -4072,7 +4087,7 @@ static void eval(Options& o, OptionTable& table) {
     Config c = configure(o, table, EVAL, &file, tokenizer);
     std::vector<Shard> shards = open_shards("val", paths, o.sequence);
     Workload work = {o.batch, o.sequence, false, 0};
-    check_memory(model_memory(c, (Precision)o.precision, work), 0, "a smaller --batch or --sequence needs less");
+    check_memory(c, o.precision, work, 0);
     Model* model = model_create(c, (Precision)o.precision, work);
     read_parameters(file, model);
     bool own = file.config.attention == c.attention;
@@ -4114,7 +4129,7 @@ static void generate(Options& o, OptionTable& table) {
         if (prompt[0] < 0) die("an empty prompt is an end-of-text token, and none is known here: give --prompt-tokens");
     }
     Workload work = {0, 0, false, 1};
-    check_memory(model_memory(c, (Precision)o.precision, work), 0, "use a smaller model");
+    check_memory(c, o.precision, work, 0);
     Model* model = model_create(c, (Precision)o.precision, work);
     read_parameters(file, model);
     Random r = random_stream((uint64_t)o.seed, SAMPLES);
@@ -4223,7 +4238,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
     for (const Config& c : configs) {
         const Workload work = {B, T, true, 0, o.recompute};
         device_most_memory();
-        check_memory(model_memory(c, precision, work), 0, "a smaller --batch, --sequence or model needs less");
+        check_memory(c, precision, work, device_peak_memory(precision));
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
         std::vector<double> times, peaks;
@@ -4265,8 +4280,7 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs,
            "of reading");
     for (const Config& c : configs) {
         const Workload work = {0, 0, false, 1};
-        const Memory memory = model_memory(c, precision, work);
-        check_memory(memory, (size_t)512 << 20, "use a smaller model");  // device_bandwidth's too
+        const Memory memory = check_memory(c, precision, work, (size_t)512 << 20);  // device_bandwidth's too
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
         std::vector<double> times, bandwidths, prompt_times;
@@ -4340,7 +4354,7 @@ static void bench(Options& o, OptionTable& table) {
         return 0;
     }
 
-    device_init(argv);
+    device_init(argv, command->bit != DESCRIBE);
     switch (command->bit) {
         case TRAIN: train(o, table, program); break;
         case EVAL: eval(o, table); break;

@@ -2532,7 +2532,9 @@ static void model_reset_cache(Model* m) { m->cache_length = 0; }
 // --------------------------------------------------------------------------------------------------------------------
 // The machine
 
-static void device_init([[maybe_unused]] char** argv) {
+static void device_init(char**, bool computes) {
+    classifier_logits_most = 1 << 30;  // 2 GiB of bf16: matrices large enough for all multiprocessors
+    if (!computes) return;
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
@@ -2548,7 +2550,6 @@ static void device_init([[maybe_unused]] char** argv) {
     gpu.multiprocessors = properties.multiProcessorCount;
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CHECK(cudaStreamCreateWithFlags(&gpu.copies, cudaStreamNonBlocking));
-    classifier_logits_most = 1 << 30;  // 2 GiB of bf16: matrices large enough for all multiprocessors
 }
 
 static std::string device_name() { return gpu.name; }
@@ -2577,6 +2578,8 @@ static double best_rate(double operations, F round) {
     return best;
 }
 
+static size_t peak_matrix() { return 64 * (size_t)gpu.multiprocessors; }  // its rows
+
 // a (n): any values from -1 to 1. One thread a value
 template <class X>
 __global__ void noise_kernel(X* a, size_t n) {
@@ -2589,7 +2592,7 @@ __global__ void noise_kernel(X* a, size_t n) {
 template <class X>
 static double matmul_peak() {
     constexpr size_t BLOCK = 256;
-    const size_t N = 64 * (size_t)gpu.multiprocessors;
+    const size_t N = peak_matrix();
     X* matrices = (X*)allocate(3 * N * N * sizeof(X), false);
     noise_kernel<X><<<(unsigned)ceil_div(3 * N * N, BLOCK), BLOCK, 0, gpu.stream>>>(matrices, 3 * N * N);
     CHECK(cudaGetLastError());
@@ -2606,6 +2609,9 @@ static double matmul_peak() {
     return rate;
 }
 static double device_peak(Precision precision) { return precision == BF16 ? matmul_peak<bf16>() : matmul_peak<float>(); }
+static size_t device_peak_memory(Precision precision) {
+    return 3 * peak_matrix() * peak_matrix() * (precision == BF16 ? sizeof(bf16) : sizeof(float)) + WORKSPACE;
+}
 
 // a (n) scaled in place, one thread a share
 __global__ void scale_kernel(float* a, size_t n) {

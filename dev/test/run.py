@@ -1,5 +1,5 @@
-"""What `make test` runs once everything is built: test_gpt2 over dev/reference, then pytest over dev/test. Its last
-line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
+"""What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's own tests;
+then pytest over dev/test. Its last line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PROGRAMS = ["./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx", "./test_gpt2cu_emulated", "dev/emulator/test.py"]
 PEERS = ["dev/test/test_reference.py"]
 
 
@@ -22,7 +23,7 @@ def run_program(command):
     words = last.replace(",", "").split()
     counts = Counter({name: int(n) for n, name in zip(words[::2], words[1::2]) if n.isdigit()})
     if process.returncode != 0 and counts["failed"] == 0 or "passed" not in counts:
-        print(f"{command[0]} ended with exit status {process.returncode} and without its counts", flush=True)
+        print(f"{command[-1]} ended with exit status {process.returncode} and without its counts", flush=True)
         counts["failed"] += 1
     return counts
 
@@ -54,12 +55,12 @@ def main():
     peers = "--peers" in sys.argv[1:]
     counts = Counter()
     if not peers:
-        for program in "./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2cu_emulated", "./test_gpt2_amx":
+        for program in PROGRAMS:
             if program == "./test_gpt2_amx" and not os.path.exists(program):
                 print("left out: test_gpt2_amx, which takes an x86-64 compiler")
                 continue
             print(f"== {program}", flush=True)
-            counts += run_program([program])
+            counts += run_program([sys.executable, program] if program.endswith(".py") else [program])
     environment = ".venv-peers" if peers else ".venv"
     python = next(filter(has_pytest, [f"{environment}/bin/python", sys.executable]), None)
     if python:

@@ -202,6 +202,25 @@ def test_fresh_dump_passes(options, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+# For the GPU's kernels: head sizes with and without tiles, one token, a tile, a token more, several tiles. T, head size
+EMULATED = [(1, 64), (17, 128), (64, 64), (65, 24), (65, 128), (161, 64)]
+
+
+@pytest.mark.parametrize("T, HS", EMULATED)
+@pytest.mark.parametrize("attention", SMALL)
+def test_fresh_dump_passes_under_the_emulator(attention, T, HS, tmp_path, monkeypatch):
+    variant = {"vanilla": "", "skip": "--skip-distance 1 --skip-heads 1", "depth": "--depth-stride 1"}[attention]
+    # So wide a model learns these few tokens at once; at a lower rate its losses stay well above 0.
+    model, state = make_dump(tmp_path / "fresh", f"--attention {attention} {variant} --layers 3 --heads 2 --channels "
+                             f"{2 * HS} --vocab 150 --batch 1 --sequence {T} --context {T} --seed {T + HS} --lr 1e-4")
+    if T == 65:
+        monkeypatch.setattr(reference, "NEARBY", 32)
+        reference.write_rounding(model, state)
+    result = run("test_gpt2cu_emulated", model, state)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{1 + (T == 65)} passed" in result.stdout
+
+
 @pytest.mark.parametrize("attention", SMALL)
 @pytest.mark.parametrize("change", [0.01, math.nan])
 def test_one_changed_gradient_is_named(attention, change, tmp_path):
