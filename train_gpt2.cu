@@ -1054,34 +1054,39 @@ __device__ inline int in_tile(int r, int c) {
     return r * HS + ((c ^ (r & 7)) << 3);
 }
 
-// Rows first .. first + rows - 1 of a head, by all threads; those from `end` on are 0.
-template <int HS>
-__device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int first, int rows, int end) {
-    constexpr int CHUNKS = HS / 8;
-    for (int i = threadIdx.x; i < rows * CHUNKS; i += TILE_BLOCK) {
-        const int r = i / CHUNKS, c = i % CHUNKS;
-        const bool valid = first + r < end;
-        cp_async_16(tile + in_tile<HS>(r, c), head + (valid ? first + r : 0) * row + c * 8, valid);
+// Rows first .. first + ROWS - 1 of a head, by all threads; those from `end` on are 0. A thread's chunks are all in one
+// column, a multiple of 8 rows apart, so that its addresses differ by what they have in common.
+template <int HS, int ROWS>
+__device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int first, int end) {
+    constexpr int CHUNKS = HS / 8, STEP = TILE_BLOCK / CHUNKS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "the same chunk ^ row % 8 for all of a thread's rows");
+    const int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS;
+    bf16* to = tile + in_tile<HS>(r, c);
+    const bf16* from = head + (first + r) * row + c * 8;
+#pragma unroll
+    for (int below = 0; below < ROWS; below += STEP) {
+        const bool valid = first + r + below < end;
+        cp_async_16(to + below * HS, valid ? from + below * row : head, valid);
     }
 }
 
 // Fragments. A: rows r .. r+15, channels 16k .. 16k+15. B: for two products side by side, [0], [1] and [2], [3]; with
 // rows as columns of B, rows r .. r+15 and channels 16k .. 16k+15; with rows as rows of B, the same, but it is the
-// channels that are side by side.
+// channels that are side by side. r is a multiple of 8, and so in_tile's share of a lane stays the same in all loops.
 template <int HS>
 __device__ inline void load_A(uint32_t (&a)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
-    ldmatrix_x4(a, tile + in_tile<HS>(r + lane % 16, 2 * k + lane / 16));
+    ldmatrix_x4(a, tile + r * HS + in_tile<HS>(lane % 16, 2 * k + lane / 16));
 }
 template <int HS>
 __device__ inline void load_B_of_columns(uint32_t (&b)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
-    ldmatrix_x4(b, tile + in_tile<HS>(r + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+    ldmatrix_x4(b, tile + r * HS + in_tile<HS>(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
 }
 template <int HS>
 __device__ inline void load_B_of_rows(uint32_t (&b)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
-    ldmatrix_x4_trans(b, tile + in_tile<HS>(r + lane % 16, 2 * k + lane / 16));
+    ldmatrix_x4_trans(b, tile + r * HS + in_tile<HS>(lane % 16, 2 * k + lane / 16));
 }
 
 // Two products side by side
@@ -1106,18 +1111,20 @@ __device__ inline void as_A(uint32_t (&a)[4], const float (&d0)[4], const float 
 __device__ inline void store_two(bf16* to, float x, float y) { *(__nv_bfloat162*)to = __floats2bfloat162_rn(x, y); }
 __device__ inline void store_two(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
 
-// A block has a head's 64·M queries, a warp 16·M of them: M fragments of 16, which share the fragments of keys and
-// values, so that shared memory keeps up with the tensor cores. It goes through tiles of 64 keys; the next one comes in
-// meanwhile. The blocks with the most keys start first.
+// A warp has 16·M rows, queries or keys: M fragments of 16, which share the fragments of the other side, so that shared
+// memory keeps up with the tensor cores. A block has 64·M rows.
+template <int HS> constexpr int FRAGMENTS = HS == 64 ? 2 : 1;
+
+// A block has a head's 64·M queries, and goes through tiles of 64 keys; the next one comes in meanwhile. The blocks with
+// the most keys start first.
 // Shared memory: q (64·M, HS), then k and v (64, HS) of this tile and of the next.
-template <int HS> constexpr int FORWARD_M = HS == 64 ? 2 : 1;
-template <int HS> constexpr size_t FORWARD_SHARED = (FORWARD_M<HS> + 4) * TILE * HS * sizeof(bf16);
+template <int HS> constexpr size_t FORWARD_SHARED = (FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
 template <int HS>
 __global__ void __launch_bounds__(TILE_BLOCK, 2)
     attention_forward_tiles_kernel(Heads<bf16> o, float* lse, Heads<const bf16> q, KeysValues<const bf16> kv,
                                    int queries, int before, float scale) {
-    constexpr int M = FORWARD_M<HS>, K = HS / 16, ROWS = TILE * M;
+    constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
     extern __shared__ uint4 shared_memory[];
     bf16 *q_tile = (bf16*)shared_memory, *kv_tiles = q_tile + ROWS * HS;
     const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16 * M;  // of the warp
@@ -1127,10 +1134,10 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     const float scale2 = scale * LOG2_E;  // powers of 2 are faster than those of e
     auto copy_keys = [&](int j) {
         bf16* k_tile = kv_tiles + j % 2 * 2 * TILE * HS;
-        copy_tile<HS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, TILE, keys);
-        copy_tile<HS>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, TILE, keys);
+        copy_tile<HS, TILE>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, keys);
+        copy_tile<HS, TILE>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, keys);
     };
-    copy_tile<HS>(q_tile, q.at(b, h, 0), q.row, i0, ROWS, queries);
+    copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, queries);
     copy_keys(0);
     cp_async_commit();
 
@@ -1232,195 +1239,247 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
 }
 
-// dq. A block has a head's 64 queries, a warp 16 of them, and goes through tiles of 64 keys, 32 at a time.
-// Shared memory: q and do (64, HS), then k and v (64, HS) of this tile and of the next.
-template <int HS> constexpr size_t BACKWARD_QUERY_SHARED = 6 * TILE * HS * sizeof(bf16);
+// dq. A block has a head's 64·M queries, and goes through tiles of 64 keys, 32 at a time.
+// Shared memory: q and do (64·M, HS), then k and v (64, HS) of this tile and of the next.
+template <int HS> constexpr size_t BACKWARD_QUERY_SHARED = (2 * FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
 template <int HS>
-__global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
+__global__ void __launch_bounds__(TILE_BLOCK, 2)
     attention_backward_query_tiles_kernel(Heads<bf16> dq, Heads<const bf16> dout, const float* lse, const float* delta,
                                           Heads<const bf16> q, KeysValues<const bf16> kv, int T, float scale) {
-    constexpr int K = HS / 16, HELD = HS == 64 ? K : 1;  // fragments of q and do that stay in registers
+    constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
+    constexpr int HELD = HS == 64 ? K : 1;  // fragments of q and do that stay in registers
     extern __shared__ uint4 shared_memory[];
-    bf16 *q_tile = (bf16*)shared_memory, *do_tile = q_tile + TILE * HS, *kv_tiles = do_tile + TILE * HS;
-    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16;  // of the warp
-    const int i0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE, h = blockIdx.y, b = blockIdx.z;
-    const int tiles = i0 / TILE + 1;
+    bf16 *q_tile = (bf16*)shared_memory, *do_tile = q_tile + ROWS * HS, *kv_tiles = do_tile + ROWS * HS;
+    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16 * M;  // of the warp
+    const int i0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, b = blockIdx.z;
+    const int keys = min(i0 + ROWS, T), tiles = (keys + TILE - 1) / TILE, first_query = i0 + row;
     const Heads<const bf16> k_rows = kv.keys(h), v_rows = kv.values(h);
     const size_t rows = ((size_t)b * gridDim.y + h) * T;
     const float scale2 = scale * LOG2_E;
     auto copy_keys = [&](int j) {
         bf16* k_tile = kv_tiles + j % 2 * 2 * TILE * HS;
-        copy_tile<HS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, TILE, T);
-        copy_tile<HS>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, TILE, T);
+        copy_tile<HS, TILE>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, keys);
+        copy_tile<HS, TILE>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, keys);
     };
-    copy_tile<HS>(q_tile, q.at(b, h, 0), q.row, i0, TILE, T);
-    copy_tile<HS>(do_tile, dout.at(b, h, 0), dout.row, i0, TILE, T);
+    copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, T);
+    copy_tile<HS, ROWS>(do_tile, dout.at(b, h, 0), dout.row, i0, T);
     copy_keys(0);
     cp_async_commit();
 
-    float lse2[2], delta_i[2];
+    float lse2[M][2], scaled_delta[M][2];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int i = i0 + row + g + 8 * half;
-        lse2[half] = i < T ? lse[rows + i] * LOG2_E : 0;
-        delta_i[half] = i < T ? delta[rows + i] : 0;
-    }
-    uint32_t q_A[HELD][4], do_A[HELD][4];
-    float sums[2 * K][4] = {};
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = first_query + 16 * m + g + 8 * half;
+            lse2[m][half] = i < T ? lse[rows + i] * LOG2_E : 0;
+            scaled_delta[m][half] = i < T ? scale * delta[rows + i] : 0;
+        }
+    uint32_t q_A[M][HELD][4], do_A[M][HELD][4];
+    float sums[M][2 * K][4] = {};
     for (int j = 0; j < tiles; j++) {
         if (j + 1 < tiles) copy_keys(j + 1);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
         const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;
+        auto load_rows = [&](int slot, int k) {
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                load_A<HS>(q_A[m][slot], q_tile, row + 16 * m, k);
+                load_A<HS>(do_A[m][slot], do_tile, row + 16 * m, k);
+            }
+        };
         if (j == 0 && HELD == K) {
 #pragma unroll
-            for (int k = 0; k < HELD; k++) load_A<HS>(q_A[k], q_tile, row, k), load_A<HS>(do_A[k], do_tile, row, k);
+            for (int k = 0; k < HELD; k++) load_rows(k, k);
         }
 #pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
+            const int first_key = j * TILE + first;
+            if (first_key >= first_query + 16 * M) break;  // later than all of the warp's queries
             // s = q kᵀ, dp = do vᵀ
-            float s[4][4] = {}, dp[4][4] = {};
+            float s[M][4][4] = {}, dp[M][4][4] = {};
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                if (HELD < K) load_A<HS>(q_A[0], q_tile, row, k), load_A<HS>(do_A[0], do_tile, row, k);
+                const int slot = HELD < K ? 0 : k;
+                if (HELD < K) load_rows(slot, k);
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     uint32_t k_B[4], v_B[4];
                     load_B_of_columns<HS>(k_B, k_tile, first + 16 * n, k);
                     load_B_of_columns<HS>(v_B, v_tile, first + 16 * n, k);
-                    mma_two(s[2 * n], s[2 * n + 1], q_A[HELD < K ? 0 : k], k_B);
-                    mma_two(dp[2 * n], dp[2 * n + 1], do_A[HELD < K ? 0 : k], v_B);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_two(s[m][2 * n], s[m][2 * n + 1], q_A[m][slot], k_B);
+                        mma_two(dp[m][2 * n], dp[m][2 * n + 1], do_A[m][slot], v_B);
+                    }
                 }
             }
-            // ds = scale p (dp - delta), in s's place
+            if (first_key + 32 > first_query + 1) {
 #pragma unroll
-            for (int n = 0; n < 4; n++)
+                for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int key = j * TILE + first + 8 * n + 2 * c + e % 2, i = i0 + row + g + e / 2 * 8;
-                    const float p = key > i ? 0 : exp2_approx(scale2 * s[n][e] - lse2[e / 2]);
-                    s[n][e] = scale * p * (dp[n][e] - delta_i[e / 2]);
-                }
+                    for (int n = 0; n < 4; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (first_key + 8 * n + 2 * c + e % 2 > first_query + 16 * m + g + e / 2 * 8)
+                                s[m][n][e] = -INFINITY;
+            }
+            // ds = p (scale dp - scale delta), in s's place
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        s[m][n][e] = exp2_approx(scale2 * s[m][n][e] - lse2[m][e / 2]) *
+                                     (scale * dp[m][n][e] - scaled_delta[m][e / 2]);
             // dq += ds k
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                uint32_t ds_A[4];
-                as_A(ds_A, s[2 * n], s[2 * n + 1]);
+                uint32_t ds_A[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) as_A(ds_A[m], s[m][2 * n], s[m][2 * n + 1]);
 #pragma unroll
                 for (int d = 0; d < K; d++) {
                     uint32_t k_B[4];
                     load_B_of_rows<HS>(k_B, k_tile, first + 16 * n, d);
-                    mma_two(sums[2 * d], sums[2 * d + 1], ds_A, k_B);
+#pragma unroll
+                    for (int m = 0; m < M; m++) mma_two(sums[m][2 * d], sums[m][2 * d + 1], ds_A[m], k_B);
                 }
             }
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int i = i0 + row + g + 8 * half;
-        if (i >= T) continue;
+    for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int d = 0; d < 2 * K; d++)
-            store_two(dq.at(b, h, i) + 8 * d + 2 * c, sums[d][2 * half], sums[d][2 * half + 1]);
-    }
+        for (int half = 0; half < 2; half++) {
+            const int i = first_query + 16 * m + g + 8 * half;
+            if (i >= T) continue;
+#pragma unroll
+            for (int d = 0; d < 2 * K; d++)
+                store_two(dq.at(b, h, i) + 8 * d + 2 * c, sums[m][d][2 * half], sums[m][d][2 * half + 1]);
+        }
 }
 
-// dk, dv. A block has a head's 64 keys, a warp 16 of them, and goes through tiles of 64 queries, 32 at a time. With keys
-// as rows, sᵀ = k qᵀ and dpᵀ = v doᵀ, so that pᵀ and dsᵀ are A fragments of dv = pᵀ do and dk = dsᵀ q.
-// Shared memory: k and v (64, HS); q and do (64, HS) of this tile and of the next; lse and delta (64) of both.
+// dk, dv. A block has a head's 64·M keys, and goes through tiles of 64 queries, 32 at a time. With keys as rows,
+// sᵀ = k qᵀ and dpᵀ = v doᵀ, so that pᵀ and dsᵀ are A fragments of dv = pᵀ do and dk = dsᵀ q.
+// Shared memory: k and v (64·M, HS); q and do (64, HS) of this tile and of the next; lse and delta (64) of both.
 template <int HS>
-constexpr size_t BACKWARD_KEY_SHARED = 6 * TILE * HS * sizeof(bf16) + 4 * TILE * sizeof(float);
+constexpr size_t BACKWARD_KEY_SHARED = (2 * FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16) + 4 * TILE * sizeof(float);
 
 template <int HS, class DKV>
-__global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
+__global__ void __launch_bounds__(TILE_BLOCK, 2)
     attention_backward_key_tiles_kernel(KeysValues<DKV> dkv, Heads<const bf16> dout, const float* lse,
                                         const float* delta, Heads<const bf16> q, KeysValues<const bf16> kv, int T,
                                         float scale) {
-    constexpr int K = HS / 16, HELD = HS == 64 ? K : 1;  // fragments of k that stay in registers; more would not fit
+    constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
     extern __shared__ uint4 shared_memory[];
-    bf16 *k_tile = (bf16*)shared_memory, *v_tile = k_tile + TILE * HS, *q_tiles = v_tile + TILE * HS;
-    float* statistics = (float*)(q_tiles + 4 * TILE * HS);  // (2, 2, TILE): lse and delta
+    bf16 *k_tile = (bf16*)shared_memory, *v_tile = k_tile + ROWS * HS, *q_tiles = v_tile + ROWS * HS;
+    float* statistics = (float*)(q_tiles + 4 * TILE * HS);  // (2, 2, TILE): lse and delta, as they are used
     static_assert(TILE_BLOCK == 2 * TILE, "one thread for each of a tile's lse and delta");
-    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16;  // of the warp
-    const int j0 = blockIdx.x * TILE, h = blockIdx.y, b = blockIdx.z, tiles = (T + TILE - 1) / TILE;
+    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16 * M;  // of the warp
+    const int j0 = blockIdx.x * ROWS, h = blockIdx.y, b = blockIdx.z, first_key = j0 + row;
+    const int begin = j0 / TILE, tiles = (T + TILE - 1) / TILE;
     const Heads<const bf16> k_rows = kv.keys(h), v_rows = kv.values(h);
     const size_t rows = ((size_t)b * gridDim.y + h) * T;
     const float scale2 = scale * LOG2_E;
     auto copy_queries = [&](int i) {
         bf16* q_tile = q_tiles + i % 2 * 2 * TILE * HS;
-        copy_tile<HS>(q_tile, q.at(b, h, 0), q.row, i * TILE, TILE, T);
-        copy_tile<HS>(q_tile + TILE * HS, dout.at(b, h, 0), dout.row, i * TILE, TILE, T);
+        copy_tile<HS, TILE>(q_tile, q.at(b, h, 0), q.row, i * TILE, T);
+        copy_tile<HS, TILE>(q_tile + TILE * HS, dout.at(b, h, 0), dout.row, i * TILE, T);
     };
     // Past the end q and do are 0, and with lse = delta = 0 so is all that they give.
     const float* statistic = ((int)threadIdx.x < TILE ? lse : delta) + rows + threadIdx.x % TILE;
     auto read_statistic = [&](int i) {
         const bool inside = i * TILE + (int)threadIdx.x % TILE < T;
-        return inside ? statistic[i * TILE] * ((int)threadIdx.x < TILE ? LOG2_E : 1.0f) : 0.0f;
+        return inside ? statistic[i * TILE] * ((int)threadIdx.x < TILE ? LOG2_E : scale) : 0.0f;
     };
-    copy_tile<HS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j0, TILE, T);
-    copy_tile<HS>(v_tile, v_rows.at(b, h, 0), v_rows.row, j0, TILE, T);
-    copy_queries(blockIdx.x);
+    copy_tile<HS, ROWS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j0, T);
+    copy_tile<HS, ROWS>(v_tile, v_rows.at(b, h, 0), v_rows.row, j0, T);
+    copy_queries(begin);
     cp_async_commit();
-    statistics[blockIdx.x % 2 * 2 * TILE + threadIdx.x] = read_statistic(blockIdx.x);
+    statistics[begin % 2 * 2 * TILE + threadIdx.x] = read_statistic(begin);
 
-    uint32_t k_A[HELD][4];
-    float sums_k[2 * K][4] = {}, sums_v[2 * K][4] = {};
-    for (int i = blockIdx.x; i < tiles; i++) {
+    float sums_k[M][2 * K][4] = {}, sums_v[M][2 * K][4] = {};
+    for (int i = begin; i < tiles; i++) {
         if (i + 1 < tiles) copy_queries(i + 1);
         cp_async_commit();
         const float next_statistic = read_statistic(i + 1);
         cp_async_wait<1>();
         __syncthreads();
         const bf16 *q_tile = q_tiles + i % 2 * 2 * TILE * HS, *do_tile = q_tile + TILE * HS;
-        const float *lse2 = statistics + i % 2 * 2 * TILE, *delta_i = lse2 + TILE;
-        if (i == (int)blockIdx.x && HELD == K) {
-#pragma unroll
-            for (int k = 0; k < HELD; k++) load_A<HS>(k_A[k], k_tile, row, k);
-        }
+        const float *lse2 = statistics + i % 2 * 2 * TILE, *scaled_delta = lse2 + TILE;
 #pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
+            const int first_query = i * TILE + first;
+            if (first_query + 32 <= first_key) continue;  // earlier than all of the warp's keys
             // sᵀ = k qᵀ, dpᵀ = v doᵀ
-            float s[4][4] = {}, dp[4][4] = {};
+            float s[M][4][4] = {}, dp[M][4][4] = {};
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                uint32_t v_A[4];
-                load_A<HS>(v_A, v_tile, row, k);
-                if (HELD < K) load_A<HS>(k_A[0], k_tile, row, k);
+                uint32_t k_A[M][4], v_A[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    load_A<HS>(k_A[m], k_tile, row + 16 * m, k);
+                    load_A<HS>(v_A[m], v_tile, row + 16 * m, k);
+                }
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     uint32_t q_B[4], do_B[4];
                     load_B_of_columns<HS>(q_B, q_tile, first + 16 * n, k);
                     load_B_of_columns<HS>(do_B, do_tile, first + 16 * n, k);
-                    mma_two(s[2 * n], s[2 * n + 1], k_A[HELD < K ? 0 : k], q_B);
-                    mma_two(dp[2 * n], dp[2 * n + 1], v_A, do_B);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_two(s[m][2 * n], s[m][2 * n + 1], k_A[m], q_B);
+                        mma_two(dp[m][2 * n], dp[m][2 * n + 1], v_A[m], do_B);
+                    }
                 }
             }
-            // p in s's place, ds = scale p (dp - delta) in dp's
+            if (first_query < first_key + 16 * M - 1) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < 4; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (first_key + 16 * m + g + e / 2 * 8 > first_query + 8 * n + 2 * c + e % 2)
+                                s[m][n][e] = -INFINITY;
+            }
+            // p in s's place, ds = p (scale dp - scale delta) in dp's
 #pragma unroll
             for (int n = 0; n < 4; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int query = first + 8 * n + 2 * c + e % 2, key = j0 + row + g + e / 2 * 8;
-                    const float p = key > i * TILE + query ? 0 : exp2_approx(scale2 * s[n][e] - lse2[query]);
-                    s[n][e] = p;
-                    dp[n][e] = scale * p * (dp[n][e] - delta_i[query]);
+                    const int query = first + 8 * n + 2 * c + e % 2;
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        s[m][n][e] = exp2_approx(scale2 * s[m][n][e] - lse2[query]);
+                        dp[m][n][e] = s[m][n][e] * (scale * dp[m][n][e] - scaled_delta[query]);
+                    }
                 }
             // dv += pᵀ do, dk += dsᵀ q
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                uint32_t p_A[4], ds_A[4];
-                as_A(p_A, s[2 * n], s[2 * n + 1]);
-                as_A(ds_A, dp[2 * n], dp[2 * n + 1]);
+                uint32_t p_A[M][4], ds_A[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    as_A(p_A[m], s[m][2 * n], s[m][2 * n + 1]);
+                    as_A(ds_A[m], dp[m][2 * n], dp[m][2 * n + 1]);
+                }
 #pragma unroll
                 for (int d = 0; d < K; d++) {
                     uint32_t do_B[4], q_B[4];
                     load_B_of_rows<HS>(do_B, do_tile, first + 16 * n, d);
                     load_B_of_rows<HS>(q_B, q_tile, first + 16 * n, d);
-                    mma_two(sums_v[2 * d], sums_v[2 * d + 1], p_A, do_B);
-                    mma_two(sums_k[2 * d], sums_k[2 * d + 1], ds_A, q_B);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_two(sums_v[m][2 * d], sums_v[m][2 * d + 1], p_A[m], do_B);
+                        mma_two(sums_k[m][2 * d], sums_k[m][2 * d + 1], ds_A[m], q_B);
+                    }
                 }
             }
         }
@@ -1428,15 +1487,18 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
         __syncthreads();
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int j = j0 + row + g + 8 * half;
-        if (j >= T) continue;
+    for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int d = 0; d < 2 * K; d++) {
-            store_two(dkv.keys(h).at(b, h, j) + 8 * d + 2 * c, sums_k[d][2 * half], sums_k[d][2 * half + 1]);
-            store_two(dkv.values(h).at(b, h, j) + 8 * d + 2 * c, sums_v[d][2 * half], sums_v[d][2 * half + 1]);
+        for (int half = 0; half < 2; half++) {
+            const int j = first_key + 16 * m + g + 8 * half;
+            if (j >= T) continue;
+#pragma unroll
+            for (int d = 0; d < 2 * K; d++) {
+                const int e = 2 * half, at = 8 * d + 2 * c;
+                store_two(dkv.keys(h).at(b, h, j) + at, sums_k[m][d][e], sums_k[m][d][e + 1]);
+                store_two(dkv.values(h).at(b, h, j) + at, sums_v[m][d][e], sums_v[m][d][e + 1]);
+            }
         }
-    }
 }
 
 // More shared memory than 48 KB has to be asked for.
@@ -1449,7 +1511,7 @@ static void allow_shared(Kernel kernel, size_t bytes) {
 template <int HS>
 static void attention_forward_tiles(Heads<bf16> o, float* lse, Heads<const bf16> q, const KeysValues<const bf16>& kv,
                                     const AttentionShape& s) {
-    dim3 grid((unsigned)ceil_div(s.queries, TILE * FORWARD_M<HS>), (unsigned)s.NH, (unsigned)s.B);
+    dim3 grid((unsigned)ceil_div(s.queries, TILE * FRAGMENTS<HS>), (unsigned)s.NH, (unsigned)s.B);
     auto kernel = attention_forward_tiles_kernel<HS>;
     allow_shared(kernel, FORWARD_SHARED<HS>);
     kernel<<<grid, TILE_BLOCK, FORWARD_SHARED<HS>, gpu.stream>>>(o, lse, q, kv, s.queries, s.before, s.scale());
@@ -1460,7 +1522,7 @@ template <int HS, class DKV>
 static void attention_backward_tiles(Heads<bf16> dq, const KeysValues<DKV>& dkv, Heads<const bf16> dout,
                                      const float* lse, const float* delta, Heads<const bf16> q,
                                      const KeysValues<const bf16>& kv, const AttentionShape& s) {
-    dim3 grid((unsigned)ceil_div(s.queries, TILE), (unsigned)s.NH, (unsigned)s.B);
+    dim3 grid((unsigned)ceil_div(s.queries, TILE * FRAGMENTS<HS>), (unsigned)s.NH, (unsigned)s.B);
     auto query_kernel = attention_backward_query_tiles_kernel<HS>;
     allow_shared(query_kernel, BACKWARD_QUERY_SHARED<HS>);
     query_kernel<<<grid, TILE_BLOCK, BACKWARD_QUERY_SHARED<HS>, gpu.stream>>>(dq, dout, lse, delta, q, kv, s.queries,
