@@ -132,6 +132,33 @@ __device__ inline float maximum_over(float x, int lanes = WARP) {
     return x;
 }
 
+// Where a head of a token has a group of lanes: as many (a power of two) as its HS channels need, neighbours in a warp,
+// which sum up a dot product together. All of a warp's groups take part in that to the end; for those past the last head
+// it is all zeros, and they store nothing. (Memory ends long before rows · NH comes to 2³².)
+constexpr int HEAD_SIZE_MOST = WARP_SHARE, HEADS_BLOCK = 128;
+
+static int lanes_of_head(size_t HS) { return (int)std::bit_ceil(ceil_div(HS, SHARE)); }
+
+struct HeadGroup {
+    int lane;  // in its group
+    bool inside;
+    size_t r;  // token
+    int h;
+
+    __device__ HeadGroup(int lanes, size_t rows, int NH) {
+        const unsigned group = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes, last = (unsigned)rows * NH - 1;
+        const unsigned at = min(group, last);
+        lane = threadIdx.x % lanes;
+        inside = group <= last;
+        r = at / NH;
+        h = (int)(at % NH);
+    }
+};
+
+static unsigned head_groups_grid(size_t rows, size_t NH, int lanes) {
+    return (unsigned)ceil_div(rows * NH * lanes, HEADS_BLOCK);
+}
+
 // out (n) = or += Σ over runs of partial (runs, n), in order: of up to 32 stretches of runs, a warp each, then of these.
 // A block has 32 columns. Where there is a second output, partial is (runs, 2, n).
 __global__ void sum_partials_kernel(float* out, float* second, const float* partial, int runs, int n, bool accumulate) {
@@ -895,16 +922,20 @@ static void attention_forward_plain(Heads<X> o, float* lse, Heads<const X> q, co
     CHECK(cudaGetLastError());
 }
 
-// delta (B, NH, T): do·o. One warp a row
-template <class X>
-__global__ void attention_delta_kernel(float* delta, Heads<const X> dout, Heads<const X> o, int HS, int T) {
-    const int t = blockIdx.x * ROW_WARPS + threadIdx.y, h = blockIdx.y, b = blockIdx.z;
-    if (t >= T) return;
-    const X *do_t = dout.at(b, h, t), *o_t = o.at(b, h, t);
-    float sum = 0;
-    for (int d = threadIdx.x; d < HS; d += WARP) sum += (float)do_t[d] * (float)o_t[d];
-    sum = sum_over(sum);
-    if (threadIdx.x == 0) delta[((size_t)b * gridDim.y + h) * T + t] = sum;
+// delta (B, NH, T): do·o; do, o (rows, C). Lanes by head
+template <bool VECTORS, class X>
+__global__ void attention_delta_kernel(float* delta, const X* dout, const X* o, size_t rows, int T, int NH, int HS,
+                                       int lanes) {
+    const HeadGroup g(lanes, rows, NH);
+    const size_t at = (g.r * NH + g.h) * HS;
+    float do_t[SHARE], o_t[SHARE], sum = 0;
+    load<VECTORS>(do_t, dout + at, g.lane, lanes, HS);
+    load<VECTORS>(o_t, o + at, g.lane, lanes, HS);
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) sum += do_t[i] * o_t[i];
+    sum = sum_over(sum, lanes);
+    const int b = (int)g.r / T, t = (int)g.r % T;
+    if (g.inside && g.lane == 0) delta[((size_t)b * NH + g.h) * T + t] = sum;
 }
 
 // dq. One warp a query: lane by lane, first a key's ds, then a channel of the sum over a tile of 32 keys.
@@ -1591,10 +1622,11 @@ static void attention_backward(X* dqkv, float* dkv, float* dkv_below, float* del
     size_t C = c.C, HS = c.head_size();
     Timed timed(ATTENTION, attention_flops(B, T, C, 4), 0);
     const AttentionShape shape = {(int)B, c.NH, (int)HS, (int)T, 0};
-    const Heads<const X> dout_heads = {dout, T * C, HS, C}, o_heads = {o, T * C, HS, C};
-    dim3 grid((unsigned)ceil_div(T, ROW_WARPS), (unsigned)c.NH, (unsigned)B);
-    attention_delta_kernel<X><<<grid, dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(delta, dout_heads, o_heads, (int)HS,
-                                                                              (int)T);
+    const Heads<const X> dout_heads = {dout, T * C, HS, C};
+    const int lanes = lanes_of_head(HS);
+    auto delta_kernel = vectors(HS) ? attention_delta_kernel<true, X> : attention_delta_kernel<false, X>;
+    delta_kernel<<<head_groups_grid(B * T, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(delta, dout, o, B * T, (int)T,
+                                                                                      c.NH, (int)HS, lanes);
     CHECK(cudaGetLastError());
     auto heads = [&](const auto& dkv_heads) {
         attention_heads_backward(qkv_heads(dqkv, 0, c, T), dkv_heads, dout_heads, lse, delta, qkv_heads(qkv, 0, c, T),
@@ -1612,19 +1644,23 @@ static void attention_backward(X* dqkv, float* dkv, float* dkv_below, float* del
 // Head h < skip_heads of layer l ≥ skip_distance reads layer l - skip_distance. So the keys and values of such a head
 // in layer l have up to two readers: layer l + skip_distance, if there is one, and layer l itself, if it does not skip.
 
-// One thread an element. Head h of `own_from` and further on reads this layer, head h < above_heads is read from above.
-template <class X>
+// Lanes by head. Head h of `own_from` and further on reads this layer, head h < above_heads is read from above.
+template <bool VECTORS, class X>
 __global__ void skip_backward_kernel(X* dqkv, const float* dkv, const float* dkv_above, int own_from, int above_heads,
-                                     int C, int HS, size_t n) {
-    size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;  // in dkv
-    if (at >= n) return;
-    const size_t r = at / (2 * C);
-    const int i = (int)(at % (2 * C)), h = i % C / HS;
-    const bool own = h >= own_from, above = h < above_heads;
-    if (!own && !above) return;
-    float sum = own ? dkv[at] : 0;
-    if (above) sum += dkv_above[at];
-    dqkv[r * 3 * C + C + i] = (X)sum;
+                                     size_t rows, int NH, int HS, int lanes) {
+    const HeadGroup g(lanes, rows, NH);
+    const bool own = g.h >= own_from, above = g.h < above_heads;
+    if (!g.inside || (!own && !above)) return;
+    const size_t C = (size_t)NH * HS;
+    for (int part = 0; part < 2; part++) {  // of keys, of values
+        const size_t at = (g.r * 2 + part) * C + g.h * HS;
+        float sum[SHARE] = {}, more[SHARE] = {};
+        if (own) load<VECTORS>(sum, dkv + at, g.lane, lanes, HS);
+        if (above) load<VECTORS>(more, dkv_above + at, g.lane, lanes, HS);
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) sum[i] += more[i];
+        store<VECTORS>(dqkv + (g.r * 3 + part + 1) * C + g.h * HS, sum, g.lane, lanes, HS);
+    }
 }
 
 // dk, dv of layer l in dqkv (rows, 3C) = the sum of its readers' shares (rows, 2C): dkv, of its own heads that do not
@@ -1632,11 +1668,13 @@ __global__ void skip_backward_kernel(X* dqkv, const float* dkv, const float* dkv
 // nobody reads stay untouched.
 template <class X>
 static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, const Config& c, int l, size_t rows) {
-    constexpr int BLOCK = 256;
-    size_t n = rows * 2 * c.C;
-    Timed timed(ATTENTION, 0, 1.0 * n * (sizeof(float) + sizeof(X)));
-    skip_backward_kernel<X><<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(
-        dqkv, dkv, dkv_above, skips(c, l, 0) ? c.skip_heads : 0, dkv_above ? c.skip_heads : 0, c.C, c.head_size(), n);
+    size_t HS = c.head_size();
+    Timed timed(ATTENTION, 0, 2.0 * rows * c.C * (sizeof(float) + sizeof(X)));
+    const int lanes = lanes_of_head(HS);
+    auto kernel = vectors(HS) ? skip_backward_kernel<true, X> : skip_backward_kernel<false, X>;
+    kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
+        dqkv, dkv, dkv_above, skips(c, l, 0) ? c.skip_heads : 0, dkv_above ? c.skip_heads : 0, rows, c.NH, (int)HS,
+        lanes);
     CHECK(cudaGetLastError());
 }
 
@@ -1654,29 +1692,6 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
 // What flows to a source j comes from every later layer m with j in S_m. Instead of scattering it there, layer j
 // gathers it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as
 // backward goes down, nobody reads ṽ_m any more. So depth needs no memory beyond a, ds and one layer's dkv.
-//
-// In both kernels a head of a token has a group of lanes, as many (a power of two) as its HS channels need: neighbours
-// in a warp, which sum up a dot product together. All of a warp's groups take part in that to the end; for those past
-// the last head it is all zeros, and they store nothing.
-constexpr int HEAD_SIZE_MOST = WARP_SHARE, DEPTH_BLOCK = 128;
-
-static int lanes_of_head(size_t HS) { return (int)std::bit_ceil(ceil_div(HS, SHARE)); }
-
-struct DepthGroup {
-    int lane;     // in its group
-    bool inside;
-    size_t r;     // token
-    int h;
-
-    __device__ DepthGroup(int lanes, size_t rows, int NH) {
-        const size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, group = thread / lanes;
-        lane = (int)(thread % lanes);
-        inside = group < rows * NH;
-        const size_t at = inside ? group : rows * NH - 1;
-        r = at / NH;
-        h = (int)(at % NH);
-    }
-};
 
 __device__ inline float dot(const float (&a)[SHARE], const float (&b)[SHARE], int lanes) {
     float sum = 0;
@@ -1691,8 +1706,8 @@ template <bool VECTORS, class X>
 __global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, ptrdiff_t layer,
                                      const int* sources, int S, int l, size_t rows, int T, int NH, int HS, int lanes,
                                      float scale) {
-    const DepthGroup g(lanes, rows, NH);
-    const int b = (int)(g.r / T), t = (int)(g.r % T), channels = g.inside ? HS : 0;
+    const HeadGroup g(lanes, rows, NH);
+    const int b = (int)g.r / T, t = (int)g.r % T, channels = g.inside ? HS : 0;
     float q_l[SHARE], k_j[SHARE], v_j[SHARE];
     float* a_l = a + g.r * (S + 1) * NH + g.h;
     load<VECTORS>(q_l, q.at(b, g.h, t), g.lane, lanes, channels);
@@ -1716,12 +1731,13 @@ __global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Hea
 #pragma unroll
         for (int i = 0; i < SHARE; i++) mixed[i] = mixed[i] * rescale + p * v_j[i];
     }
+    const float part = 1.0f / sum;
 #pragma unroll
-    for (int i = 0; i < SHARE; i++) mixed[i] /= sum;
+    for (int i = 0; i < SHARE; i++) mixed[i] *= part;
     store<VECTORS>(v.at(b, g.h, t), mixed, g.lane, lanes, channels);
     if (!g.inside || g.lane > 0) return;
-    for (int n = 0; n < S; n++) a_l[n * NH] = expf(a_l[n * NH] - max) / sum;
-    a_l[S * NH] = expf(own - max) / sum;
+    for (int n = 0; n < S; n++) a_l[n * NH] = expf(a_l[n * NH] - max) * part;
+    a_l[S * NH] = expf(own - max) * part;
 }
 
 template <class X>
@@ -1731,7 +1747,7 @@ static void depth_mix(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, 
     Timed timed(DEPTH_MIXING, 4.0 * rows * C * (S + 1), (2.0 * S + 4) * rows * C * sizeof(X));
     const int lanes = lanes_of_head(HS);
     auto kernel = vectors(HS, C) ? depth_forward_kernel<true, X> : depth_forward_kernel<false, X>;
-    kernel<<<(unsigned)ceil_div(rows * c.NH * lanes, DEPTH_BLOCK), DEPTH_BLOCK, 0, gpu.stream>>>(
+    kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
         v, a, q, k, layer, sources, (int)S, l, rows, (int)T, c.NH, (int)HS, lanes, 1.0f / sqrtf((float)HS));
     CHECK(cudaGetLastError());
 }
@@ -1759,7 +1775,7 @@ template <bool VECTORS, class X>
 __global__ void depth_backward_kernel(X* dqkv, const float* dkv, float* ds, const float* a, X* qkv, const int* sources,
                                       int S, const Gather* gathers, int R, int l, size_t rows, int NH, int HS,
                                       int lanes, float scale) {
-    const DepthGroup g(lanes, rows, NH);
+    const HeadGroup g(lanes, rows, NH);
     const size_t C = (size_t)NH * HS, at_q = g.r * 3 * C + g.h * HS, at_k = at_q + C, at_v = at_k + C;
     const size_t layer = rows * 3 * C;
     const int channels = g.inside ? HS : 0;
@@ -1820,7 +1836,7 @@ static void depth_backward(X* dqkv, const float* dkv, float* ds, const float* a,
                 (4.0 * S + 2.0 * R + 6) * rows * C * sizeof(X));
     const int lanes = lanes_of_head(HS);
     auto kernel = vectors(HS, C) ? depth_backward_kernel<true, X> : depth_backward_kernel<false, X>;
-    kernel<<<(unsigned)ceil_div(rows * c.NH * lanes, DEPTH_BLOCK), DEPTH_BLOCK, 0, gpu.stream>>>(
+    kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
         dqkv, dkv, ds, a, qkv, sources, (int)S, gathers, (int)R, l, rows, c.NH, (int)HS, lanes,
         1.0f / sqrtf((float)HS));
     CHECK(cudaGetLastError());
@@ -1846,17 +1862,22 @@ __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 3)
     const int y = targets[blockIdx.x], step = blockDim.x * SHARE;
     const float logit_y = (float)logits[y];
     float max = -INFINITY, sum = 0, share[SHARE];
-    for (int v = threadIdx.x * SHARE; v < V; v += step) {
+    auto read = [&](int v) {
         load<true>(share, logits + v, 0, 1, SHARE);
+        if (v + SHARE <= V) return;
+#pragma unroll
+        for (int i = 0; i < SHARE; i++)
+            if (v + i >= V) share[i] = -INFINITY;
+    };
+    for (int v = threadIdx.x * SHARE; v < V; v += step) {
+        read(v);
         float new_max = max;
 #pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            if (v + i >= V) share[i] = -INFINITY;
-            new_max = fmaxf(new_max, share[i]);
-        }
-        sum *= expf(max - new_max);
+        for (int i = 0; i < SHARE; i++) new_max = fmaxf(new_max, share[i]);
+        const float top = LOG2_E * new_max;  // e^(x - max) = 2^(x log₂e - top): two instructions, exact to some 1e-6
+        sum *= exp2_approx(LOG2_E * max - top);
 #pragma unroll
-        for (int i = 0; i < SHARE; i++) sum += expf(share[i] - new_max);
+        for (int i = 0; i < SHARE; i++) sum += exp2_approx(LOG2_E * share[i] - top);
         max = new_max;
     }
     // Threads that had nothing have max = -inf and sum = 0; the first of a warp, or a block, always had something.
@@ -1869,15 +1890,17 @@ __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 3)
     for (int w = 0; w < warps; w++) sum += scaled(sums[w], maxima[w], max);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + max - logit_y;
     if (gradient_scale == 0) return;
-    const float scale = gradient_scale / sum;
+    const float scale = gradient_scale / sum, top = LOG2_E * max;
     // Backwards, since what was read last is nearest.
     for (int v = (int)threadIdx.x * SHARE + (Vp - 1) / step * step; v >= 0; v -= step) {
         if (v >= Vp) continue;
-        load<true>(share, logits + v, 0, 1, SHARE);
+        read(v);
 #pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            share[i] = v + i < V ? scale * expf(share[i] - max) : 0;
-            if (v + i == y) share[i] = gradient_scale * (expf(logit_y - max) / sum - 1.0f);
+        for (int i = 0; i < SHARE; i++) share[i] = scale * exp2_approx(LOG2_E * share[i] - top);
+        if (v <= y && y < v + SHARE) {
+#pragma unroll
+            for (int i = 0; i < SHARE; i++)
+                if (v + i == y) share[i] -= gradient_scale;
         }
         store<true>(logits + v, share, 0, 1, SHARE);
     }
@@ -2408,8 +2431,10 @@ static void backward(ModelOf<X>& m) {
         layernorm(i + 1, d(LN2W), d(LN2B), w(LN2W), true);
         linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
         linear_weight(ATTPROJW, ATTPROJB, dx, atty, C, C);
-        attention_backward<X>(m.dqkv, m.dkv, dkv_below, m.delta, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
-        if (c.attention == SKIP) skip_backward(m.dqkv, m.dkv, dkv_above, c, l, BT);
+        // dk and dv of a layer that no other has a share in need no fp32 sum.
+        float* dkv = c.attention == SKIP && !skips(c, l, 0) && !dkv_above ? nullptr : m.dkv;
+        attention_backward<X>(m.dqkv, dkv, dkv_below, m.delta, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
+        if (c.attention == SKIP && dkv) skip_backward(m.dqkv, dkv, dkv_above, c, l, BT);
         if (c.attention == DEPTH)
             depth_backward(m.dqkv, m.dkv, m.dmix[l], m.mix[l], m.qkv, m.source_tables[l], m.sources[l].size(),
                            m.gather_tables[l], m.readers[l].size(), c, l, BT);
