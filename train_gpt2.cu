@@ -923,20 +923,16 @@ static void attention_forward_plain(Heads<X> o, float* lse, Heads<const X> q, co
     CHECK(cudaGetLastError());
 }
 
-// delta (B, NH, T): do·o; do, o (rows, C). Lanes by head
-template <bool VECTORS, class X>
-__global__ void attention_delta_kernel(float* delta, const X* dout, const X* o, size_t rows, int T, int NH, int HS,
-                                       int lanes) {
-    const HeadGroup g(lanes, rows, NH);
-    const size_t at = (g.r * NH + g.h) * HS;
-    float do_t[SHARE], o_t[SHARE], sum = 0;
-    load<VECTORS>(do_t, dout + at, g.lane, lanes, HS);
-    load<VECTORS>(o_t, o + at, g.lane, lanes, HS);
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) sum += do_t[i] * o_t[i];
-    sum = sum_over(sum, lanes);
-    const int b = (int)g.r / T, t = (int)g.r % T;
-    if (g.inside && g.lane == 0) delta[((size_t)b * NH + g.h) * T + t] = sum;
+// delta (B, NH, T): do·o. One warp a row
+template <class X>
+__global__ void attention_delta_kernel(float* delta, Heads<const X> dout, Heads<const X> o, int HS, int T) {
+    const int t = blockIdx.x * ROW_WARPS + threadIdx.y, h = blockIdx.y, b = blockIdx.z;
+    if (t >= T) return;
+    const X *do_t = dout.at(b, h, t), *o_t = o.at(b, h, t);
+    float sum = 0;
+    for (int d = threadIdx.x; d < HS; d += WARP) sum += (float)do_t[d] * (float)o_t[d];
+    sum = sum_over(sum);
+    if (threadIdx.x == 0) delta[((size_t)b * gridDim.y + h) * T + t] = sum;
 }
 
 // dq. One warp a query: lane by lane, first a key's ds, then a channel of the sum over a tile of 32 keys.
@@ -1015,10 +1011,13 @@ __global__ void attention_backward_key_kernel(KeysValues<DKV> dkv, Heads<const X
 }
 
 template <class X, class DKV>
-static void attention_backward_plain(Heads<X> dq, const KeysValues<DKV>& dkv, Heads<const X> dout, const float* lse,
-                                     const float* delta, Heads<const X> q, const KeysValues<const X>& kv,
-                                     const AttentionShape& s) {
-    dim3 grid((unsigned)s.queries, (unsigned)s.NH, (unsigned)s.B);
+static void attention_backward_plain(Heads<X> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const X> dout,
+                                     Heads<const X> o, const float* lse, Heads<const X> q,
+                                     const KeysValues<const X>& kv, const AttentionShape& s) {
+    dim3 grid((unsigned)s.queries, (unsigned)s.NH, (unsigned)s.B), rows = grid;
+    rows.x = (unsigned)ceil_div(s.queries, ROW_WARPS);
+    attention_delta_kernel<X><<<rows, dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(delta, dout, o, s.HS, s.queries);
+    CHECK(cudaGetLastError());
     attention_backward_query_kernel<X><<<grid, WARP, (3 * s.HS + WARP) * sizeof(float), gpu.stream>>>(
         dq, dout, lse, delta, q, kv, s.HS, s.scale());
     CHECK(cudaGetLastError());
@@ -1133,6 +1132,14 @@ __device__ inline uint32_t pair(float low, float high) {
     uint32_t bits;
     memcpy(&bits, &both, sizeof bits);
     return bits;
+}
+
+// Of a fragment's two values with two others
+__device__ inline float dot_two(uint32_t bits, const bf16* others) {
+    const __nv_bfloat162 b = *(const __nv_bfloat162*)others;
+    __nv_bfloat162 a;
+    memcpy(&a, &bits, sizeof a);
+    return (float)a.x * (float)b.x + (float)a.y * (float)b.y;
 }
 
 // The A fragment of two D side by side
@@ -1271,14 +1278,16 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
 }
 
-// dq. A block has a head's 64·M queries, and goes through tiles of 64 keys, 32 at a time.
+// dq, and delta for the kernel of dk and dv. A block has a head's 64·M queries, and goes through tiles of 64 keys, 32 at
+// a time.
 // Shared memory: q and do (64·M, HS), then k and v (64, HS) of this tile and of the next.
 template <int HS> constexpr size_t BACKWARD_QUERY_SHARED = (2 * FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
 template <int HS>
 __global__ void __launch_bounds__(TILE_BLOCK, 2)
-    attention_backward_query_tiles_kernel(Heads<bf16> dq, Heads<const bf16> dout, const float* lse, const float* delta,
-                                          Heads<const bf16> q, KeysValues<const bf16> kv, int T, float scale) {
+    attention_backward_query_tiles_kernel(Heads<bf16> dq, float* delta, Heads<const bf16> dout, Heads<const bf16> o,
+                                          const float* lse, Heads<const bf16> q, KeysValues<const bf16> kv, int T,
+                                          float scale) {
     constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
     constexpr int HELD = HS == 64 ? K : 1;  // fragments of q and do that stay in registers
     extern __shared__ uint4 shared_memory[];
@@ -1296,19 +1305,44 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     };
     copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, T);
     copy_tile<HS, ROWS>(do_tile, dout.at(b, h, 0), dout.row, i0, T);
+    cp_async_commit();
     copy_keys(0);
     cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads();
 
-    float lse2[M][2], scaled_delta[M][2];
+    uint32_t q_A[M][HELD][4], do_A[M][HELD][4];
+    auto load_rows = [&](int slot, int k) {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            load_A<HS>(q_A[m][slot], q_tile, row + 16 * m, k);
+            load_A<HS>(do_A[m][slot], do_tile, row + 16 * m, k);
+        }
+    };
+    // delta = do·o; o comes in the way that do lies in its fragments
+    float scaled_delta[M][2] = {}, lse2[M][2];
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const int slot = HELD < K ? 0 : k;
+        load_rows(slot, k);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const int i = first_query + 16 * m + g + n % 2 * 8, at = 16 * k + n / 2 * 8 + 2 * c;
+                if (i < T) scaled_delta[m][n % 2] += dot_two(do_A[m][slot][n], o.at(b, h, i) + at);
+            }
+    }
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = first_query + 16 * m + g + 8 * half;
+            const float delta_i = sum_over(scaled_delta[m][half], 4);
+            if (i < T && c == 0) delta[rows + i] = delta_i;
+            scaled_delta[m][half] = scale * delta_i;
             lse2[m][half] = i < T ? lse[rows + i] * LOG2_E : 0;
-            scaled_delta[m][half] = i < T ? scale * delta[rows + i] : 0;
         }
-    uint32_t q_A[M][HELD][4], do_A[M][HELD][4];
     float sums[M][2 * K][4] = {};
     for (int j = 0; j < tiles; j++) {
         if (j + 1 < tiles) copy_keys(j + 1);
@@ -1316,17 +1350,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         cp_async_wait<1>();
         __syncthreads();
         const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;
-        auto load_rows = [&](int slot, int k) {
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                load_A<HS>(q_A[m][slot], q_tile, row + 16 * m, k);
-                load_A<HS>(do_A[m][slot], do_tile, row + 16 * m, k);
-            }
-        };
-        if (j == 0 && HELD == K) {
-#pragma unroll
-            for (int k = 0; k < HELD; k++) load_rows(k, k);
-        }
 #pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
             const int first_key = j * TILE + first;
@@ -1551,13 +1574,13 @@ static void attention_forward_tiles(Heads<bf16> o, float* lse, Heads<const bf16>
 }
 
 template <int HS, class DKV>
-static void attention_backward_tiles(Heads<bf16> dq, const KeysValues<DKV>& dkv, Heads<const bf16> dout,
-                                     const float* lse, const float* delta, Heads<const bf16> q,
+static void attention_backward_tiles(Heads<bf16> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const bf16> dout,
+                                     Heads<const bf16> o, const float* lse, Heads<const bf16> q,
                                      const KeysValues<const bf16>& kv, const AttentionShape& s) {
     dim3 grid((unsigned)ceil_div(s.queries, TILE * FRAGMENTS<HS>), (unsigned)s.NH, (unsigned)s.B);
     auto query_kernel = attention_backward_query_tiles_kernel<HS>;
     allow_shared(query_kernel, BACKWARD_QUERY_SHARED<HS>);
-    query_kernel<<<grid, TILE_BLOCK, BACKWARD_QUERY_SHARED<HS>, gpu.stream>>>(dq, dout, lse, delta, q, kv, s.queries,
+    query_kernel<<<grid, TILE_BLOCK, BACKWARD_QUERY_SHARED<HS>, gpu.stream>>>(dq, delta, dout, o, lse, q, kv, s.queries,
                                                                              s.scale());
     CHECK(cudaGetLastError());
     auto key_kernel = attention_backward_key_tiles_kernel<HS, DKV>;
@@ -1578,16 +1601,16 @@ static void attention_heads_forward(Heads<X> o, float* lse, Heads<const X> q, co
     attention_forward_plain(o, lse, q, kv, s, s.queries == 1 ? 8 : 1);
 }
 
-// dq, dk, dv = from do; dk, dv of type DKV. delta (B, NH, T): do·o
+// dq, dk, dv = from do; dk, dv of type DKV. delta (B, NH, T) is scratch for do·o.
 template <class X, class DKV>
-static void attention_heads_backward(Heads<X> dq, const KeysValues<DKV>& dkv, Heads<const X> dout, const float* lse,
-                                     const float* delta, Heads<const X> q, const KeysValues<const X>& kv,
-                                     const AttentionShape& s) {
+static void attention_heads_backward(Heads<X> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const X> dout,
+                                     Heads<const X> o, const float* lse, Heads<const X> q,
+                                     const KeysValues<const X>& kv, const AttentionShape& s) {
     if constexpr (std::is_same_v<X, bf16>) {
-        if (s.HS == 64) return attention_backward_tiles<64>(dq, dkv, dout, lse, delta, q, kv, s);
-        if (s.HS == 128) return attention_backward_tiles<128>(dq, dkv, dout, lse, delta, q, kv, s);
+        if (s.HS == 64) return attention_backward_tiles<64>(dq, dkv, delta, dout, o, lse, q, kv, s);
+        if (s.HS == 128) return attention_backward_tiles<128>(dq, dkv, delta, dout, o, lse, q, kv, s);
     }
-    attention_backward_plain<X, DKV>(dq, dkv, dout, lse, delta, q, kv, s);
+    attention_backward_plain<X, DKV>(dq, dkv, delta, dout, o, lse, q, kv, s);
 }
 
 // A whole layer. qkv (B, T, 3C) is the layer's own; skipping heads find keys and values in qkv_below, that of layer
@@ -1623,15 +1646,10 @@ static void attention_backward(X* dqkv, float* dkv, float* dkv_below, float* del
     size_t C = c.C, HS = c.head_size();
     Timed timed(ATTENTION, attention_flops(B, T, C, 4), 0);
     const AttentionShape shape = {(int)B, c.NH, (int)HS, (int)T, 0};
-    const Heads<const X> dout_heads = {dout, T * C, HS, C};
-    const int lanes = lanes_of_head(HS);
-    auto delta_kernel = vectors(HS) ? attention_delta_kernel<true, X> : attention_delta_kernel<false, X>;
-    delta_kernel<<<head_groups_grid(B * T, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(delta, dout, o, B * T, (int)T,
-                                                                                      c.NH, (int)HS, lanes);
-    CHECK(cudaGetLastError());
+    const Heads<const X> dout_heads = {dout, T * C, HS, C}, o_heads = {o, T * C, HS, C};
     auto heads = [&](const auto& dkv_heads) {
-        attention_heads_backward(qkv_heads(dqkv, 0, c, T), dkv_heads, dout_heads, lse, delta, qkv_heads(qkv, 0, c, T),
-                                 qkv_keys_values(qkv, qkv_below, c, l, T), shape);
+        attention_heads_backward(qkv_heads(dqkv, 0, c, T), dkv_heads, delta, dout_heads, o_heads, lse,
+                                 qkv_heads(qkv, 0, c, T), qkv_keys_values(qkv, qkv_below, c, l, T), shape);
     };
     auto shares = [&](float* share, int part) { return Heads<float>{share + (part - 1) * C, T * 2 * C, HS, 2 * C}; };
     if (!dkv) return heads(qkv_keys_values<X>(dqkv, dqkv, c, l, T));
