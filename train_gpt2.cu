@@ -1448,10 +1448,10 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         copy_tile<HS, TILE>(q_tile + TILE * HS, dout.at(b, h, 0), dout.row, i * TILE, T);
     };
     // Past the end q and do are 0, and with lse = delta = 0 so is all that they give.
-    const float* statistic = ((int)threadIdx.x < TILE ? lse : delta) + rows + threadIdx.x % TILE;
-    auto read_statistic = [&](int i) {
-        const bool inside = i * TILE + (int)threadIdx.x % TILE < T;
-        return inside ? statistic[i * TILE] * ((int)threadIdx.x < TILE ? LOG2_E : scale) : 0.0f;
+    auto read_statistic = [&](int tile) {
+        const int i = tile * TILE + (int)threadIdx.x % TILE;
+        if (i >= T) return 0.0f;
+        return (int)threadIdx.x < TILE ? LOG2_E * lse[rows + i] : scale * delta[rows + i];
     };
     copy_tile<HS, ROWS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j0, T);
     copy_tile<HS, ROWS>(v_tile, v_rows.at(b, h, 0), v_rows.row, j0, T);
@@ -1476,22 +1476,22 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
             float s[M][4][4] = {}, dp[M][4][4] = {};
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                uint32_t k_A[M][4], v_A[M][4];
+                uint32_t A[M][4], B[4];
 #pragma unroll
-                for (int m = 0; m < M; m++) {
-                    load_A<HS>(k_A[m], k_tile, row + 16 * m, k);
-                    load_A<HS>(v_A[m], v_tile, row + 16 * m, k);
-                }
+                for (int m = 0; m < M; m++) load_A<HS>(A[m], k_tile, row + 16 * m, k);
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    uint32_t q_B[4], do_B[4];
-                    load_B_of_columns<HS>(q_B, q_tile, first + 16 * n, k);
-                    load_B_of_columns<HS>(do_B, do_tile, first + 16 * n, k);
+                    load_B_of_columns<HS>(B, q_tile, first + 16 * n, k);
 #pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        mma_two(s[m][2 * n], s[m][2 * n + 1], k_A[m], q_B);
-                        mma_two(dp[m][2 * n], dp[m][2 * n + 1], v_A[m], do_B);
-                    }
+                    for (int m = 0; m < M; m++) mma_two(s[m][2 * n], s[m][2 * n + 1], A[m], B);
+                }
+#pragma unroll
+                for (int m = 0; m < M; m++) load_A<HS>(A[m], v_tile, row + 16 * m, k);
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    load_B_of_columns<HS>(B, do_tile, first + 16 * n, k);
+#pragma unroll
+                    for (int m = 0; m < M; m++) mma_two(dp[m][2 * n], dp[m][2 * n + 1], A[m], B);
                 }
             }
             if (first_query < first_key + 16 * M - 1) {
