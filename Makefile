@@ -3,6 +3,8 @@
 # make run TEXT=FILE   the same on your text; several names, and the shell's quotes, as in TEXT="'my novel.txt' b.txt"
 # make gpu             train_gpt2cu and test_gpt2cu, where there is nvcc (its folder: CUDA=/usr/local/cuda)
 # make train_gpt2cu_emulated   the GPU's kernels on a CPU, for tests; it takes no GPU and no CUDA
+# make gpu-table       registers, instructions and least times of the GPU's kernels, without one: dev/bench/kernels.md
+# make gpu-report      builds, tests and measures on a GPU: dev/results/; DEVICE=emulated tries it without one
 # make test            all tests that need no PyTorch; packages for them go into .venv
 # make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-amx        test_gpt2 with Intel's AMX, emulated
@@ -63,6 +65,10 @@ train_gpt2cu_emulated: train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
 test_gpt2cu_emulated: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
 	python3 dev/emulator/translate.py $< $@.cpp
 	$(CXX) $(EMULATED) -DGPT2_CUDA $@.cpp -o $@
+gpu-table: train_gpt2cu_emulated
+	@python3 dev/bench/kernels.py "$(NVCC)"
+gpu-report:
+	@python3 dev/bench/gpu_report.py "$(if $(filter emulated,$(DEVICE)),emulated,$(NVCC))"
 
 found:
 	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"
@@ -117,5 +123,5 @@ clean:
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all gpu found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference
+.PHONY: all gpu gpu-table gpu-report found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference
 .PHONY: clean help

@@ -49,6 +49,8 @@ Environment                                                                     
     GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
     GPT2_EMULATOR_MEMORY=2^34   bytes of device memory
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
+    GPT2_EMULATOR_LOG=FILE      no kernel, copy or product is run; FILE has a line for each allocation, launch and
+                                product. So a program tells what it would do at sizes that a CPU could not compute
 
 What it cannot show: speed; bank conflicts and coalescing; registers; weaker memory orders than the one in which its
 threads run, though the checked build reports what would depend on them; protocols between running blocks, whose
@@ -202,6 +204,7 @@ struct Settings {
     bool count = environment("GPT2_EMULATOR_COUNT", 0) != 0;
     size_t memory = (size_t)environment("GPT2_EMULATOR_MEMORY", 1ll << 34);
     int devices = (int)environment("GPT2_EMULATOR_DEVICES", 1);
+    FILE* log = getenv("GPT2_EMULATOR_LOG") ? fopen(getenv("GPT2_EMULATOR_LOG"), "w") : nullptr;
 };
 inline Settings settings;
 
@@ -335,7 +338,8 @@ inline Cell* new_cells(size_t bytes) {  // zero pages that cost nothing until th
 inline void* allocate(size_t size, bool device) {
     void* p = nullptr;
     if (posix_memalign(&p, 256, size)) return nullptr;
-    memset(p, 0xff, size);
+    if (!settings.log) memset(p, 0xff, size);
+    else if (device) fprintf(settings.log, "allocate %zu\n", size);
     Allocation a = {(char*)p, size, device, EMULATOR_CHECKED && device ? new_cells(size) : nullptr};
     while (allocations_busy.test_and_set(std::memory_order_acquire)) {}
     auto after = std::find_if(allocations.begin(), allocations.end(), [&](auto& b) { return b.begin > a.begin; });
@@ -905,6 +909,11 @@ inline void submit(cudaStream_t stream, std::function<void()> run, std::shared_p
     (stream ? stream : &default_stream)->queue.push_back({++serials, std::move(run), std::move(waits_for), count});
 }
 
+// Kernels, copies and products; with a log they are left out.
+inline void submit_work(cudaStream_t stream, std::function<void()> run) {
+    submit(stream, settings.log ? nullptr : std::move(run));
+}
+
 // Runs the first work of one stream that may go on; false: there is none.
 inline bool run_one() {
     uint64_t oldest = UINT64_MAX;  // on streams that the default stream waits for
@@ -958,6 +967,10 @@ struct Invocation {
     EMULATOR_OWN static void enter(const void* p) { call(*(const Invocation*)p, std::index_sequence_for<P...>{}); }
 };
 
+}  // namespace emulator
+extern "C" const char __executable_start;  // by the linker
+namespace emulator {
+
 // kernel<<<grid, block, shared, stream>>>(x) becomes Launch("kernel", file, line, grid, block, ...).run(kernel, x).
 struct Launch {
     const char *name, *file;
@@ -969,6 +982,20 @@ struct Launch {
     Launch(const char* name, const char* file, int line, dim3 grid, dim3 block, size_t shared = 0,
            cudaStream_t stream = nullptr)
         : name(name), file(file), line(line), grid(grid), block(block), shared(shared), stream(stream) {}
+
+    // launch: the kernel's place in the program (nm knows its name), grid, block, dynamic shared memory; then its
+    // arguments, those that are not integers as -
+    template <class... P>
+    void log(const void* kernel, const P&... arguments) const {
+        fprintf(settings.log, "launch %zx %u %u %u %u %u %u %zu", (size_t)((const char*)kernel - &__executable_start),
+                grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+        auto put = [](const auto& x) {
+            if constexpr (std::is_integral_v<std::remove_cvref_t<decltype(x)>>) fprintf(settings.log, " %lld", (long long)x);
+            else fputs(" -", settings.log);
+        };
+        (put(arguments), ...);
+        fputs("\n", settings.log);
+    }
 
     template <class... P>
     void run(void (*kernel)(P...), std::type_identity_t<P>... arguments) const {
@@ -988,8 +1015,9 @@ struct Launch {
         } else if (!known(stream)) {
             error(cudaErrorInvalidResourceHandle, "%s on a stream that is not one", at.c_str());
         } else {
+            if (settings.log) log((const void*)kernel, arguments...);
             auto invocation = std::make_shared<Invocation<P...>>(Invocation<P...>{kernel, {arguments...}});
-            submit(stream, [invocation, launch = *this] {
+            submit_work(stream, [invocation, launch = *this] {
                 Grid g;
                 g.name = launch.name, g.grid = launch.grid, g.block = launch.block, g.dynamic = launch.shared;
                 g.enter = invocation->enter, g.arguments = invocation.get();
@@ -1161,10 +1189,10 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMem
     if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
     // Memory that is not pinned is read before the call returns, and is written before it returns.
     if (from_device || from_pinned) {
-        emulator::submit(stream, [=] { memmove(to, from, n); });
+        emulator::submit_work(stream, [=] { memmove(to, from, n); });
     } else {
         auto bytes = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + n);
-        emulator::submit(stream, [=] { memcpy(to, bytes->data(), n); });
+        emulator::submit_work(stream, [=] { memcpy(to, bytes->data(), n); });
     }
     if (!to_device && !to_pinned) emulator::wait_for(stream);
     return cudaSuccess;
@@ -1180,7 +1208,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t s
     if (!emulator::on_device(to, n))
         return emulator::error(cudaErrorInvalidValue, "cudaMemset of %zu bytes that are not device memory", n);
     if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
-    emulator::submit(stream, [=] { memset(to, value, n); });
+    emulator::submit_work(stream, [=] { memset(to, value, n); });
     return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t n) { return cudaMemsetAsync(to, value, n, nullptr); }
@@ -1797,7 +1825,10 @@ inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bo
     if (outside) emulator::fail(nullptr, "emulated_matmul: %s is not all in device memory", outside);
     emulator::Matmul product = {D,   d_type, A,   transA,     B,        transB, m,   n,      k, lda,
                                 ldb, ldd,    accumulate, epilogue, bias,   aux, ab_type};
-    emulator::submit(stream, [=] { emulator::run_matmul(product); });
+    if (emulator::settings.log)
+        fprintf(emulator::settings.log, "product %d %d %d %zu %zu %d %d\n", m, n, k, size(d_type), size(ab_type),
+                accumulate, (int)epilogue);
+    emulator::submit_work(stream, [=] { emulator::run_matmul(product); });
     return cudaSuccess;
 }
 
