@@ -53,16 +53,27 @@ train_gpt2cu: train_gpt2.cu train_gpt2.cpp
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
 	$(NVCC) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
-# Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's.
+# Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What it sees
+# goes wrong in the plain build is a result; the checked one reports races and bounds, the sanitized one bounds.
 EMULATED = -std=c++20 -O2 -g1 $(ARCH) -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread -I. -DGPT2_EMULATED \
            -include dev/emulator/cuda_emulator.h
+CHECKED = $(EMULATED) -O1 -g -fsanitize=thread,alignment
 EMULATOR = dev/emulator/cuda_emulator.h dev/emulator/translate.py
-train_gpt2cu_emulated: train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
-	python3 dev/emulator/translate.py $< $@.cpp
-	$(CXX) $(EMULATED) $@.cpp -o $@
-test_gpt2cu_emulated: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
-	python3 dev/emulator/translate.py $< $@.cpp
-	$(CXX) $(EMULATED) -DGPT2_CUDA $@.cpp -o $@
+TRAIN_EMULATED = train_gpt2cu_emulated train_gpt2cu_checked train_gpt2cu_sanitized
+TEST_EMULATED = test_gpt2cu_emulated test_gpt2cu_checked test_gpt2cu_sanitized
+$(addsuffix .cpp,$(TRAIN_EMULATED)): train_gpt2.cu $(EMULATOR)
+	python3 dev/emulator/translate.py $< $@
+$(addsuffix .cpp,$(TEST_EMULATED)): test_gpt2.cpp train_gpt2.cu $(EMULATOR)
+	python3 dev/emulator/translate.py $< $@
+$(TEST_EMULATED): EMULATED += -DGPT2_CUDA
+%cu_emulated: %cu_emulated.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(EMULATED) $< -o $@
+%cu_sanitized: %cu_sanitized.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(EMULATED) $(SANITIZE) $< -o $@
+# Linked without ThreadSanitizer: the functions that the compiler calls before each access are the emulator's.
+%cu_checked: %cu_checked.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(CHECKED) -c $< -o $@.o
+	$(CXX) -pthread $@.o -o $@
 
 found:
 	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"

@@ -277,7 +277,7 @@ static std::string name_of(const Config& c) {
     if (c.attention == SKIP)
         return format("skip, L %d, distance %d, %d of %d heads", c.L, c.skip_distance, c.skip_heads, c.NH);
     if (c.attention == DEPTH) return format("depth, L %d, stride %d, window %d", c.L, c.depth_stride, c.depth_window);
-    return "vanilla";
+    return c.V > 1000 ? format("vanilla, V %d", c.V) : "vanilla";
 }
 
 static std::vector<float> random_parameters(const Config& c, uint64_t seed) {
@@ -361,6 +361,13 @@ static std::vector<Config> settings() {
     return all;
 }
 
+// A vocabulary that takes the classifier more rounds than one.
+static Config wide_vocabulary() {
+    Config c = small_config(VANILLA, 1);
+    c.V = 8500, c.Vp = 8576;
+    return c;
+}
+
 // --------------------------------------------------------------------------------------------------------------------
 // Tests through the model interface
 
@@ -407,8 +414,8 @@ static void test_threads(Precision precision) {
 
 // Along a random direction u, for each layer of each tensor: (loss(w + h u) - loss(w - h u))/2h = dw·u, up to h² and
 // the rounding of the loss, which is why h is not small.
-static void test_finite_differences() {
-    for (const Config& c : settings()) {
+static void test_finite_differences(const std::vector<Config>& configs) {
+    for (const Config& c : configs) {
         size_t P = parameter_count(c);
         Batch batch(c, 1, 21);
         Model* m = random_model(c, FP32, {.B = 1, .T = 21, .train = true});
@@ -451,46 +458,46 @@ static void test_finite_differences() {
     }
 }
 
-// Two micro-batches at half the scale each are one batch. A token's activations and their gradients are then the same
-// bits, rounded or not; only sums over tokens, in fp32, run in another order.
+// Four micro-batches at a quarter of the scale each are one batch. A token's activations and their gradients are then the
+// same bits, rounded or not; only sums over tokens, in fp32, run in another order. Nothing waits for the GPU in between,
+// whose batches come in by turns in two buffers.
 static void test_accumulation(Precision precision) {
     for (int attention : {VANILLA, SKIP, DEPTH}) {
         Config c = small_config(attention);
-        size_t P = parameter_count(c), half = 2 * 23;
-        Batch batch(c, 4, 23);
-        std::vector<float> whole(P), halves(P);
-        Model* m = random_model(c, precision, {.B = 4, .T = 23, .train = true});
+        const int parts = 4, T = 23;
+        size_t P = parameter_count(c);
+        Batch batch(c, parts, T);
+        std::vector<float> whole(P), sums(P), again(P);
+        Model* m = random_model(c, precision, {.B = parts, .T = T, .train = true});
         model_set_inputs(m, batch.x.data(), batch.y.data());
         model_forward(m, true, 1);
         model_backward(m);
         double loss = model_loss(m);
         model_get(m, GRADIENTS, 0, P, whole.data());
         model_free(m);
-        m = random_model(c, precision, {.B = 2, .T = 23, .train = true});
-        for (size_t i = 0; i < 2; i++) {
-            model_set_inputs(m, batch.x.data() + i * half, batch.y.data() + i * half);
-            model_forward(m, true, 0.5f);
-            model_backward(m);
-        }
-        double loss_of_halves = model_loss(m);
-        model_get(m, GRADIENTS, 0, P, halves.data());
+        m = random_model(c, precision, {.B = 1, .T = T, .train = true});
+        auto accumulate = [&] {
+            for (int i = 0; i < parts; i++) {
+                model_set_inputs(m, batch.x.data() + i * T, batch.y.data() + i * T);
+                model_forward(m, true, 1.0f / parts);
+                model_backward(m);
+            }
+        };
+        accumulate();
+        double loss_of_parts = model_loss(m);
+        model_get(m, GRADIENTS, 0, P, sums.data());
         Worst worst;
-        worst.see(fabs(loss - loss_of_halves), 1e-6 * loss);
+        worst.see(fabs(loss - loss_of_parts), 1e-6 * loss);
         for (const Tensor& t : tensor_table(c)) {
-            Worst w = compare_tensor(t, halves.data(), whole.data(), 1);
+            Worst w = compare_tensor(t, sums.data(), whole.data(), 1);
             if (!(w.ratio <= worst.ratio)) worst = w;
         }
         // After an update, gradients begin anew.
         model_update(m, {0, 0.9f, 0.95f, 1e-8f, 0}, 0, 1);
-        for (size_t i = 0; i < 2; i++) {
-            model_set_inputs(m, batch.x.data() + i * half, batch.y.data() + i * half);
-            model_forward(m, true, 0.5f);
-            model_backward(m);
-        }
-        std::vector<float> again(P);
+        accumulate();
         model_get(m, GRADIENTS, 0, P, again.data());
         model_free(m);
-        report(worst.ok() && same_bits(again, halves),
+        report(worst.ok() && same_bits(again, sums),
                format("%s: gradients accumulate: %s", precision_names[precision], attention_names[attention]),
                format("worst %.2f of its tolerance", worst.ratio));
     }
@@ -499,11 +506,12 @@ static void test_accumulation(Precision precision) {
 // Head sizes and lengths around those of tiles: what bf16 gives is near what fp32 gives. A gradient's block differs by
 // its rounding errors, a hundredth of its size or so; a tile, a mask or a row that is wrong shows as much more. Vanilla's
 // key bias, whose gradient is 0 in theory, is left out.
-static void test_head_sizes() {
-    for (int attention : {VANILLA, SKIP, DEPTH}) {
+static void test_head_sizes(const std::vector<int>& attentions, const std::vector<int>& sizes,
+                            const std::vector<int>& lengths) {
+    for (int attention : attentions) {
         Worst worst;
-        for (int HS : {24, 64, 128})
-            for (int T : {1, 17, 64, 65, 161}) {
+        for (int HS : sizes)
+            for (int T : lengths) {
                 Config c = small_config(attention, 3, 2, HS);
                 c.maxT = T, c.skip_distance = 1, c.skip_heads = 1;
                 Batch batch(c, 2, T);
@@ -617,8 +625,8 @@ static double rms_difference(const std::vector<float>& a, const std::vector<floa
 // A sequence decoded from a cache, in pieces of several lengths, against all at once. Sums run in another order where a
 // piece is a single token: in fp32, logits agree to rounding. In bf16, where each then rounds in its own way, decoding
 // must be as near to fp32 as the forward pass is.
-static void test_decoding(Precision precision) {
-    for (Config c : settings()) {
+static void test_decoding(Precision precision, const std::vector<Config>& configs) {
+    for (Config c : configs) {
         c.maxT = 150;
         int T = c.maxT;
         size_t V = c.V;
@@ -1023,11 +1031,12 @@ int main(int argc, char** argv) {
             test_threads(precision);
             test_accumulation(precision);
             test_update(precision);
-            test_decoding(precision);
+            test_decoding(precision, settings());
             test_allocations(precision);
         }
-        test_head_sizes();
-        test_finite_differences();
+        test_head_sizes({VANILLA, SKIP, DEPTH}, {24, 64, 128}, {1, 17, 64, 65, 161});
+        test_finite_differences(settings());
+        test_finite_differences({wide_vocabulary()});
         test_memory();
         test_worst();
     }

@@ -1,0 +1,318 @@
+#!/usr/bin/env python3
+"""Does the emulator catch what it should? Breaks train_gpt2.cu on purpose, one place at a time.
+
+    dev/test/gpu_breaks.py [WORD ...]      all breaks, or those whose names contain one of the words
+
+All breaks are built into one copy of the program, which an environment variable chooses among; so three builds serve
+the whole list: plain, sanitized (addresses), checked (races and bounds, by the emulator). A line for each break says
+what each build's tests said first. Exit status 1 if one goes unnoticed, or is not caught by what should catch it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "train_gpt2.cu"
+PROGRAMS = {"plain": "test_gpt2cu_emulated", "sanitized": "test_gpt2cu_sanitized", "checked": "test_gpt2cu_checked"}
+SEEDS = 4  # orders of threads and blocks in the plain build; the others run in one
+
+# Which build must notice, and how.
+RACE = {"checked": "emulator: .*: race: "}
+RESULT = {"plain": "FAILED "}
+BOUNDS = {"sanitized": "AddressSanitizer|runtime error", "checked": "emulator: .*: out of bounds"}
+MEETING = {build: "emulator: kernel .* (waits for|has mask)" for build in ("plain", "sanitized", "checked")}
+ANY = {}
+
+# What runs: words for the driver below. Pairs of files in dev/reference; attention, head size and length of bf16.
+DUMPS = ["dumps vanilla_L2_NH5_C40_V150_B2_T37", "dumps skip_L3_NH3_C24_V61_B2_T37_nl2_nh1",
+         "dumps depth_L5_NH2_C16_V61_B2_T37_s3_w0"]
+VANILLA, SKIP, DEPTH = ([dump] for dump in DUMPS)
+TILES = ["heads 0 64 161", "heads 0 128 161", "heads 1 64 161"]
+ACCUMULATE, UPDATE, DECODE, WIDE = ["accumulate 0"], ["update 0"], ["decode 0", "decode 1"], ["wide"]
+
+# name: (place with what is broken between « and », what then stands there, which tests run, who must notice)
+BREAKS = {}
+
+
+def breaks(catcher, tests, *more):
+    for name, place, broken, *own in more:
+        assert name not in BREAKS
+        BREAKS[name] = (place, broken, own[0] if own else tests, catcher)
+
+
+SYNC, SYNCWARP, NOTHING = "«__syncthreads();»", "«__syncwarp();»", ";"
+breaks(RACE, VANILLA,
+       ("no __syncthreads: sum_partials", f"[threadIdx.x] = sum;\n    {SYNC}", NOTHING),
+       ("no __syncthreads: bias_backward", f"{SYNC}\n    int i = warp * WARP + lane;\n    if (column", NOTHING),
+       ("no __syncthreads: embedding_backward_token", f"{SYNC}\n    int i = warp * WARP + lane;\n    if (c + i", NOTHING),
+       ("no __syncthreads: layernorm_backward", f"[k][warp] = sums[k];\n        }}\n        {SYNC}", NOTHING),
+       ("no __syncthreads: layernorm_backward, one buffer", "first += N, «buffer ^= 1»", "buffer ^= 0"),
+       ("no __syncthreads: attention_forward, queries", f"o_w[d] = 0;\n    {SYNC}", NOTHING),
+       ("no __syncthreads: attention_forward, end", f"p_w[WARP + 1] = sum;\n    {SYNC}", NOTHING),
+       ("no __syncthreads: softmax_cross_entropy", f"sums[warp] = warp_sum;\n    {SYNC}", NOTHING),
+       ("no __syncthreads: block_sum", f"half /= 2) {{\n        {SYNC}", NOTHING, UPDATE),
+       ("no __syncwarp: attention_forward, p", f"(float)(X)p;\n        {SYNCWARP}", NOTHING),
+       ("no __syncwarp: attention_forward, tile", f"o_w[d] = o_d;\n        }}\n        {SYNCWARP}", NOTHING),
+       ("no __syncwarp: backward_query, rows", f"dq_i[d] = 0;\n    }}\n    {SYNCWARP}", NOTHING),
+       ("no __syncwarp: backward_query, ds", f"- delta[row]));\n        }}\n        {SYNCWARP}", NOTHING),
+       ("no __syncwarp: backward_query, tile", f"dq_i[d] = dq_d;\n        }}\n        {SYNCWARP}", NOTHING),
+       ("no __syncwarp: backward_key, rows", f"dv_j[d] = 0;\n    }}\n    {SYNCWARP}", NOTHING),
+       ("no __syncwarp: backward_key, p and ds", f"- delta[rows + i]));\n        }}\n        {SYNCWARP}", NOTHING),
+       ("no __syncwarp: backward_key, tile", f"dv_j[d] = dv_d;\n        }}\n        {SYNCWARP}", NOTHING),
+       ("+=: threads of sum_partials", "if («threadIdx.y > 0 || i >= n») return;", "i >= n"),
+       ("+=: blocks of embedding_backward_token", "dwte[«(size_t)tokens[place[begin]]» * C + c", "0"),
+       ("+=: blocks of layernorm_backward", "store<VECTORS>(«partial + (size_t)blockIdx.x * 2 * C», dw", "partial"),
+       ("+=: warps of bias_backward", "store<VECTORS>(«sums[warp]», sum, lane, WARP, WARP_SHARE);\n"
+        "    __syncthreads();\n    int i = warp * WARP + lane;\n    if (column", "sums[0]"),
+       ("+=: positions of two sequences", "store<VECTORS>(«dwpe + (size_t)t * C + c», sum", "dwpe + c"))
+breaks(RACE, TILES,
+       ("no __syncthreads: forward tiles, come", f"{SYNC}\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, "
+        "*v_tile = k_tile + TILE * HS;\n        if (j == 0) {", NOTHING),
+       ("no __syncthreads: forward tiles, overwritten early", f"p_A[m], v_B);\n                }}\n            }}\n"
+        f"        }}\n        {SYNC}", NOTHING),
+       ("no __syncthreads: backward query tiles, come", f"{SYNC}\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * "
+        "TILE * HS, *v_tile = k_tile + TILE * HS;\n        if (j == 0 && HELD == K)", NOTHING),
+       ("no __syncthreads: backward query tiles, overwritten early", f"ds_A, k_B);\n                }}\n            }}\n"
+        f"        }}\n        {SYNC}", NOTHING),
+       ("no __syncthreads: backward key tiles, come", f"{SYNC}\n        const bf16 *q_tile = q_tiles + i % 2", NOTHING),
+       ("no __syncthreads: backward key tiles, overwritten early", f"+ threadIdx.x] = next_statistic;\n        {SYNC}",
+        NOTHING))
+
+WAIT = "«cp_async_wait<1>();»\n        __syncthreads();\n        "
+breaks(RESULT, TILES,
+       ("no cp.async wait: forward tiles", WAIT + "const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = "
+        "k_tile + TILE * HS;\n        if (j == 0) {", NOTHING),
+       ("no cp.async wait: backward query tiles", WAIT + "const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile "
+        "= k_tile + TILE * HS;\n        if (j == 0 && HELD == K)", NOTHING),
+       ("no cp.async wait: backward key tiles", WAIT + "const bf16 *q_tile = q_tiles", NOTHING),
+       ("cp.async: forward tiles, one group too many", WAIT + "const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, "
+        "*v_tile = k_tile + TILE * HS;\n        if (j == 0) {", "cp_async_wait<2>();"),
+       ("cp.async: forward tiles, no commit", "if (j + 1 < tiles) copy_keys(j + 1);\n        «cp_async_commit();»\n"
+        "        cp_async_wait<1>();\n        __syncthreads();\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * "
+        "HS, *v_tile = k_tile + TILE * HS;\n        if (j == 0) {", NOTHING),
+       ("mask: forward tiles, none at the diagonal", "if («j * TILE + TILE > first_position + 1») {", "false"),
+       ("mask: forward tiles, one ahead", "if («j * TILE + 8 * n + 2 * c + e % 2 > first_position» + 16",
+        "j * TILE + 8 * n + 2 * c + e % 2 > 1 + first_position"),
+       ("mask: forward tiles, second half as the first", "first_position + 16 * m + g + «e / 2 * 8»)", "0"),
+       ("mask: backward query tiles", "«key > i» ? 0 : exp2_approx(scale2 * s[n][e] - lse2[e / 2])", "key > i + 1"),
+       ("mask: backward key tiles", "«key > i * TILE + query» ?", "key > i * TILE + query + 1"),
+       ("rescale: forward tiles, sum", "«sum[m][half] *= rescale;»", NOTHING),
+       ("rescale: forward tiles, o", "«sums_o[m][d][2 * half + 1] *= rescale;»", NOTHING),
+       ("tiles: statistics of the tile before", "statistics[«(i + 1) % 2» * 2 * TILE + threadIdx.x] = next", "i % 2"),
+       ("tiles: rows past the end are not 0", "cp_async_16(tile + in_tile<HS>(r, c), head + (valid ? first + r : 0) * row "
+        "+ c * 8, «valid»)", "true"),
+       ("tiles: dk, dv of skipping heads go to their own layer", "store_two(«dkv.values(h)».at(b, h, j)", "dkv.v",
+        ["heads 1 64 161"]))
+
+breaks(RESULT, DUMPS,
+       ("shared memory before written: attention_forward", "«o_w[d] = 0;»", NOTHING),
+       ("shared memory before written: backward_query", "«dq_i[d] = 0;»", NOTHING),
+       ("shared memory before written: backward_key", "«dk_j[d] = dv_j[d] = 0;»", "dv_j[d] = 0;"),
+       ("shared memory before written: classifier", "if («lane == 0») maxima[warp] = warp_max", "threadIdx.x == 0", WIDE),
+       ("mask: attention_forward, one ahead", "keys = «before + i + 1»;", "before + i + 1 + (i + 1 < (int)gridDim.x)"),
+       ("rescale: attention_forward, sum", "sum = «sum * rescale» + sum_over(p);", "sum"),
+       ("rescale: attention_forward, o", "float o_d = «o_w[d] * rescale»;", "o_w[d]"),
+       ("rescale: attention_forward, warps", "o_d += of_w[d] * «expf(scale * (of_w[HS + WARP] - all_max))»", "1.0f",
+        DECODE),
+       ("rescale: depth, mixed", "mixed[i] = «mixed[i] * rescale» + p", "mixed[i]", DEPTH),
+       ("rescale: depth, sum", "sum = «sum * rescale» + p;", "sum", DEPTH),
+       ("rescale: classifier", "«sum *= expf(max - new_max);»", NOTHING, WIDE),
+       ("padding: takes probability", "«if (v + i >= V) share[i] = -INFINITY;»", NOTHING, VANILLA),
+       ("padding: gets a gradient", "share[i] = «v + i < V» ?", "true", UPDATE),
+       ("depth: gathers all but the last source", "«j < R»; j++", "j < R - 1", DEPTH),
+       ("depth: gathers all but the first source", "for (int j = «0»; j < R", "1", DEPTH),
+       ("depth: mixes all but the last source", "«n < S»; n++) {\n        const ptrdiff_t", "n < S - 1", DEPTH),
+       ("depth: own ds forgotten", "«ds_own -= ds_j;»", NOTHING, DEPTH),
+       ("depth: dv not scaled by the layer's own weight", "«dv[i] *= a_own;»", NOTHING, DEPTH),
+       ("skip: the share from above forgotten", "«if (above) sum += dkv_above[at];»", NOTHING, SKIP),
+       ("skip: one head too many", "return «h < skipping» ? v_below", "h <= skipping", SKIP),
+       ("accumulate: sum_partials", "out[i] = «accumulate» ? out[i]", "false", ACCUMULATE),
+       ("accumulate: weights", "{.add = «accumulate» ? dw", "false", ACCUMULATE),
+       ("accumulate: positions", "if («accumulate») load<VECTORS>(sum, dwpe", "false", ACCUMULATE),
+       ("accumulate: classifier", "Vp, Vp, «accumulate || r > 0»);", "false", ACCUMULATE),
+       ("accumulate: losses", "loss_sum = «accumulate» ?", "false", ACCUMULATE),
+       ("accumulate: LayerNorm's dx", "if («accumulate_dx») load", "false"),
+       ("accumulate: not begun anew", "«m->accumulated = 0;»", NOTHING, ACCUMULATE),
+       ("accumulate: pieces of dqkv", "{.add = «first» ? nullptr : dx_sum}", "true", SKIP),
+       ("LayerNorm: an odd last token counts twice", "if («first + j < end») dw[i]", "true", VANILLA),
+       ("AdamW: decay forgotten", "«decay * w_i[i]»", "0", UPDATE),
+       ("clipping forgotten", "«g[i] *= gradient_scale;»", NOTHING, UPDATE),
+       ("bf16: working copy not updated", "«store<VECTORS>(working + at, w_i, 0, 1, left);»", NOTHING, ["update 1"]),
+       ("position: one further", "«first + r % T»", "first + r % T + (r % T + 1 < (size_t)T)", VANILLA),
+       ("cache: one position further", "«before + row % n»", "(before + row % n + 1) % maxT", DECODE),
+       ("cache: first instead of last heads", "(part + 2) * C - «width» + at", "C", DECODE),
+       ("GELU: derivative", "dh[i] * «gelu_derivative((float)h[i])»", "gelu((float)h[i])", VANILLA))
+
+breaks(BOUNDS, DUMPS,
+       ("past the end: load", "share[i] = «at < n» ?", "at <= n", VANILLA),
+       ("past the end: load of vectors", "if («lane * SHARE >= n») {", "lane * SHARE > n", ["heads 2 64 17"]),
+       ("past the end: store", "if («at < n») row[at]", "at <= n", VANILLA),
+       ("past the end: convert", "if («i < n») to[i]", "i <= n", ["heads 1 24 17"]),
+       ("past the end: depth's sources", "«n < S»; n++) {\n            read", "n <= S", DEPTH),
+       ("past the end: depth's readers", "«j < R»; j++", "j <= R", DEPTH),
+       ("past the end: places of a token", "«n < end»; n += TOKEN_WARPS", "n <= end", VANILLA),
+       ("past the end: LayerNorm's tokens", "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X* x_r",
+        "r > rows", VANILLA),
+       ("past the end: attention's keys", "const float s = «lane < n» ?", "lane <= n", VANILLA),
+       ("past the end: attention's tile", "n = «min(keys - j0, WARP)»;", "min(keys - j0, WARP) + 1", VANILLA),
+       ("past the end: skip's elements", "if («at >= n») return;\n    const size_t r = at", "at > n", SKIP),
+       ("past the end: positions", "if («t >= T») return;\n    for", "t > T", VANILLA),
+       ("past the end: partial sums", "«run < runs»; run += blockDim.y", "run <= runs", VANILLA),
+       ("past the end: logits", "if («v >= Vp») continue;", "v > Vp", VANILLA),
+       ("past the end: tokens", "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X *token", "r > rows",
+        ["decode 0"]))
+
+breaks(MEETING, DUMPS,
+       ("mask: half a warp in sum_over", "x += __shfl_xor_sync(«ALL_LANES»", "0xffffu", VANILLA),
+       ("mask: half a warp in maximum_over", "fmaxf(x, __shfl_xor_sync(«ALL_LANES»", "0xffffu", VANILLA),
+       ("divergence: lanes past the last head leave", "«load<VECTORS>(q_l, q.at(b, g.h, t), g.lane, lanes, channels);»",
+        "if (!g.inside) return;", ["dumps depth_L2_NH1_C64_V61_B2_T19_s1_w0"]),
+       ("divergence: some threads leave before the barrier", "«__syncthreads();»\n    max = -INFINITY, sum = 0;",
+        "if (threadIdx.x > 4) return; __syncthreads();", VANILLA))
+
+STREAMS = ["accumulate 0", "accumulate 1"]
+breaks(RESULT, STREAMS,
+       ("streams: a step does not wait for its batch", "«CHECK(cudaStreamWaitEvent(gpu.stream, in.copied, 0));»", NOTHING),
+       ("streams: a batch does not wait for the step before", "«CHECK(cudaStreamWaitEvent(gpu.copies, in.done, 0));»",
+        NOTHING),
+       ("streams: a pinned batch overwritten early", "«CHECK(cudaEventSynchronize(in.copied));»", NOTHING),
+       ("streams: a batch before memory is filled", "«CHECK(cudaStreamSynchronize(gpu.stream));»  // batches", NOTHING),
+       ("streams: results read early", "CHECK(cudaMemcpyAsync(to, from, bytes, kind, gpu.stream));\n    "
+        "«CHECK(cudaStreamSynchronize(gpu.stream));»", NOTHING),
+       ("streams: `done` is not recorded", "«CHECK(cudaEventRecord(m->inputs[m->turn].done, gpu.stream));»", NOTHING),
+       ("streams: a kernel on the default stream", "block, 0, «gpu.stream»>>>(out, second", "nullptr"))
+
+DRIVER = r"""
+#include <stdlib.h>
+static const int chosen_break = getenv("GPT2_BREAK") ? atoi(getenv("GPT2_BREAK")) : -1;
+[[gnu::noinline]] __attribute__((no_sanitize("thread"))) static bool broken(int i) { return i == chosen_break; }
+#define main all_tests
+#include "all_tests.cpp"
+#undef main
+int main(int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    poison_memory = true;
+    device_init(argv);
+    const std::string what = argv[1], path = std::string("dev/reference/") + argv[2];
+    auto number = [&](int i) { return i < argc ? atoi(argv[i]) : 0; };
+    if (what == "dumps") check_dump(path + ".model.bin", path + ".state.bin", false, NEVER);
+    if (what == "heads") test_head_sizes({number(2)}, {number(3)}, {number(4)});
+    if (what == "accumulate") test_accumulation((Precision)number(2));
+    if (what == "update") test_update((Precision)number(2));
+    if (what == "wide") test_finite_differences({wide_vocabulary()});
+    if (what == "decode") {
+        Config skip = small_config(SKIP), depth = small_config(DEPTH);
+        test_decoding((Precision)number(2), {skip, depth});
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
+"""
+
+
+def parts(place):
+    """Of a place: its text, and from where to where what is broken stands in it."""
+    begin, end = place.index("«"), place.index("»")
+    return place[:begin] + place[begin + 1:end] + place[end + 1:], begin, end - 1
+
+
+def stale(source, names=BREAKS):
+    """The breaks whose place is not in the source, or more than once."""
+    return [name for name in names if source.count(parts(BREAKS[name][0])[0]) != 1]
+
+
+def with_switches(source):
+    """The source with all breaks in it, of which broken(i) chooses the i-th."""
+    spans = {}
+    for i, (place, broken, _, _) in enumerate(BREAKS.values()):
+        text, begin, end = parts(place)
+        at = source.index(text)
+        spans.setdefault((at + begin, at + end), []).append((i, broken))
+    ordered = sorted(spans)
+    for a, b in zip(ordered, ordered[1:]):
+        assert a[1] <= b[0], f"two breaks overlap: {source[a[0]:a[1]]}, {source[b[0]:b[1]]}"
+    for begin, end in reversed(ordered):
+        right, wrongs = source[begin:end], spans[begin, end]
+        if right.endswith(";"):
+            switch = "".join(f"if (broken({i})) {{ {wrong} }} else " for i, wrong in wrongs)
+            switch = f"{{ {switch}{{ {right} }} }}"
+        else:
+            switch = "(" + "".join(f"broken({i}) ? {wrong} : " for i, wrong in wrongs) + right + ")"
+        source = source[:begin] + switch + source[end:]
+    return source
+
+
+def build(folder):
+    """The three builds, in a copy of what they take."""
+    for name in "train_gpt2.cpp", "Makefile":
+        shutil.copy(ROOT / name, folder)
+    for name in "dev/emulator", "dev/reference":
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "test_gpt2.cpp", folder / "all_tests.cpp")
+    (folder / "test_gpt2.cpp").write_text(DRIVER)
+    (folder / "train_gpt2.cu").write_text(with_switches(SOURCE.read_text()))
+    done = subprocess.run(["make", "-s", *PROGRAMS.values()], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: does not build\n{done.stderr}")
+
+
+def first_message(output):
+    found = re.search(r"^(FAILED .*|emulator: .*|error: .*|.*ERROR: AddressSanitizer: .*|.*: runtime error: .*)", output,
+                      re.MULTILINE)
+    message = found[1] if found else output.strip().split("\n")[-1]
+    return re.sub(r"^\S*/", "", re.sub(r"==\d+==|dev/reference/|, address \S+|\(address \S+\)", "", message)).strip()
+
+
+def run(folder, build, tests, number, seed):
+    """What the first of the tests says that fails; None: all pass."""
+    environment = {**os.environ, "GPT2_BREAK": str(number), "GPT2_EMULATOR_SEED": str(seed)}
+    for test in tests:
+        try:
+            done = subprocess.run([folder / PROGRAMS[build], *test.split()], cwd=folder, env=environment, timeout=600,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        except subprocess.TimeoutExpired:
+            return "does not end"
+        if done.returncode:
+            return first_message(done.stdout) or f"exit status {done.returncode}"
+    return None
+
+
+def main():
+    words = sys.argv[1:]
+    chosen = {name: b for name, b in BREAKS.items() if not words or any(word in name for word in words)}
+    if stale(SOURCE.read_text()):
+        sys.exit(f"error: not one place of train_gpt2.cu: {'; '.join(stale(SOURCE.read_text()))}")
+    numbers = {name: i for i, name in enumerate(BREAKS)}
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        build(folder)
+        for test in sorted({test for _, _, tests, _ in chosen.values() for test in tests}):
+            for name in PROGRAMS:
+                message = run(folder, name, [test], -1, 1)
+                if message:
+                    sys.exit(f"error: {test} fails in the {name} build without a break: {message}")
+        for name, (_, _, tests, catcher) in chosen.items():
+            said = {}
+            for program in PROGRAMS:
+                for seed in range(1, 1 + (SEEDS if program == "plain" else 1)):
+                    said[program] = run(folder, program, tests, numbers[name], seed)
+                    if said[program]:
+                        said[program] += f" (seed {seed})" * (seed > 1)
+                        break
+            caught = any(said.values()) and all(re.search(pattern, said[p] or "") for p, pattern in catcher.items())
+            wrong += not caught
+            print(f"{'' if caught else 'UNNOTICED ' if not any(said.values()) else 'OTHERWISE '}{name}")
+            for program, message in said.items():
+                print(f"    {program:9} {message or '-'}", flush=True)
+    print(f"{len(chosen) - wrong} caught, {wrong} not")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
