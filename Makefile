@@ -6,6 +6,7 @@
 # make test            all tests that need no PyTorch; packages for them go into .venv
 # make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-amx        test_gpt2 with Intel's AMX, emulated
+# make test-emulator   the emulator's own tests, and the GPU's code watched for races and bounds
 # make test-builds     test_gpt2 with each compiler and instruction set that is found
 # make test-peers      the tests against PyTorch, which is installed into .venv-peers (3 GB)
 # make bench-peers     speed and memory beside PyTorch and Transformers, in turns: half an hour on two free cores
@@ -66,6 +67,7 @@ $(addsuffix .cpp,$(TRAIN_EMULATED)): train_gpt2.cu $(EMULATOR)
 $(addsuffix .cpp,$(TEST_EMULATED)): test_gpt2.cpp train_gpt2.cu $(EMULATOR)
 	python3 dev/emulator/translate.py $< $@
 $(TEST_EMULATED): EMULATED += -DGPT2_CUDA
+DUMPS = $(foreach state,$(wildcard dev/reference/*.state.bin),$(state:.state.bin=.model.bin) $(state))
 %cu_emulated: %cu_emulated.cpp train_gpt2.cpp .flags | found
 	$(CXX) $(EMULATED) $< -o $@
 %cu_sanitized: %cu_sanitized.cpp train_gpt2.cpp .flags | found
@@ -97,6 +99,12 @@ test: all train_gpt2_sanitized test_gpt2_sanitized test_gpt2cu_emulated $(if $(c
 	@python3 dev/test/run.py
 test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
+test-emulator: $(filter-out %_emulated,$(TRAIN_EMULATED) $(TEST_EMULATED)) .venv/ready
+	python3 dev/emulator/test.py --compiler $(CXX)
+	./test_gpt2cu_checked $(DUMPS)
+	./test_gpt2cu_sanitized $(DUMPS)
+	EMULATED=train_gpt2cu_checked .venv/bin/python -m pytest -q dev/test/test_emulator.py
+	EMULATED=train_gpt2cu_sanitized .venv/bin/python -m pytest -q dev/test/test_emulator.py
 test-amx: test_gpt2_amx
 	./test_gpt2_amx
 test-builds:
@@ -123,10 +131,10 @@ reference: .venv-peers/ready
 install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-binary :all: -r dev/test/$(2) && touch $@
 
 clean:
-	rm -rf train_gpt2cu test_gpt2cu *cu_emulated *cu_emulated.cpp
+	rm -rf train_gpt2cu test_gpt2cu *cu_emulated* *cu_checked* *cu_sanitized*
 	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx dev/bench/ladder .flags
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all gpu found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference
-.PHONY: clean help
+.PHONY: all gpu found always run test test-sanitized test-emulator test-amx test-builds test-peers bench-peers bench-ladder
+.PHONY: reference clean help

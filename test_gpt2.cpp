@@ -277,7 +277,7 @@ static std::string name_of(const Config& c) {
     if (c.attention == SKIP)
         return format("skip, L %d, distance %d, %d of %d heads", c.L, c.skip_distance, c.skip_heads, c.NH);
     if (c.attention == DEPTH) return format("depth, L %d, stride %d, window %d", c.L, c.depth_stride, c.depth_window);
-    return c.V > 1000 ? format("vanilla, V %d", c.V) : "vanilla";
+    return c.L == 1 ? format("vanilla, V %d, C %d", c.V, c.C) : "vanilla";
 }
 
 static std::vector<float> random_parameters(const Config& c, uint64_t seed) {
@@ -361,11 +361,12 @@ static std::vector<Config> settings() {
     return all;
 }
 
-// A vocabulary that takes the classifier more rounds than one.
-static Config wide_vocabulary() {
-    Config c = small_config(VANILLA, 1);
-    c.V = 8500, c.Vp = 8576;
-    return c;
+// A vocabulary, and channels, that take a GPU's blocks more rounds and more warps than one.
+static std::vector<Config> wide_settings() {
+    std::vector<Config> all = {small_config(VANILLA, 1, 3, 88), small_config(VANILLA, 1, 3, 100),
+                               small_config(VANILLA, 1)};
+    all[2].V = 8500, all[2].Vp = 8576;
+    return all;
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -414,11 +415,11 @@ static void test_threads(Precision precision) {
 
 // Along a random direction u, for each layer of each tensor: (loss(w + h u) - loss(w - h u))/2h = dw·u, up to h² and
 // the rounding of the loss, which is why h is not small.
-static void test_finite_differences(const std::vector<Config>& configs) {
+static void test_finite_differences(const std::vector<Config>& configs, int B = 1, int T = 21) {
     for (const Config& c : configs) {
         size_t P = parameter_count(c);
-        Batch batch(c, 1, 21);
-        Model* m = random_model(c, FP32, {.B = 1, .T = 21, .train = true});
+        Batch batch(c, B, T);
+        Model* m = random_model(c, FP32, {.B = B, .T = T, .train = true});
         std::vector<float> gradients(P), w = random_parameters(c, 3), moved;
         model_set_inputs(m, batch.x.data(), batch.y.data());
         model_forward(m, true, 1);
@@ -454,13 +455,14 @@ static void test_finite_differences(const std::vector<Config>& configs) {
             }
         }
         model_free(m);
-        report(worst.ok(), "finite differences, each tensor of each layer: " + name_of(c), worst.text());
+        report(worst.ok(), format("finite differences, each tensor of each layer: %s, B %d, T %d", name_of(c).c_str(),
+                                  B, T), worst.text());
     }
 }
 
-// Four micro-batches at a quarter of the scale each are one batch. A token's activations and their gradients are then the
-// same bits, rounded or not; only sums over tokens, in fp32, run in another order. Nothing waits for the GPU in between,
-// whose batches come in by turns in two buffers.
+// Four micro-batches at a quarter of the scale each are one batch. A token's activations and their gradients are then
+// the same bits, rounded or not; only sums over tokens, in fp32, run in another order. Nothing waits for a GPU in
+// between, whose batches come in by turns in two buffers.
 static void test_accumulation(Precision precision) {
     for (int attention : {VANILLA, SKIP, DEPTH}) {
         Config c = small_config(attention);
@@ -625,17 +627,16 @@ static double rms_difference(const std::vector<float>& a, const std::vector<floa
 // A sequence decoded from a cache, in pieces of several lengths, against all at once. Sums run in another order where a
 // piece is a single token: in fp32, logits agree to rounding. In bf16, where each then rounds in its own way, decoding
 // must be as near to fp32 as the forward pass is.
-static void test_decoding(Precision precision, const std::vector<Config>& configs) {
+static void test_decoding(Precision precision, const std::vector<Config>& configs, int T) {
     for (Config c : configs) {
-        c.maxT = 150;
-        int T = c.maxT;
+        c.maxT = T;
         size_t V = c.V;
         Batch batch(c, 2, T);
         std::vector<float> expected = forward_logits(c, FP32, batch), last(2 * V), decoded(expected.size());
         double scale = largest(expected.data(), expected.size()), worst = 0;
         double rounding = precision == BF16 ? rms_difference(forward_logits(c, BF16, batch), expected) : 0;
         Model* m = random_model(c, precision, {.sequences = 2});
-        for (int piece : {1, 2, 33, 150}) {
+        for (int piece : {1, 2, 33, T}) {
             model_reset_cache(m);
             std::vector<int> tokens(2 * (size_t)piece);
             decoded = expected;
@@ -1031,12 +1032,13 @@ int main(int argc, char** argv) {
             test_threads(precision);
             test_accumulation(precision);
             test_update(precision);
-            test_decoding(precision, settings());
+            test_decoding(precision, settings(), 150);
             test_allocations(precision);
         }
         test_head_sizes({VANILLA, SKIP, DEPTH}, {24, 64, 128}, {1, 17, 64, 65, 161});
         test_finite_differences(settings());
-        test_finite_differences({wide_vocabulary()});
+        test_finite_differences(wide_settings());
+        test_finite_differences({small_config(VANILLA, 1)}, 1056, 1);
         test_memory();
         test_worst();
     }

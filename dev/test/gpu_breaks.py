@@ -32,8 +32,9 @@ ANY = {}
 DUMPS = ["dumps vanilla_L2_NH5_C40_V150_B2_T37", "dumps skip_L3_NH3_C24_V61_B2_T37_nl2_nh1",
          "dumps depth_L5_NH2_C16_V61_B2_T37_s3_w0"]
 VANILLA, SKIP, DEPTH = ([dump] for dump in DUMPS)
+ODD, SCALARS = ["dumps skip_L4_NH3_C24_V61_B1_T67_nl1_nh2"], ["dumps skip_L2_NH3_C36_V61_B3_T13_nl1_nh1"]
 TILES = ["heads 0 64 161", "heads 0 128 161", "heads 1 64 161"]
-ACCUMULATE, UPDATE, DECODE, WIDE = ["accumulate 0"], ["update 0"], ["decode 0", "decode 1"], ["wide"]
+ACCUMULATE, UPDATE, DECODE, WIDE, LONG = ["accumulate 0"], ["update 0"], ["decode 0"], ["wide"], ["long"]
 
 # name: (place with what is broken between « and », what then stands there, which tests run, who must notice)
 BREAKS = {}
@@ -49,9 +50,11 @@ SYNC, SYNCWARP, NOTHING = "«__syncthreads();»", "«__syncwarp();»", ";"
 breaks(RACE, VANILLA,
        ("no __syncthreads: sum_partials", f"[threadIdx.x] = sum;\n    {SYNC}", NOTHING),
        ("no __syncthreads: bias_backward", f"{SYNC}\n    int i = warp * WARP + lane;\n    if (column", NOTHING),
-       ("no __syncthreads: embedding_backward_token", f"{SYNC}\n    int i = warp * WARP + lane;\n    if (c + i", NOTHING),
-       ("no __syncthreads: layernorm_backward", f"[k][warp] = sums[k];\n        }}\n        {SYNC}", NOTHING),
-       ("no __syncthreads: layernorm_backward, one buffer", "first += N, «buffer ^= 1»", "buffer ^= 0"),
+       ("no __syncthreads: embedding_backward", f"{SYNC}\n    int i = warp * WARP + lane;\n    if (c + i", NOTHING),
+       ("no __syncthreads: layernorm_backward", f"[k][warp] = sums[k];\n        }}\n        {SYNC}", NOTHING,
+        WIDE),
+       ("no __syncthreads: layernorm_backward, one buffer", "first += N, «buffer ^= 1»", "buffer ^= 0",
+        WIDE),
        ("no __syncthreads: attention_forward, queries", f"o_w[d] = 0;\n    {SYNC}", NOTHING),
        ("no __syncthreads: attention_forward, end", f"p_w[WARP + 1] = sum;\n    {SYNC}", NOTHING),
        ("no __syncthreads: softmax_cross_entropy", f"sums[warp] = warp_sum;\n    {SYNC}", NOTHING),
@@ -64,48 +67,41 @@ breaks(RACE, VANILLA,
        ("no __syncwarp: backward_key, rows", f"dv_j[d] = 0;\n    }}\n    {SYNCWARP}", NOTHING),
        ("no __syncwarp: backward_key, p and ds", f"- delta[rows + i]));\n        }}\n        {SYNCWARP}", NOTHING),
        ("no __syncwarp: backward_key, tile", f"dv_j[d] = dv_d;\n        }}\n        {SYNCWARP}", NOTHING),
-       ("+=: threads of sum_partials", "if («threadIdx.y > 0 || i >= n») return;", "i >= n"),
+       ("+=: threads of sum_partials", "if («threadIdx.y > 0 || i >= n») return;", "i >= n", ACCUMULATE),
        ("+=: blocks of embedding_backward_token", "dwte[«(size_t)tokens[place[begin]]» * C + c", "0"),
        ("+=: blocks of layernorm_backward", "store<VECTORS>(«partial + (size_t)blockIdx.x * 2 * C», dw", "partial"),
        ("+=: warps of bias_backward", "store<VECTORS>(«sums[warp]», sum, lane, WARP, WARP_SHARE);\n"
         "    __syncthreads();\n    int i = warp * WARP + lane;\n    if (column", "sums[0]"),
        ("+=: positions of two sequences", "store<VECTORS>(«dwpe + (size_t)t * C + c», sum", "dwpe + c"))
+# Where the tile kernels' loops begin
+KEYS = "\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;\n        if (j == 0"
+FORWARD, QUERY, KEY = KEYS + ") {", KEYS + " && HELD == K)", "\n        const bf16 *q_tile = q_tiles + i % 2"
+COME = f"cp_async_wait<1>();\n        {SYNC}"
+WAIT = "«cp_async_wait<1>();»\n        __syncthreads();"
+COMMIT = "«cp_async_commit();»\n        cp_async_wait<1>();\n        __syncthreads();"
+LAST = f"\n                }}\n            }}\n        }}\n        {SYNC}"
 breaks(RACE, TILES,
-       ("no __syncthreads: forward tiles, come", f"{SYNC}\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, "
-        "*v_tile = k_tile + TILE * HS;\n        if (j == 0) {", NOTHING),
-       ("no __syncthreads: forward tiles, overwritten early", f"p_A[m], v_B);\n                }}\n            }}\n"
-        f"        }}\n        {SYNC}", NOTHING),
-       ("no __syncthreads: backward query tiles, come", f"{SYNC}\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * "
-        "TILE * HS, *v_tile = k_tile + TILE * HS;\n        if (j == 0 && HELD == K)", NOTHING),
-       ("no __syncthreads: backward query tiles, overwritten early", f"ds_A, k_B);\n                }}\n            }}\n"
-        f"        }}\n        {SYNC}", NOTHING),
-       ("no __syncthreads: backward key tiles, come", f"{SYNC}\n        const bf16 *q_tile = q_tiles + i % 2", NOTHING),
-       ("no __syncthreads: backward key tiles, overwritten early", f"+ threadIdx.x] = next_statistic;\n        {SYNC}",
-        NOTHING))
-
-WAIT = "«cp_async_wait<1>();»\n        __syncthreads();\n        "
+       ("no __syncthreads: forward tiles, begin", COME + FORWARD, NOTHING),
+       ("no __syncthreads: forward tiles, overwritten early", "p_A[m], v_B);" + LAST, NOTHING),
+       ("no __syncthreads: backward query tiles, begin", COME + QUERY, NOTHING),
+       ("no __syncthreads: backward query tiles, overwritten early", "ds_A, k_B);" + LAST, NOTHING),
+       ("no __syncthreads: backward key tiles, begin", COME + KEY, NOTHING),
+       ("no __syncthreads: backward key tiles, overwritten early", f"= next_statistic;\n        {SYNC}", NOTHING))
 breaks(RESULT, TILES,
-       ("no cp.async wait: forward tiles", WAIT + "const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = "
-        "k_tile + TILE * HS;\n        if (j == 0) {", NOTHING),
-       ("no cp.async wait: backward query tiles", WAIT + "const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile "
-        "= k_tile + TILE * HS;\n        if (j == 0 && HELD == K)", NOTHING),
-       ("no cp.async wait: backward key tiles", WAIT + "const bf16 *q_tile = q_tiles", NOTHING),
-       ("cp.async: forward tiles, one group too many", WAIT + "const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, "
-        "*v_tile = k_tile + TILE * HS;\n        if (j == 0) {", "cp_async_wait<2>();"),
-       ("cp.async: forward tiles, no commit", "if (j + 1 < tiles) copy_keys(j + 1);\n        «cp_async_commit();»\n"
-        "        cp_async_wait<1>();\n        __syncthreads();\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * "
-        "HS, *v_tile = k_tile + TILE * HS;\n        if (j == 0) {", NOTHING),
+       ("no cp.async wait: forward tiles", WAIT + FORWARD, NOTHING),
+       ("no cp.async wait: backward query tiles", WAIT + QUERY, NOTHING),
+       ("no cp.async wait: backward key tiles", WAIT + KEY, NOTHING),
+       ("cp.async: forward tiles, one group too many", WAIT + FORWARD, "cp_async_wait<2>();"),
+       ("cp.async: forward tiles, no commit", COMMIT + FORWARD, NOTHING),
        ("mask: forward tiles, none at the diagonal", "if («j * TILE + TILE > first_position + 1») {", "false"),
-       ("mask: forward tiles, one ahead", "if («j * TILE + 8 * n + 2 * c + e % 2 > first_position» + 16",
-        "j * TILE + 8 * n + 2 * c + e % 2 > 1 + first_position"),
+       ("mask: forward tiles, one ahead", "e % 2 > «first_position» + 16", "first_position + 1"),
        ("mask: forward tiles, second half as the first", "first_position + 16 * m + g + «e / 2 * 8»)", "0"),
        ("mask: backward query tiles", "«key > i» ? 0 : exp2_approx(scale2 * s[n][e] - lse2[e / 2])", "key > i + 1"),
        ("mask: backward key tiles", "«key > i * TILE + query» ?", "key > i * TILE + query + 1"),
        ("rescale: forward tiles, sum", "«sum[m][half] *= rescale;»", NOTHING),
        ("rescale: forward tiles, o", "«sums_o[m][d][2 * half + 1] *= rescale;»", NOTHING),
        ("tiles: statistics of the tile before", "statistics[«(i + 1) % 2» * 2 * TILE + threadIdx.x] = next", "i % 2"),
-       ("tiles: rows past the end are not 0", "cp_async_16(tile + in_tile<HS>(r, c), head + (valid ? first + r : 0) * row "
-        "+ c * 8, «valid»)", "true"),
+       ("tiles: rows past the end are not 0", "* row + c * 8, «valid»)", "true"),
        ("tiles: dk, dv of skipping heads go to their own layer", "store_two(«dkv.values(h)».at(b, h, j)", "dkv.v",
         ["heads 1 64 161"]))
 
@@ -113,7 +109,7 @@ breaks(RESULT, DUMPS,
        ("shared memory before written: attention_forward", "«o_w[d] = 0;»", NOTHING),
        ("shared memory before written: backward_query", "«dq_i[d] = 0;»", NOTHING),
        ("shared memory before written: backward_key", "«dk_j[d] = dv_j[d] = 0;»", "dv_j[d] = 0;"),
-       ("shared memory before written: classifier", "if («lane == 0») maxima[warp] = warp_max", "threadIdx.x == 0", WIDE),
+       ("shared memory before written: classifier", "if («lane == 0») maxima[warp]", "threadIdx.x == 0", WIDE),
        ("mask: attention_forward, one ahead", "keys = «before + i + 1»;", "before + i + 1 + (i + 1 < (int)gridDim.x)"),
        ("rescale: attention_forward, sum", "sum = «sum * rescale» + sum_over(p);", "sum"),
        ("rescale: attention_forward, o", "float o_d = «o_w[d] * rescale»;", "o_w[d]"),
@@ -139,7 +135,9 @@ breaks(RESULT, DUMPS,
        ("accumulate: LayerNorm's dx", "if («accumulate_dx») load", "false"),
        ("accumulate: not begun anew", "«m->accumulated = 0;»", NOTHING, ACCUMULATE),
        ("accumulate: pieces of dqkv", "{.add = «first» ? nullptr : dx_sum}", "true", SKIP),
-       ("LayerNorm: an odd last token counts twice", "if («first + j < end») dw[i]", "true", VANILLA),
+       ("sum_partials: more than 32 runs", "run < runs; run += «blockDim.y»", "runs", LONG),
+       ("LayerNorm: channels past 256", "«c < C»; c += WARP_SHARE) {\n        float w_c", "c < 256", WIDE),
+       ("LayerNorm: an odd last token counts twice", "if («first + j < end») dw[i]", "true", ODD),
        ("AdamW: decay forgotten", "«decay * w_i[i]»", "0", UPDATE),
        ("clipping forgotten", "«g[i] *= gradient_scale;»", NOTHING, UPDATE),
        ("bf16: working copy not updated", "«store<VECTORS>(working + at, w_i, 0, 1, left);»", NOTHING, ["update 1"]),
@@ -149,23 +147,23 @@ breaks(RESULT, DUMPS,
        ("GELU: derivative", "dh[i] * «gelu_derivative((float)h[i])»", "gelu((float)h[i])", VANILLA))
 
 breaks(BOUNDS, DUMPS,
-       ("past the end: load", "share[i] = «at < n» ?", "at <= n", VANILLA),
+       ("past the end: load", "share[i] = «at < n» ?", "at <= n", SCALARS),
        ("past the end: load of vectors", "if («lane * SHARE >= n») {", "lane * SHARE > n", ["heads 2 64 17"]),
-       ("past the end: store", "if («at < n») row[at]", "at <= n", VANILLA),
+       ("past the end: store", "if («at < n») row[at]", "at <= n", SCALARS),
        ("past the end: convert", "if («i < n») to[i]", "i <= n", ["heads 1 24 17"]),
        ("past the end: depth's sources", "«n < S»; n++) {\n            read", "n <= S", DEPTH),
        ("past the end: depth's readers", "«j < R»; j++", "j <= R", DEPTH),
        ("past the end: places of a token", "«n < end»; n += TOKEN_WARPS", "n <= end", VANILLA),
-       ("past the end: LayerNorm's tokens", "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X* x_r",
-        "r > rows", VANILLA),
+       ("past the end: LayerNorm's tokens",
+        "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X* x_r", "r > rows", VANILLA),
        ("past the end: attention's keys", "const float s = «lane < n» ?", "lane <= n", VANILLA),
        ("past the end: attention's tile", "n = «min(keys - j0, WARP)»;", "min(keys - j0, WARP) + 1", VANILLA),
        ("past the end: skip's elements", "if («at >= n») return;\n    const size_t r = at", "at > n", SKIP),
        ("past the end: positions", "if («t >= T») return;\n    for", "t > T", VANILLA),
-       ("past the end: partial sums", "«run < runs»; run += blockDim.y", "run <= runs", VANILLA),
-       ("past the end: logits", "if («v >= Vp») continue;", "v > Vp", VANILLA),
-       ("past the end: tokens", "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X *token", "r > rows",
-        ["decode 0"]))
+       ("past the end: partial sums", "int run = threadIdx.y; «run < runs»;", "run <= runs", VANILLA),
+       ("past the end: logits", "if («v >= Vp») continue;", "v > Vp", WIDE),
+       ("past the end: tokens",
+        "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X *token", "r > rows", DECODE))
 
 breaks(MEETING, DUMPS,
        ("mask: half a warp in sum_over", "x += __shfl_xor_sync(«ALL_LANES»", "0xffffu", VANILLA),
@@ -177,9 +175,10 @@ breaks(MEETING, DUMPS,
 
 STREAMS = ["accumulate 0", "accumulate 1"]
 breaks(RESULT, STREAMS,
-       ("streams: a step does not wait for its batch", "«CHECK(cudaStreamWaitEvent(gpu.stream, in.copied, 0));»", NOTHING),
-       ("streams: a batch does not wait for the step before", "«CHECK(cudaStreamWaitEvent(gpu.copies, in.done, 0));»",
-        NOTHING),
+       ("streams: a step does not wait for its batch",
+        "«CHECK(cudaStreamWaitEvent(gpu.stream, in.copied, 0));»", NOTHING),
+       ("streams: a batch does not wait for the step before",
+        "«CHECK(cudaStreamWaitEvent(gpu.copies, in.done, 0));»", NOTHING),
        ("streams: a pinned batch overwritten early", "«CHECK(cudaEventSynchronize(in.copied));»", NOTHING),
        ("streams: a batch before memory is filled", "«CHECK(cudaStreamSynchronize(gpu.stream));»  // batches", NOTHING),
        ("streams: results read early", "CHECK(cudaMemcpyAsync(to, from, bytes, kind, gpu.stream));\n    "
@@ -198,16 +197,17 @@ int main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     poison_memory = true;
     device_init(argv);
-    const std::string what = argv[1], path = std::string("dev/reference/") + argv[2];
+    const std::string what = argv[1], path = std::string("dev/reference/") + (argc > 2 ? argv[2] : "");
     auto number = [&](int i) { return i < argc ? atoi(argv[i]) : 0; };
     if (what == "dumps") check_dump(path + ".model.bin", path + ".state.bin", false, NEVER);
     if (what == "heads") test_head_sizes({number(2)}, {number(3)}, {number(4)});
     if (what == "accumulate") test_accumulation((Precision)number(2));
     if (what == "update") test_update((Precision)number(2));
-    if (what == "wide") test_finite_differences({wide_vocabulary()});
+    if (what == "wide") test_finite_differences(wide_settings());
+    if (what == "long") test_finite_differences({small_config(VANILLA, 1)}, 1056, 1);
     if (what == "decode") {
         Config skip = small_config(SKIP), depth = small_config(DEPTH);
-        test_decoding((Precision)number(2), {skip, depth});
+        test_decoding((Precision)number(2), {skip, depth}, 40);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
@@ -262,8 +262,7 @@ def build(folder):
 
 
 def first_message(output):
-    found = re.search(r"^(FAILED .*|emulator: .*|error: .*|.*ERROR: AddressSanitizer: .*|.*: runtime error: .*)", output,
-                      re.MULTILINE)
+    found = re.search(r"^(FAILED .*|emulator: .*|error: .*|.*AddressSanitizer: .*|.*: runtime error: .*)", output, re.M)
     message = found[1] if found else output.strip().split("\n")[-1]
     return re.sub(r"^\S*/", "", re.sub(r"==\d+==|dev/reference/|, address \S+|\(address \S+\)", "", message)).strip()
 

@@ -1,5 +1,5 @@
-"""train_gpt2.cu under the emulator: the order of threads, blocks and streams changes nothing, and every call of CUDA may
-fail."""
+"""train_gpt2.cu under the emulator: the order of threads, blocks and streams changes nothing, and every call of CUDA
+may fail."""
 
 import os
 import re
@@ -12,6 +12,7 @@ import pytest
 from conftest import find_program
 from helpers import ATTENTIONS, Program, training
 
+EMULATED = os.environ.get("EMULATED", "train_gpt2cu_emulated")  # or the checked, or the sanitized build
 SEEDS = range(1, 11)
 # Heads of 64, and a sequence of more than a tile: in bf16 attention goes by tiles, in fp32 by the plain kernels.
 TILES = ["--layers", 2, "--heads", 2, "--channels", 128, "--context", 66, "--batch", 1, "--sequence", 66,
@@ -24,7 +25,7 @@ class Emulated(Program):
     """The program, with settings of the emulator."""
 
     def __init__(self, **settings):
-        super().__init__(find_program("train_gpt2cu_emulated").path)
+        super().__init__(find_program(EMULATED).path)
         self.settings = {f"GPT2_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
 
     def environment(self, threads=1):
@@ -33,7 +34,7 @@ class Emulated(Program):
 
 @pytest.fixture(scope="module")
 def shards(data, tmp_path_factory):
-    """The shards alone: without a tokenizer there is no sample at the end of a run, which would take most of its time."""
+    """The shards alone: without a tokenizer there is no sample at a run's end, which would take most of its time."""
     folder = tmp_path_factory.mktemp("shards")
     for path in data.glob("*_?.bin"):
         (folder / path.name).symlink_to(path)
