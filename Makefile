@@ -136,5 +136,5 @@ clean:
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all gpu found always run test test-sanitized test-emulator test-amx test-builds test-peers bench-peers bench-ladder
-.PHONY: reference clean help
+.PHONY: all gpu found always run test test-sanitized test-emulator test-amx test-builds test-peers bench-peers
+.PHONY: bench-ladder reference clean help
