@@ -266,22 +266,25 @@ EMULATOR_OWN inline uint32_t place_in_program(const void* pc) {
     return (uint32_t)((uintptr_t)pc - program + 1);
 }
 
-// What the debug information says of a place: file:line, or with -f the function. Empty if nothing.
-inline std::string look_up(const char* option, uint32_t place) {
-    char path[4096] = {}, line[4096] = {};
-    if (readlink("/proc/self/exe", path, sizeof path - 1) <= 0) return "";
-    FILE* pipe = popen(text("addr2line %s -e '%s' %#x 2>/dev/null", option, path, place).c_str(), "r");
-    if (pipe && fgets(line, sizeof line, pipe)) line[strcspn(line, "\n")] = 0;
+// What the debug information says of a place, in lines.
+inline std::vector<std::string> look_up(const char* options, uint32_t place) {
+    std::vector<std::string> lines;
+    char path[4096] = {}, line[4096];
+    if (readlink("/proc/self/exe", path, sizeof path - 1) <= 0) return lines;
+    FILE* pipe = popen(text("addr2line %s -e '%s' %#x 2>/dev/null", options, path, place).c_str(), "r");
+    while (pipe && fgets(line, sizeof line, pipe)) lines.emplace_back(line, strcspn(line, "\n"));
     if (pipe) pclose(pipe);
-    return line[0] == '?' ? "" : line;
+    return lines;
 }
 inline std::string line_of(uint32_t pc) {
-    std::string line = look_up("-s", pc - 1);
-    return line.empty() ? text("%#x in the program (compile with -g)", pc) : line.substr(0, line.find(' '));
+    auto lines = look_up("-s", pc - 1);
+    if (lines.empty() || lines[0][0] == '?') return text("%#x in the program (compile with -g)", pc);
+    return lines[0].substr(0, lines[0].find(' '));
 }
 // The kernel's name and template arguments, without its type; `otherwise` is what its launch called it.
 inline std::string name_of(const void* kernel, const char* otherwise) {
-    std::string name = look_up("-f -C", place_in_program(kernel));
+    auto lines = look_up("-f -i -C", place_in_program(kernel));  // functions and lines by turns, the outermost last
+    std::string name = lines.size() < 2 || lines[lines.size() - 2][0] == '?' ? "" : lines[lines.size() - 2];
     size_t end = 0;
     for (int depth = 0; end < name.size() && (depth || name[end] != '('); end++)
         depth += (name[end] == '<') - (name[end] == '>');

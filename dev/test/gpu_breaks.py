@@ -296,11 +296,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         build(folder)
-        for test in sorted({test for _, _, tests, _ in chosen.values() for test in tests}):
-            for name in PROGRAMS:
-                message = run(folder, name, [test], -1, 1)
-                if message:
-                    sys.exit(f"error: {test} fails in the {name} build without a break: {message}")
+        pool = ThreadPoolExecutor(CORES)
+        tests = sorted({test for _, _, tests, _ in chosen.values() for test in tests})
+        right = [(program, test) for program in PROGRAMS for test in tests]
+        for (program, test), message in zip(right, pool.map(lambda r: run(folder, r[0], [r[1]], -1, 1), right)):
+            if message:
+                sys.exit(f"error: {test} fails in the {program} build without a break: {message}")
 
         def shown(item):
             """Whether a break is caught as it should be, and the lines about it."""
@@ -316,10 +317,9 @@ def main():
             first = f"{'' if ok else 'OTHERWISE ' if any(said.values()) else 'UNNOTICED '}{name}"
             return ok, "\n".join([first, *(f"    {program:9} {message or '-'}" for program, message in said.items())])
 
-        with ThreadPoolExecutor(CORES) as pool:
-            for ok, lines in pool.map(shown, chosen.items()):
-                wrong += not ok
-                print(lines, flush=True)
+        for ok, lines in pool.map(shown, chosen.items()):
+            wrong += not ok
+            print(lines, flush=True)
     print(f"{len(chosen) - wrong} caught, {wrong} not")
     sys.exit(wrong > 0)
 
