@@ -49,7 +49,8 @@ test_gpt2_amx: test_gpt2.cpp train_gpt2.cpp dev/test/amx.h .flags | found
 
 # The same program with the model on a GPU. Machine code for A100 and H100 or H200, and PTX for what comes after them.
 NVCC := $(firstword $(wildcard $(CUDA)/bin/nvcc $(addsuffix /nvcc,$(subst :, ,$(PATH))) /usr/local/cuda/bin/nvcc))
-NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
+NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90] \
+            -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
 	@echo "$(or $(NVCC),no nvcc: train_gpt2cu and test_gpt2cu are left out)"
 train_gpt2cu: train_gpt2.cu train_gpt2.cpp

@@ -329,7 +329,8 @@ static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux)
     const cudaDataType types[] = {CUDA_R_32F, CUDA_R_16BF};
     const cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,
                                             CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU};
-    MatmulPlan plan = {.shape = s};
+    MatmulPlan plan = {};
+    plan.shape = s;
     // fp32 sums, and fp32 products where the operands are fp32: never TF32
     CHECK(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, s.transA ? CUBLAS_OP_T : CUBLAS_OP_N);

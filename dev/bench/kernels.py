@@ -159,10 +159,10 @@ def plain(names):
     return short
 
 
-def compile_kernels(nvcc, folder):
+def compile_kernels(nvcc, folder, architecture):
     """Each kernel's registers, static shared memory, spills; the file with its machine code"""
     cubin = os.path.join(folder, "kernels.cubin")
-    said = output([nvcc, "-O3", "-std=c++20", "-arch=sm_90", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", "-cubin",
+    said = output([nvcc, "-O3", "-std=c++20", f"-arch={architecture}", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", "-cubin",
                    "train_gpt2.cu", "-o", cubin], cwd=ROOT)
     if "warning" in said:
         die(f"nvcc warns:\n{said[said.index('warning') - 100:][:1000]}")
@@ -227,14 +227,34 @@ def occupancy(registers, shared, threads):
 # The program's side
 
 
-def steps_log(options, folder):
-    """The launches and products of one step, and all that was allocated for it, in bytes"""
+SHAPE = ["--model", "gpt2", "--vocab", str(V), "--batch", str(B), "--sequence", str(T), "--precision", "bf16"]
+
+
+def step_log(options, folder):
+    """All allocations, launches and products of `bench`: two steps, the first one's model before them"""
     log = os.path.join(folder, "log")
     environment = os.environ | {"GPT2_EMULATOR_LOG": log, "GPT2_EMULATOR_MEMORY": str(1 << 38)}
-    output(["./train_gpt2cu_emulated", "bench", "--model", "gpt2", "--vocab", str(V), "--batch", str(B), "--sequence",
-            str(T), "--steps", "1", "--tokens", "0", "--precision", "bf16"] + options, cwd=ROOT, env=environment)
+    output(["./train_gpt2cu_emulated", "bench", *SHAPE, "--steps", "1", "--tokens", "0"] + options, cwd=ROOT,
+           env=environment)
     with open(log) as f:
         return [line.split() for line in f]
+
+
+def memory_of(log, options):
+    """Activations and all, as `describe` counts them, in GiB; what was allocated before the first launch, in bytes"""
+    size = lambda text: float(text[0]) / (1024 if text[1] == "MiB" else 1)  # noqa: E731
+    said = output(["./train_gpt2cu_emulated", "describe", *SHAPE] + options, cwd=ROOT)
+    column = ["vanilla", "skip", "depth"].index(options[1])
+    counted = [size(re.findall(r"([\d.]+) ([MG]iB)", re.search(row, said)[0])[column])
+               for row in [r"activations .*", r"all, with scratch .*"]]
+    allocated = 0
+    for line in log:
+        if line[0] != "allocate":
+            break
+        allocated += int(line[1])
+    if abs(allocated / 2**30 - counted[1]) > 0.051:
+        die(f"describe counts {counted[1]} GiB, and {allocated} bytes are allocated ({' '.join(options)})")
+    return counted[0], counted[1], allocated
 
 
 def kernels_of(program):
@@ -276,13 +296,18 @@ def main():
     find_cuobjdump(nvcc)
     names = kernels_of("train_gpt2cu_emulated")
     with tempfile.TemporaryDirectory() as folder:
-        compiled, cubin = compile_kernels(nvcc, folder)
+        spills = [f"{plain([k])[k]} ({architecture})" for architecture in ["sm_80", "sm_90"]
+                  for k, of in compile_kernels(nvcc, folder, architecture)[0].items() if any(of["stack"])]
+        compiled, cubin = compile_kernels(nvcc, folder, "sm_90")
         code = disassemble(nvcc, cubin)
-        logs = {config: last_step(steps_log(options, folder), names) for config, options in CONFIGS.items()}
+        logs, memory = {}, {}
+        for config, options in CONFIGS.items():
+            log = step_log(options, folder)
+            logs[config] = last_step(log, names)
+            memory[config] = memory_of(log, options)
         version = re.search(r"release ([\d.]+)", output([nvcc, "--version"]))[1]
 
     wrong = []
-    spills = [plain([k])[k] for k, of in compiled.items() if any(of["stack"])]
     if spills:
         wrong.append(f"local memory or spills: {', '.join(spills)}")
 
@@ -348,7 +373,7 @@ are the program's own, from the emulator's log of a step; each array counts once
 Blocks and warps: how many run at a time on a multiprocessor, of 32 and 64. The last columns count instructions of a
 kind in the kernel's code; "per HMMA" is how many of all kinds there are for one HMMA in the loop over tiles, with the
 mask of the diagonal, which other tiles leave out. No kernel of the program, in these tables or not, spills or has a
-stack frame.
+stack frame, on sm_80 either.
 
 """
     rows = []
@@ -395,6 +420,20 @@ The floor's attention is 4.33 TFLOP at 300 TFLOP/s: five products in backward. H
 of its own, which makes its sum the same in every run. An excellent step is {TARGET} ms on an H200. What the sum leaves
 out: gaps between launches, the first and last wave of blocks, cuBLAS's choice for small products, cache misses.
 """
+    text += """
+## Memory
+
+What `describe` counts, and what the program allocated before its first launch.
+
+"""
+    rows = [["activations, GiB"] + [f"{memory[c][0]:.1f}" for c in CONFIGS],
+            ["... in GB, of at most 22.25"] + [f"{memory[c][0] * 2**30 / 1e9:.1f}" for c in CONFIGS],
+            ["all, GiB"] + [f"{memory[c][1]:.1f}" for c in CONFIGS],
+            ["allocated, bytes"] + [f"{memory[c][2]:,}" for c in CONFIGS]]
+    text += table(rows, ["", *CONFIGS])
+    text += "\n"
+    if any(activations * 2**30 > 22.25e9 for activations, _, _ in memory.values()):
+        wrong.append("activations of more than 22.25 GB")
     launched = {mangled for calls in logs.values() for _, mangled, *_ in calls}
     rest = sorted(set(plain(sorted(set(compiled) - launched)).values()))
     text += f"\nKernels that these steps do not launch (fp32, other sizes, decoding, bench):\n{', '.join(rest)}.\n"
