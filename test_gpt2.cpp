@@ -621,10 +621,10 @@ static std::vector<float> forward_logits(const Config& c, Precision precision, c
     return logits;
 }
 
-// A sequence decoded from a cache against all at once: three pieces of some tokens, then single ones, ten or, where the
-// pieces are single tokens too, the whole. Sums run in another order where a piece is a single token: in fp32, logits
-// agree to rounding. In bf16, where each then rounds in its own way, decoding must be as near to fp32 as the forward pass
-// is.
+// A sequence decoded from a cache against all at once: three pieces of some tokens, then ten single ones, or, where pieces
+// are single tokens, all of it so. Sums run in another order where a piece is a single token: in fp32, logits
+// agree to rounding. In bf16, where each then rounds in its own way, decoding must be as near to fp32 as the forward
+// pass is.
 static void check_decoding(const Config& c, Precision precision, const std::vector<int>& pieces) {
     const int T = c.maxT;
     const size_t V = c.V;

@@ -1,30 +1,44 @@
-"""What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's own tests;
-then pytest over dev/test. Its last line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
+"""What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's tests; then
+pytest over dev/test. Its last line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-PROGRAMS = ["./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx", "./test_gpt2cu_emulated", "dev/emulator/test.py"]
+PROGRAMS = [["./test_gpt2"], ["./test_gpt2_sanitized"], ["./test_gpt2_amx"],
+            ["./test_gpt2cu_emulated", "dev/emulator/test.py"]]  # each on one core: side by side
 PEERS = ["dev/test/test_reference.py"]
 
 
-def run_program(command):
+def run_program(program, out):
     """Counts of a program whose last line is `N passed, N failed`. That it says so and exits 0 only without a failure
     is part of the test: one that crashed counts as failed."""
-    last = ""
+    command, last = [sys.executable, program] if program.endswith(".py") else [program], ""
+    print(f"== {program}", file=out, flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         for last in process.stdout:
-            print(last, end="", flush=True)
+            print(last, end="", file=out, flush=True)
     words = last.replace(",", "").split()
     counts = Counter({name: int(n) for n, name in zip(words[::2], words[1::2]) if n.isdigit()})
     if process.returncode != 0 and counts["failed"] == 0 or "passed" not in counts:
-        print(f"{command[-1]} ended with exit status {process.returncode} and without its counts", flush=True)
+        print(f"{program} ended with exit status {process.returncode} and without its counts", file=out, flush=True)
         counts["failed"] += 1
+    return counts
+
+
+def run_side_by_side(programs):
+    """Shows the first one's output at once, and the others' when all have ended."""
+    outs = [sys.stdout, *(io.StringIO() for _ in programs[1:])]
+    with ThreadPoolExecutor() as pool:
+        counts = sum(pool.map(run_program, programs, outs), Counter())
+    for out in outs[1:]:
+        print(out.getvalue(), end="")
     return counts
 
 
@@ -55,12 +69,11 @@ def main():
     peers = "--peers" in sys.argv[1:]
     counts = Counter()
     if not peers:
-        for program in PROGRAMS:
-            if program == "./test_gpt2_amx" and not os.path.exists(program):
+        for programs in PROGRAMS:
+            if programs == ["./test_gpt2_amx"] and not os.path.exists(programs[0]):
                 print("left out: test_gpt2_amx, which takes an x86-64 compiler")
                 continue
-            print(f"== {program}", flush=True)
-            counts += run_program([sys.executable, program] if program.endswith(".py") else [program])
+            counts += run_side_by_side(programs)
     environment = ".venv-peers" if peers else ".venv"
     python = next(filter(has_pytest, [f"{environment}/bin/python", sys.executable]), None)
     if python:
