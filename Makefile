@@ -3,9 +3,12 @@
 # make run TEXT=FILE   the same on your text; several names, and the shell's quotes, as in TEXT="'my novel.txt' b.txt"
 # make gpu             train_gpt2cu and test_gpt2cu, where there is nvcc (its folder: CUDA=/usr/local/cuda)
 # make train_gpt2cu_emulated   the GPU's kernels on a CPU, for tests; it takes no GPU and no CUDA
+# make gpu-table       registers, instructions and least times of the GPU's kernels, without one: dev/bench/kernels.md
+# make gpu-report      builds, tests and measures on a GPU: dev/results/; DEVICE=emulated tries it without one
 # make test            all tests that need no PyTorch; packages for them go into .venv
 # make test-sanitized  test_gpt2 under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-amx        test_gpt2 with Intel's AMX, emulated
+# make test-emulator   the emulator's own tests, and the GPU's code watched for races and bounds
 # make test-builds     test_gpt2 with each compiler and instruction set that is found
 # make test-peers      the tests against PyTorch, which is installed into .venv-peers (3 GB)
 # make bench-peers     speed and memory beside PyTorch and Transformers, in turns: half an hour on two free cores
@@ -53,16 +56,32 @@ train_gpt2cu: train_gpt2.cu train_gpt2.cpp
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
 	$(NVCC) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
-# Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's.
+# Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What it sees
+# goes wrong in the plain build is a result; the checked one reports races and bounds, the sanitized one bounds.
 EMULATED = -std=c++20 -O2 -g1 $(ARCH) -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread -I. -DGPT2_EMULATED \
            -include dev/emulator/cuda_emulator.h
+CHECKED = $(EMULATED) -O1 -g -fsanitize=thread,alignment
 EMULATOR = dev/emulator/cuda_emulator.h dev/emulator/translate.py
-train_gpt2cu_emulated: train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
-	python3 dev/emulator/translate.py $< $@.cpp
-	$(CXX) $(EMULATED) $@.cpp -o $@
-test_gpt2cu_emulated: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp $(EMULATOR) .flags | found
-	python3 dev/emulator/translate.py $< $@.cpp
-	$(CXX) $(EMULATED) -DGPT2_CUDA $@.cpp -o $@
+TRAIN_EMULATED = train_gpt2cu_emulated train_gpt2cu_checked train_gpt2cu_sanitized
+TEST_EMULATED = test_gpt2cu_emulated test_gpt2cu_checked test_gpt2cu_sanitized
+$(addsuffix .cpp,$(TRAIN_EMULATED)): train_gpt2.cu $(EMULATOR)
+	python3 dev/emulator/translate.py $< $@
+$(addsuffix .cpp,$(TEST_EMULATED)): test_gpt2.cpp train_gpt2.cu $(EMULATOR)
+	python3 dev/emulator/translate.py $< $@
+$(TEST_EMULATED): EMULATED += -DGPT2_CUDA
+DUMPS = $(foreach state,$(wildcard dev/reference/*.state.bin),$(state:.state.bin=.model.bin) $(state))
+%cu_emulated: %cu_emulated.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(EMULATED) $< -o $@
+%cu_sanitized: %cu_sanitized.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(EMULATED) $(SANITIZE) $< -o $@
+# Linked without ThreadSanitizer: the functions that the compiler calls before each access are the emulator's.
+%cu_checked: %cu_checked.cpp train_gpt2.cpp .flags | found
+	$(CXX) $(CHECKED) -c $< -o $@.o
+	$(CXX) -pthread $@.o -o $@
+gpu-table: train_gpt2cu_emulated
+	@python3 dev/bench/kernels.py "$(NVCC)"
+gpu-report:
+	@python3 dev/bench/gpu_report.py "$(if $(filter emulated,$(DEVICE)),emulated,$(NVCC))"
 
 found:
 	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"
@@ -86,6 +105,12 @@ test: all train_gpt2_sanitized test_gpt2_sanitized train_gpt2cu_emulated test_gp
 	@python3 dev/test/run.py
 test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
+test-emulator: $(filter-out %_emulated,$(TRAIN_EMULATED) $(TEST_EMULATED)) .venv/ready
+	python3 dev/emulator/test.py --compiler $(CXX)
+	./test_gpt2cu_checked $(DUMPS)
+	./test_gpt2cu_sanitized $(DUMPS)
+	EMULATED=train_gpt2cu_checked .venv/bin/python -m pytest -q dev/test/test_emulator.py
+	EMULATED=train_gpt2cu_sanitized .venv/bin/python -m pytest -q dev/test/test_emulator.py
 test-amx: test_gpt2_amx
 	./test_gpt2_amx
 test-builds:
@@ -112,10 +137,10 @@ reference: .venv-peers/ready
 install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-binary :all: -r dev/test/$(2) && touch $@
 
 clean:
-	rm -rf train_gpt2cu test_gpt2cu *cu_emulated *cu_emulated.cpp
+	rm -rf train_gpt2cu test_gpt2cu *cu_emulated* *cu_checked* *cu_sanitized*
 	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx dev/bench/ladder .flags
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
 
-.PHONY: all gpu found always run test test-sanitized test-amx test-builds test-peers bench-peers bench-ladder reference
-.PHONY: clean help
+.PHONY: all gpu gpu-table gpu-report found always run test test-sanitized test-emulator test-amx test-builds test-peers
+.PHONY: bench-peers bench-ladder reference clean help

@@ -9,7 +9,8 @@ three attentions that share the same sixteen parameter tensors:
     depth     each value is first mixed with the values of earlier layers at the same token        arXiv 2606.05014
 
 It is not a framework: no automatic differentiation, no tensor class, no dependency but OpenMP. It does not tokenize
-text for training (data_prep/prepare.py does), and one process runs on one machine.
+text for training (data_prep/prepare.py does), and one process runs on one machine. train_gpt2.cu is the same program
+with section 3 on a GPU.
 
     make && ./train_gpt2 --help                          what it can do
     ./train_gpt2 train --train 'data/train_*.bin' --val 'data/val_*.bin' --out run
@@ -83,17 +84,6 @@ static double seconds() {  // since some fixed moment
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
 
-// The number after a word at the start of a line of a file, or `otherwise`.
-static double number_after(const char* path, const char* word, double otherwise) {
-    FILE* file = fopen(path, "r");
-    if (!file) return otherwise;
-    char line[256];
-    while (fgets(line, sizeof line, file))
-        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
-    fclose(file);
-    return otherwise;
-}
-
 // Random numbers: splitmix64, a counter passed through a mixing function (Steele, Lea and Flood 2014). Its whole state
 // is one integer, so each use and step can have a stream of its own.
 struct Random {
@@ -116,9 +106,9 @@ struct Random {
 // ====================================================================================================================
 // 2 · The model interface
 //
-// All that the program knows of a model. Section 3 implements it on a CPU; another backend would do so in its place,
-// defining GPT2_CUDA. Commands and tests are written once, against what follows. Values cross it as fp32, whatever the
-// backend computes in.
+// All that the program knows of a model. Section 3 implements it on a CPU; train_gpt2.cu, which defines GPT2_CUDA and
+// includes this file, does so on a GPU. Commands and tests are written once, against what follows. Values cross it as
+// fp32, whatever the backend computes in.
 
 enum Attention { VANILLA, SKIP, DEPTH };
 static const char* const attention_names[] = {"vanilla", "skip", "depth"};
@@ -196,9 +186,10 @@ static double attention_flops(size_t B, size_t T, size_t C, int products) { retu
 
 static size_t classifier_rows_least = 512, classifier_logits_most = 1 << 22;  // (the tests make them small)
 // How many tokens the classifier takes at a time: enough that reading wte for them costs little beside computing, few
-// enough that their logits do not take much memory.
+// enough that their logits do not take much memory, and no less for the last ones than for the others.
 static size_t classifier_rows(size_t rows, size_t Vp) {
-    return std::min(rows, std::max(classifier_rows_least, classifier_logits_most / Vp));
+    size_t most = std::max(classifier_rows_least, classifier_logits_most / Vp);
+    return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
 }
 
 // One parameter tensor: `layers` matrices of rows × cols, or one vector a layer where cols is 1.
@@ -279,9 +270,8 @@ struct Share {
 // Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
 // cannot do without; a function that another calls counts under that other's.
 enum Part { EMBEDDING, LAYERNORM, MATMUL, MATMUL_DX, MATMUL_DW, ATTENTION, DEPTH_MIXING, CLASSIFIER, ADAMW, PARTS };
-static Share profile[] = {{"embedding"}, {"LayerNorm"}, {"matmuls"},     {"matmuls, dx"}, {"matmuls, dw"},
-                               {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
-
+static Share profile[] = {{"embedding"}, {"LayerNorm"},    {"matmuls"},    {"matmuls, dx"}, {"matmuls, dw"},
+                          {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
 static_assert(std::size(profile) == PARTS);
 static std::vector<Share> model_profile();
 
@@ -294,6 +284,7 @@ static std::string device_name();              // "2 threads, AVX-512"
 static Precision device_precision();           // what it computes in unless told otherwise
 static const char* device_help();              // how a user chooses what of the machine is used
 static size_t device_free_memory();            // bytes that can still be allocated
+static double device_most_memory();            // MiB: the most that was in use at a time since the last call
 static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
 static size_t device_peak_memory(Precision);   // bytes that this takes meanwhile
@@ -308,15 +299,18 @@ enum Quantity { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };
 static void model_get(const Model*, Quantity, size_t begin, size_t n, float* out);
 static void model_put(Model*, Quantity, size_t begin, size_t n, const float* in);
 
-// A training step is: for each micro-batch set_inputs, forward(train), backward; then update; then loss.
+// A training step is: for each micro-batch set_inputs, forward(train), backward; then update; then norm and loss. A
+// backend may only note what it has to do, and do it by and by; it is norm and loss that wait for it. So the next
+// inputs may be set before these, while the last step is still under way.
 // The tokens x and targets y (B, T) are < V; they are copied.
 static void model_set_inputs(Model*, const int* x, const int* y);
 // Cross-entropy of the inputs. With `train`, what backward needs stays behind, and the gradients, which are those of
 // loss_scale · (mean loss of this micro-batch), are begun: exactly one backward must follow.
 static void model_forward(Model*, bool train, float loss_scale);
 static void model_backward(Model*);  // gradients = (first since update or create) or +=
-// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are. Returns that norm.
-static double model_update(Model*, const AdamW&, float clip, int step);
+// AdamW, step 1 being the first, on gradients times min(1, clip/norm); clip 0: as they are.
+static void model_update(Model*, const AdamW&, float clip, int step);
+static double model_norm(Model*);  // of the gradients, in the last update
 // Mean cross-entropy, in nats a token, over the forwards since the last call.
 static double model_loss(Model*);
 static void model_token_losses(const Model*, float* out);      // (B, T), of the last forward
@@ -1606,6 +1600,7 @@ struct Model {
     float *dkv, *skip_dkv;            // (B, T, 2C) shares of dk, dv; (skip_slots, B, T, 2C) those that wait for a layer
     float *ln_partial, *dx_sum;       // scratch of layernorm_backward and linear_backward_input
     double* norm_partial;             // scratch of sum_of_squares
+    double norm;                      // of the gradients, in the last update
     // By layer, as depth_sources, depth_readers and live_columns say
     std::vector<std::vector<int>> sources;
     std::vector<std::vector<Reader>> readers;
@@ -1889,9 +1884,9 @@ static void model_backward(Model* m) {
     with_type(m, [](auto& model) { backward(model); });
 }
 
-static double model_update(Model* m, const AdamW& a, float clip, int step) {
-    double norm = sqrt(sum_of_squares(m->norm_partial, m->gradients, parameter_count(m->config)));
-    float scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
+static void model_update(Model* m, const AdamW& a, float clip, int step) {
+    m->norm = sqrt(sum_of_squares(m->norm_partial, m->gradients, parameter_count(m->config)));
+    float scale = clip > 0 && m->norm > clip ? (float)(clip / m->norm) : 1.0f;
     with_type(m, [&](auto& model) {
         for (const Tensor& t : m->tensors)
             adamw_update(model.weights + t.offset, m->parameters + t.offset, m->moment1 + t.offset,
@@ -1899,8 +1894,9 @@ static double model_update(Model* m, const AdamW& a, float clip, int step) {
                          t.decays ? a.weight_decay : 0.0f, scale, step);
     });
     m->accumulated = 0;
-    return norm;
 }
+
+static double model_norm(Model* m) { return m->norm; }
 
 static double model_loss(Model* m) {
     double mean = m->loss_sum / m->loss_count;
@@ -2116,6 +2112,17 @@ static std::string device_name() {
 static Precision device_precision() { return FP32; }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
+// The number after a word at the start of a line of a file, or `otherwise`.
+static double number_after(const char* path, const char* word, double otherwise) {
+    FILE* file = fopen(path, "r");
+    if (!file) return otherwise;
+    char line[256];
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
+    fclose(file);
+    return otherwise;
+}
+
 // What the system can give without swapping, or what is left of the container's limit where that is less. File caches
 // count as free.
 static size_t device_free_memory() {
@@ -2132,6 +2139,16 @@ static size_t device_free_memory() {
         if (limit > 0) free_bytes = std::min(free_bytes, limit - used + caches);
     }
     return (size_t)std::max(0.0, free_bytes);
+}
+
+// The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
+static double device_most_memory() {
+    double kilobytes = number_after("/proc/self/status", "VmHWM:", 0);
+    if (FILE* reset = fopen("/proc/self/clear_refs", "w")) {
+        fputs("5", reset);  // begins anew
+        fclose(reset);
+    }
+    return kilobytes / 1024;
 }
 
 // The best rate of many rounds in 50 ms, in each of which every thread does so many operations.
@@ -3861,24 +3878,31 @@ static void train_steps(Run& run, std::vector<int>& x, std::vector<int>& y, bool
     const int accumulation = o.total_batch / (o.batch * o.sequence);
     const double flops = flops_per_token(run.c, o.sequence), start = seconds();
     const int first_step = p.step;
+    enum { NOWHERE, HERE, SET } batch = batch_ready ? HERE : NOWHERE;  // the next one: in x and y, or with the model too
 
     while (p.step < o.steps || p.due) {
         if (!p.due) {  // the step itself
             double step_start = seconds();
             for (int i = 0; i < accumulation; i++) {
-                if (!batch_ready) loader_batch(run.loader, x.data(), y.data(), o.batch);
-                batch_ready = false;
-                model_set_inputs(run.model, x.data(), y.data());
+                if (batch == NOWHERE) loader_batch(run.loader, x.data(), y.data(), o.batch);
+                if (batch != SET) model_set_inputs(run.model, x.data(), y.data());
+                batch = NOWHERE;
                 model_forward(run.model, true, 1.0f / (float)accumulation);
                 model_backward(run.model);
             }
             p.step++;
             float lr = (float)learning_rate(o, p.step);
             AdamW adamw = {lr, (float)o.beta1, (float)o.beta2, 1e-8f, (float)o.weight_decay};
-            p.norm = model_update(run.model, adamw, (float)o.clip, p.step);
+            model_update(run.model, adamw, (float)o.clip, p.step);
+            p.epoch = run.loader.epoch, p.position = run.loader.position;
+            if (p.step < o.steps) {  // a GPU is still at this step while the next batch comes in
+                loader_batch(run.loader, x.data(), y.data(), o.batch);
+                model_set_inputs(run.model, x.data(), y.data());
+                batch = SET;
+            }
+            p.norm = model_norm(run.model);
             p.loss = model_loss(run.model);
             p.milliseconds = (seconds() - step_start) * 1e3;
-            p.epoch = run.loader.epoch, p.position = run.loader.position;
             p.due = true;
         }
         check_finite(run, "the loss", p.loss);
@@ -3895,6 +3919,7 @@ static void train_steps(Run& run, std::vector<int>& x, std::vector<int>& y, bool
         if (validates) {
             if (on_terminal()) show_line(line, false);
             run.validation = evaluate(run.model, run.c, run.val, o, run.tokenizer, false);
+            if (batch == SET) batch = HERE;  // the model has other inputs now
             if (run.validation.cut_short) {
                 save_run(run);  // with this step's row due
                 return;
@@ -4167,16 +4192,6 @@ static void describe(Options& o, OptionTable& table) {
     row("generating: all, with a full cache", [&](const Config& a) { return mebibytes(decoding(a).total()); });
 }
 
-// The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
-static double peak_resident() {
-    double kilobytes = number_after("/proc/self/status", "VmHWM:", 0);
-    if (FILE* reset = fopen("/proc/self/clear_refs", "w")) {
-        fputs("5", reset);  // begins anew
-        fclose(reset);
-    }
-    return kilobytes / 1024;
-}
-
 static double median(std::vector<double> v) {
     std::sort(v.begin(), v.end());
     return v[v.size() / 2];
@@ -4222,7 +4237,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
     const double bandwidth = o.profile ? device_bandwidth(true) : 0;
     for (const Config& c : configs) {
         const Workload work = {B, T, true, 0, o.recompute};
-        peak_resident();
+        device_most_memory();
         check_memory(c, precision, work, device_peak_memory(precision));
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
@@ -4245,7 +4260,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         double best = *std::min_element(times.begin(), times.end());
         double tokens = (double)B * T, flops = flops_per_token(c, T) * tokens;
         printf("%-12s %9.2f %9.2f %10.1f %9.1f %8.1f%% %9.0f\n", split(attention_text(c), ':')[0].c_str(), time * 1e3,
-               best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, peak_resident());
+               best * 1e3, tokens / time, flops / time * 1e-9, 100 * flops / time / peak, device_most_memory());
         if (o.profile) print_profile(before, after, mean(times), steps, peak, bandwidth);
         fflush(stdout);
     }

@@ -54,6 +54,7 @@ static void check(cudaError_t error, const char* call, int line) {
 struct Gpu {
     std::string name;
     int multiprocessors;
+    size_t in_use = 0, most_in_use = 0;  // bytes of models
     cudaStream_t stream, copies;
 };
 static Gpu gpu;
@@ -130,6 +131,33 @@ __device__ inline float maximum_over(float x, int lanes = WARP) {
     for (int distance = lanes / 2; distance > 0; distance /= 2)
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
     return x;
+}
+
+// Where a head of a token has a group of lanes: as many (a power of two) as its HS channels need, neighbours in a warp,
+// which sum up a dot product together. All of a warp's groups take part in that to the end; for those past the last head
+// it is all zeros, and they store nothing. (Memory ends long before rows · NH comes to 2³².)
+constexpr int HEAD_SIZE_MOST = WARP_SHARE, HEADS_BLOCK = 128;
+
+static int lanes_of_head(size_t HS) { return (int)std::bit_ceil(ceil_div(HS, SHARE)); }
+
+struct HeadGroup {
+    int lane;  // in its group
+    bool inside;
+    size_t r;  // token
+    int h;
+
+    __device__ HeadGroup(int lanes, size_t rows, int NH) {
+        const unsigned group = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes, last = (unsigned)rows * NH - 1;
+        const unsigned at = min(group, last);
+        lane = threadIdx.x % lanes;
+        inside = group <= last;
+        r = at / NH;
+        h = (int)(at % NH);
+    }
+};
+
+static unsigned head_groups_grid(size_t rows, size_t NH, int lanes) {
+    return (unsigned)ceil_div(rows * NH * lanes, HEADS_BLOCK);
 }
 
 // out (n) = or += Σ over runs of partial (runs, n), in order: of up to 32 stretches of runs, a warp each, then of these.
@@ -983,10 +1011,13 @@ __global__ void attention_backward_key_kernel(KeysValues<DKV> dkv, Heads<const X
 }
 
 template <class X, class DKV>
-static void attention_backward_plain(Heads<X> dq, const KeysValues<DKV>& dkv, Heads<const X> dout, const float* lse,
-                                     const float* delta, Heads<const X> q, const KeysValues<const X>& kv,
-                                     const AttentionShape& s) {
-    dim3 grid((unsigned)s.queries, (unsigned)s.NH, (unsigned)s.B);
+static void attention_backward_plain(Heads<X> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const X> dout,
+                                     Heads<const X> o, const float* lse, Heads<const X> q,
+                                     const KeysValues<const X>& kv, const AttentionShape& s) {
+    dim3 grid((unsigned)s.queries, (unsigned)s.NH, (unsigned)s.B), rows = grid;
+    rows.x = (unsigned)ceil_div(s.queries, ROW_WARPS);
+    attention_delta_kernel<X><<<rows, dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(delta, dout, o, s.HS, s.queries);
+    CHECK(cudaGetLastError());
     attention_backward_query_kernel<X><<<grid, WARP, (3 * s.HS + WARP) * sizeof(float), gpu.stream>>>(
         dq, dout, lse, delta, q, kv, s.HS, s.scale());
     CHECK(cudaGetLastError());
@@ -1054,34 +1085,39 @@ __device__ inline int in_tile(int r, int c) {
     return r * HS + ((c ^ (r & 7)) << 3);
 }
 
-// Rows first .. first + rows - 1 of a head, by all threads; those from `end` on are 0.
-template <int HS>
-__device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int first, int rows, int end) {
-    constexpr int CHUNKS = HS / 8;
-    for (int i = threadIdx.x; i < rows * CHUNKS; i += TILE_BLOCK) {
-        const int r = i / CHUNKS, c = i % CHUNKS;
-        const bool valid = first + r < end;
-        cp_async_16(tile + in_tile<HS>(r, c), head + (valid ? first + r : 0) * row + c * 8, valid);
+// Rows first .. first + ROWS - 1 of a head, by all threads; those from `end` on are 0. A thread's chunks are all in one
+// column, a multiple of 8 rows apart, so that its addresses differ by what they have in common.
+template <int HS, int ROWS>
+__device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int first, int end) {
+    constexpr int CHUNKS = HS / 8, STEP = TILE_BLOCK / CHUNKS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "the same chunk ^ row % 8 for all of a thread's rows");
+    const int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS;
+    bf16* to = tile + in_tile<HS>(r, c);
+    const bf16* from = head + (first + r) * row + c * 8;
+#pragma unroll
+    for (int below = 0; below < ROWS; below += STEP) {
+        const bool valid = first + r + below < end;
+        cp_async_16(to + below * HS, valid ? from + below * row : head, valid);
     }
 }
 
 // Fragments. A: rows r .. r+15, channels 16k .. 16k+15. B: for two products side by side, [0], [1] and [2], [3]; with
 // rows as columns of B, rows r .. r+15 and channels 16k .. 16k+15; with rows as rows of B, the same, but it is the
-// channels that are side by side.
+// channels that are side by side. r is a multiple of 8, and so in_tile's share of a lane stays the same in all loops.
 template <int HS>
 __device__ inline void load_A(uint32_t (&a)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
-    ldmatrix_x4(a, tile + in_tile<HS>(r + lane % 16, 2 * k + lane / 16));
+    ldmatrix_x4(a, tile + r * HS + in_tile<HS>(lane % 16, 2 * k + lane / 16));
 }
 template <int HS>
 __device__ inline void load_B_of_columns(uint32_t (&b)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
-    ldmatrix_x4(b, tile + in_tile<HS>(r + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+    ldmatrix_x4(b, tile + r * HS + in_tile<HS>(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
 }
 template <int HS>
 __device__ inline void load_B_of_rows(uint32_t (&b)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
-    ldmatrix_x4_trans(b, tile + in_tile<HS>(r + lane % 16, 2 * k + lane / 16));
+    ldmatrix_x4_trans(b, tile + r * HS + in_tile<HS>(lane % 16, 2 * k + lane / 16));
 }
 
 // Two products side by side
@@ -1098,6 +1134,14 @@ __device__ inline uint32_t pair(float low, float high) {
     return bits;
 }
 
+// Of a fragment's two values with two others
+__device__ inline float dot_two(uint32_t bits, const bf16* others) {
+    const __nv_bfloat162 b = *(const __nv_bfloat162*)others;
+    __nv_bfloat162 a;
+    memcpy(&a, &bits, sizeof a);
+    return (float)a.x * (float)b.x + (float)a.y * (float)b.y;
+}
+
 // The A fragment of two D side by side
 __device__ inline void as_A(uint32_t (&a)[4], const float (&d0)[4], const float (&d1)[4]) {
     a[0] = pair(d0[0], d0[1]), a[1] = pair(d0[2], d0[3]), a[2] = pair(d1[0], d1[1]), a[3] = pair(d1[2], d1[3]);
@@ -1106,18 +1150,20 @@ __device__ inline void as_A(uint32_t (&a)[4], const float (&d0)[4], const float 
 __device__ inline void store_two(bf16* to, float x, float y) { *(__nv_bfloat162*)to = __floats2bfloat162_rn(x, y); }
 __device__ inline void store_two(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
 
-// A block has a head's 64·M queries, a warp 16·M of them: M fragments of 16, which share the fragments of keys and
-// values, so that shared memory keeps up with the tensor cores. It goes through tiles of 64 keys; the next one comes in
-// meanwhile. The blocks with the most keys start first.
+// A warp has 16·M rows, queries or keys: M fragments of 16, which share the fragments of the other side, so that shared
+// memory keeps up with the tensor cores. A block has 64·M rows.
+template <int HS> constexpr int FRAGMENTS = HS == 64 ? 2 : 1;
+
+// A block has a head's 64·M queries, and goes through tiles of 64 keys; the next one comes in meanwhile. The blocks with
+// the most keys start first.
 // Shared memory: q (64·M, HS), then k and v (64, HS) of this tile and of the next.
-template <int HS> constexpr int FORWARD_M = HS == 64 ? 2 : 1;
-template <int HS> constexpr size_t FORWARD_SHARED = (FORWARD_M<HS> + 4) * TILE * HS * sizeof(bf16);
+template <int HS> constexpr size_t FORWARD_SHARED = (FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
 template <int HS>
 __global__ void __launch_bounds__(TILE_BLOCK, 2)
     attention_forward_tiles_kernel(Heads<bf16> o, float* lse, Heads<const bf16> q, KeysValues<const bf16> kv,
                                    int queries, int before, float scale) {
-    constexpr int M = FORWARD_M<HS>, K = HS / 16, ROWS = TILE * M;
+    constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
     extern __shared__ uint4 shared_memory[];
     bf16 *q_tile = (bf16*)shared_memory, *kv_tiles = q_tile + ROWS * HS;
     const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16 * M;  // of the warp
@@ -1127,10 +1173,10 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     const float scale2 = scale * LOG2_E;  // powers of 2 are faster than those of e
     auto copy_keys = [&](int j) {
         bf16* k_tile = kv_tiles + j % 2 * 2 * TILE * HS;
-        copy_tile<HS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, TILE, keys);
-        copy_tile<HS>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, TILE, keys);
+        copy_tile<HS, TILE>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, keys);
+        copy_tile<HS, TILE>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, keys);
     };
-    copy_tile<HS>(q_tile, q.at(b, h, 0), q.row, i0, ROWS, queries);
+    copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, queries);
     copy_keys(0);
     cp_async_commit();
 
@@ -1232,195 +1278,263 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
 }
 
-// dq. A block has a head's 64 queries, a warp 16 of them, and goes through tiles of 64 keys, 32 at a time.
-// Shared memory: q and do (64, HS), then k and v (64, HS) of this tile and of the next.
-template <int HS> constexpr size_t BACKWARD_QUERY_SHARED = 6 * TILE * HS * sizeof(bf16);
+// dq, and delta for the kernel of dk and dv. A block has a head's 64·M queries, and goes through tiles of 64 keys, 32 at
+// a time.
+// Shared memory: q and do (64·M, HS), then k and v (64, HS) of this tile and of the next.
+template <int HS> constexpr size_t BACKWARD_QUERY_SHARED = (2 * FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
 template <int HS>
-__global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
-    attention_backward_query_tiles_kernel(Heads<bf16> dq, Heads<const bf16> dout, const float* lse, const float* delta,
-                                          Heads<const bf16> q, KeysValues<const bf16> kv, int T, float scale) {
-    constexpr int K = HS / 16, HELD = HS == 64 ? K : 1;  // fragments of q and do that stay in registers
+__global__ void __launch_bounds__(TILE_BLOCK, 2)
+    attention_backward_query_tiles_kernel(Heads<bf16> dq, float* delta, Heads<const bf16> dout, Heads<const bf16> o,
+                                          const float* lse, Heads<const bf16> q, KeysValues<const bf16> kv, int T,
+                                          float scale) {
+    constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
+    constexpr int HELD = HS == 64 ? K : 1;  // fragments of q and do that stay in registers
     extern __shared__ uint4 shared_memory[];
-    bf16 *q_tile = (bf16*)shared_memory, *do_tile = q_tile + TILE * HS, *kv_tiles = do_tile + TILE * HS;
-    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16;  // of the warp
-    const int i0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE, h = blockIdx.y, b = blockIdx.z;
-    const int tiles = i0 / TILE + 1;
+    bf16 *q_tile = (bf16*)shared_memory, *do_tile = q_tile + ROWS * HS, *kv_tiles = do_tile + ROWS * HS;
+    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16 * M;  // of the warp
+    const int i0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, b = blockIdx.z;
+    const int keys = min(i0 + ROWS, T), tiles = (keys + TILE - 1) / TILE, first_query = i0 + row;
     const Heads<const bf16> k_rows = kv.keys(h), v_rows = kv.values(h);
     const size_t rows = ((size_t)b * gridDim.y + h) * T;
     const float scale2 = scale * LOG2_E;
     auto copy_keys = [&](int j) {
         bf16* k_tile = kv_tiles + j % 2 * 2 * TILE * HS;
-        copy_tile<HS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, TILE, T);
-        copy_tile<HS>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, TILE, T);
+        copy_tile<HS, TILE>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, keys);
+        copy_tile<HS, TILE>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, keys);
     };
-    copy_tile<HS>(q_tile, q.at(b, h, 0), q.row, i0, TILE, T);
-    copy_tile<HS>(do_tile, dout.at(b, h, 0), dout.row, i0, TILE, T);
+    copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, T);
+    copy_tile<HS, ROWS>(do_tile, dout.at(b, h, 0), dout.row, i0, T);
+    cp_async_commit();
     copy_keys(0);
     cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads();
 
-    float lse2[2], delta_i[2];
+    uint32_t q_A[M][HELD][4], do_A[M][HELD][4];
+    auto load_rows = [&](int slot, int k) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int i = i0 + row + g + 8 * half;
-        lse2[half] = i < T ? lse[rows + i] * LOG2_E : 0;
-        delta_i[half] = i < T ? delta[rows + i] : 0;
+        for (int m = 0; m < M; m++) {
+            load_A<HS>(q_A[m][slot], q_tile, row + 16 * m, k);
+            load_A<HS>(do_A[m][slot], do_tile, row + 16 * m, k);
+        }
+    };
+    // delta = do·o; o comes in the way that do lies in its fragments
+    float scaled_delta[M][2] = {}, lse2[M][2];
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const int slot = HELD < K ? 0 : k;
+        load_rows(slot, k);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const int i = first_query + 16 * m + g + n % 2 * 8, at = 16 * k + n / 2 * 8 + 2 * c;
+                if (i < T) scaled_delta[m][n % 2] += dot_two(do_A[m][slot][n], o.at(b, h, i) + at);
+            }
     }
-    uint32_t q_A[HELD][4], do_A[HELD][4];
-    float sums[2 * K][4] = {};
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = first_query + 16 * m + g + 8 * half;
+            const float delta_i = sum_over(scaled_delta[m][half], 4);
+            if (i < T && c == 0) delta[rows + i] = delta_i;
+            scaled_delta[m][half] = scale * delta_i;
+            lse2[m][half] = i < T ? lse[rows + i] * LOG2_E : 0;
+        }
+    float sums[M][2 * K][4] = {};
     for (int j = 0; j < tiles; j++) {
         if (j + 1 < tiles) copy_keys(j + 1);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
         const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;
-        if (j == 0 && HELD == K) {
-#pragma unroll
-            for (int k = 0; k < HELD; k++) load_A<HS>(q_A[k], q_tile, row, k), load_A<HS>(do_A[k], do_tile, row, k);
-        }
 #pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
+            const int first_key = j * TILE + first;
+            if (first_key >= first_query + 16 * M) break;  // later than all of the warp's queries
             // s = q kᵀ, dp = do vᵀ
-            float s[4][4] = {}, dp[4][4] = {};
+            float s[M][4][4] = {}, dp[M][4][4] = {};
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                if (HELD < K) load_A<HS>(q_A[0], q_tile, row, k), load_A<HS>(do_A[0], do_tile, row, k);
+                const int slot = HELD < K ? 0 : k;
+                if (HELD < K) load_rows(slot, k);
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     uint32_t k_B[4], v_B[4];
                     load_B_of_columns<HS>(k_B, k_tile, first + 16 * n, k);
                     load_B_of_columns<HS>(v_B, v_tile, first + 16 * n, k);
-                    mma_two(s[2 * n], s[2 * n + 1], q_A[HELD < K ? 0 : k], k_B);
-                    mma_two(dp[2 * n], dp[2 * n + 1], do_A[HELD < K ? 0 : k], v_B);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_two(s[m][2 * n], s[m][2 * n + 1], q_A[m][slot], k_B);
+                        mma_two(dp[m][2 * n], dp[m][2 * n + 1], do_A[m][slot], v_B);
+                    }
                 }
             }
-            // ds = scale p (dp - delta), in s's place
+            if (first_key + 32 > first_query + 1) {
 #pragma unroll
-            for (int n = 0; n < 4; n++)
+                for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int key = j * TILE + first + 8 * n + 2 * c + e % 2, i = i0 + row + g + e / 2 * 8;
-                    const float p = key > i ? 0 : exp2_approx(scale2 * s[n][e] - lse2[e / 2]);
-                    s[n][e] = scale * p * (dp[n][e] - delta_i[e / 2]);
-                }
+                    for (int n = 0; n < 4; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (first_key + 8 * n + 2 * c + e % 2 > first_query + 16 * m + g + e / 2 * 8)
+                                s[m][n][e] = -INFINITY;
+            }
+            // ds = p (scale dp - scale delta), in s's place
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        s[m][n][e] = exp2_approx(scale2 * s[m][n][e] - lse2[m][e / 2]) *
+                                     (scale * dp[m][n][e] - scaled_delta[m][e / 2]);
             // dq += ds k
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                uint32_t ds_A[4];
-                as_A(ds_A, s[2 * n], s[2 * n + 1]);
+                uint32_t ds_A[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) as_A(ds_A[m], s[m][2 * n], s[m][2 * n + 1]);
 #pragma unroll
                 for (int d = 0; d < K; d++) {
                     uint32_t k_B[4];
                     load_B_of_rows<HS>(k_B, k_tile, first + 16 * n, d);
-                    mma_two(sums[2 * d], sums[2 * d + 1], ds_A, k_B);
+#pragma unroll
+                    for (int m = 0; m < M; m++) mma_two(sums[m][2 * d], sums[m][2 * d + 1], ds_A[m], k_B);
                 }
             }
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int i = i0 + row + g + 8 * half;
-        if (i >= T) continue;
+    for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int d = 0; d < 2 * K; d++)
-            store_two(dq.at(b, h, i) + 8 * d + 2 * c, sums[d][2 * half], sums[d][2 * half + 1]);
-    }
+        for (int half = 0; half < 2; half++) {
+            const int i = first_query + 16 * m + g + 8 * half;
+            if (i >= T) continue;
+#pragma unroll
+            for (int d = 0; d < 2 * K; d++)
+                store_two(dq.at(b, h, i) + 8 * d + 2 * c, sums[m][d][2 * half], sums[m][d][2 * half + 1]);
+        }
 }
 
-// dk, dv. A block has a head's 64 keys, a warp 16 of them, and goes through tiles of 64 queries, 32 at a time. With keys
-// as rows, sᵀ = k qᵀ and dpᵀ = v doᵀ, so that pᵀ and dsᵀ are A fragments of dv = pᵀ do and dk = dsᵀ q.
-// Shared memory: k and v (64, HS); q and do (64, HS) of this tile and of the next; lse and delta (64) of both.
+// dk, dv. A block has a head's 64·M keys, and goes through tiles of 64 queries, 32 at a time. With keys as rows,
+// sᵀ = k qᵀ and dpᵀ = v doᵀ, so that pᵀ and dsᵀ are A fragments of dv = pᵀ do and dk = dsᵀ q.
+// Shared memory: k and v (64·M, HS); q and do (64, HS) of this tile and of the next; lse and delta (64) of both.
 template <int HS>
-constexpr size_t BACKWARD_KEY_SHARED = 6 * TILE * HS * sizeof(bf16) + 4 * TILE * sizeof(float);
+constexpr size_t BACKWARD_KEY_SHARED = (2 * FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16) + 4 * TILE * sizeof(float);
 
 template <int HS, class DKV>
-__global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
+__global__ void __launch_bounds__(TILE_BLOCK, 2)
     attention_backward_key_tiles_kernel(KeysValues<DKV> dkv, Heads<const bf16> dout, const float* lse,
                                         const float* delta, Heads<const bf16> q, KeysValues<const bf16> kv, int T,
                                         float scale) {
-    constexpr int K = HS / 16, HELD = HS == 64 ? K : 1;  // fragments of k that stay in registers; more would not fit
+    constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
     extern __shared__ uint4 shared_memory[];
-    bf16 *k_tile = (bf16*)shared_memory, *v_tile = k_tile + TILE * HS, *q_tiles = v_tile + TILE * HS;
-    float* statistics = (float*)(q_tiles + 4 * TILE * HS);  // (2, 2, TILE): lse and delta
+    bf16 *k_tile = (bf16*)shared_memory, *v_tile = k_tile + ROWS * HS, *q_tiles = v_tile + ROWS * HS;
+    float* statistics = (float*)(q_tiles + 4 * TILE * HS);  // (2, 2, TILE): lse and delta, as they are used
     static_assert(TILE_BLOCK == 2 * TILE, "one thread for each of a tile's lse and delta");
-    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16;  // of the warp
-    const int j0 = blockIdx.x * TILE, h = blockIdx.y, b = blockIdx.z, tiles = (T + TILE - 1) / TILE;
+    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16 * M;  // of the warp
+    const int j0 = blockIdx.x * ROWS, h = blockIdx.y, b = blockIdx.z, first_key = j0 + row;
+    const int begin = j0 / TILE, tiles = (T + TILE - 1) / TILE;
     const Heads<const bf16> k_rows = kv.keys(h), v_rows = kv.values(h);
     const size_t rows = ((size_t)b * gridDim.y + h) * T;
     const float scale2 = scale * LOG2_E;
     auto copy_queries = [&](int i) {
         bf16* q_tile = q_tiles + i % 2 * 2 * TILE * HS;
-        copy_tile<HS>(q_tile, q.at(b, h, 0), q.row, i * TILE, TILE, T);
-        copy_tile<HS>(q_tile + TILE * HS, dout.at(b, h, 0), dout.row, i * TILE, TILE, T);
+        copy_tile<HS, TILE>(q_tile, q.at(b, h, 0), q.row, i * TILE, T);
+        copy_tile<HS, TILE>(q_tile + TILE * HS, dout.at(b, h, 0), dout.row, i * TILE, T);
     };
     // Past the end q and do are 0, and with lse = delta = 0 so is all that they give.
-    const float* statistic = ((int)threadIdx.x < TILE ? lse : delta) + rows + threadIdx.x % TILE;
-    auto read_statistic = [&](int i) {
-        const bool inside = i * TILE + (int)threadIdx.x % TILE < T;
-        return inside ? statistic[i * TILE] * ((int)threadIdx.x < TILE ? LOG2_E : 1.0f) : 0.0f;
+    auto read_statistic = [&](int tile) {
+        const int i = tile * TILE + (int)threadIdx.x % TILE;
+        if (i >= T) return 0.0f;
+        return (int)threadIdx.x < TILE ? LOG2_E * lse[rows + i] : scale * delta[rows + i];
     };
-    copy_tile<HS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j0, TILE, T);
-    copy_tile<HS>(v_tile, v_rows.at(b, h, 0), v_rows.row, j0, TILE, T);
-    copy_queries(blockIdx.x);
+    copy_tile<HS, ROWS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j0, T);
+    copy_tile<HS, ROWS>(v_tile, v_rows.at(b, h, 0), v_rows.row, j0, T);
+    copy_queries(begin);
     cp_async_commit();
-    statistics[blockIdx.x % 2 * 2 * TILE + threadIdx.x] = read_statistic(blockIdx.x);
+    statistics[begin % 2 * 2 * TILE + threadIdx.x] = read_statistic(begin);
 
-    uint32_t k_A[HELD][4];
-    float sums_k[2 * K][4] = {}, sums_v[2 * K][4] = {};
-    for (int i = blockIdx.x; i < tiles; i++) {
+    float sums_k[M][2 * K][4] = {}, sums_v[M][2 * K][4] = {};
+    for (int i = begin; i < tiles; i++) {
         if (i + 1 < tiles) copy_queries(i + 1);
         cp_async_commit();
         const float next_statistic = read_statistic(i + 1);
         cp_async_wait<1>();
         __syncthreads();
         const bf16 *q_tile = q_tiles + i % 2 * 2 * TILE * HS, *do_tile = q_tile + TILE * HS;
-        const float *lse2 = statistics + i % 2 * 2 * TILE, *delta_i = lse2 + TILE;
-        if (i == (int)blockIdx.x && HELD == K) {
-#pragma unroll
-            for (int k = 0; k < HELD; k++) load_A<HS>(k_A[k], k_tile, row, k);
-        }
+        const float *lse2 = statistics + i % 2 * 2 * TILE, *scaled_delta = lse2 + TILE;
 #pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
+            const int first_query = i * TILE + first;
+            if (first_query + 32 <= first_key) continue;  // earlier than all of the warp's keys
             // sᵀ = k qᵀ, dpᵀ = v doᵀ
-            float s[4][4] = {}, dp[4][4] = {};
+            float s[M][4][4] = {}, dp[M][4][4] = {};
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                uint32_t v_A[4];
-                load_A<HS>(v_A, v_tile, row, k);
-                if (HELD < K) load_A<HS>(k_A[0], k_tile, row, k);
+                uint32_t A[M][4], B[4];
+#pragma unroll
+                for (int m = 0; m < M; m++) load_A<HS>(A[m], k_tile, row + 16 * m, k);
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    uint32_t q_B[4], do_B[4];
-                    load_B_of_columns<HS>(q_B, q_tile, first + 16 * n, k);
-                    load_B_of_columns<HS>(do_B, do_tile, first + 16 * n, k);
-                    mma_two(s[2 * n], s[2 * n + 1], k_A[HELD < K ? 0 : k], q_B);
-                    mma_two(dp[2 * n], dp[2 * n + 1], v_A, do_B);
+                    load_B_of_columns<HS>(B, q_tile, first + 16 * n, k);
+#pragma unroll
+                    for (int m = 0; m < M; m++) mma_two(s[m][2 * n], s[m][2 * n + 1], A[m], B);
+                }
+#pragma unroll
+                for (int m = 0; m < M; m++) load_A<HS>(A[m], v_tile, row + 16 * m, k);
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    load_B_of_columns<HS>(B, do_tile, first + 16 * n, k);
+#pragma unroll
+                    for (int m = 0; m < M; m++) mma_two(dp[m][2 * n], dp[m][2 * n + 1], A[m], B);
                 }
             }
-            // p in s's place, ds = scale p (dp - delta) in dp's
+            if (first_query < first_key + 16 * M - 1) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < 4; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (first_key + 16 * m + g + e / 2 * 8 > first_query + 8 * n + 2 * c + e % 2)
+                                s[m][n][e] = -INFINITY;
+            }
+            // p in s's place, ds = p (scale dp - scale delta) in dp's
 #pragma unroll
             for (int n = 0; n < 4; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int query = first + 8 * n + 2 * c + e % 2, key = j0 + row + g + e / 2 * 8;
-                    const float p = key > i * TILE + query ? 0 : exp2_approx(scale2 * s[n][e] - lse2[query]);
-                    s[n][e] = p;
-                    dp[n][e] = scale * p * (dp[n][e] - delta_i[query]);
+                    const int query = first + 8 * n + 2 * c + e % 2;
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        s[m][n][e] = exp2_approx(scale2 * s[m][n][e] - lse2[query]);
+                        dp[m][n][e] = s[m][n][e] * (scale * dp[m][n][e] - scaled_delta[query]);
+                    }
                 }
             // dv += pᵀ do, dk += dsᵀ q
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                uint32_t p_A[4], ds_A[4];
-                as_A(p_A, s[2 * n], s[2 * n + 1]);
-                as_A(ds_A, dp[2 * n], dp[2 * n + 1]);
+                uint32_t p_A[M][4], ds_A[M][4];
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    as_A(p_A[m], s[m][2 * n], s[m][2 * n + 1]);
+                    as_A(ds_A[m], dp[m][2 * n], dp[m][2 * n + 1]);
+                }
 #pragma unroll
                 for (int d = 0; d < K; d++) {
                     uint32_t do_B[4], q_B[4];
                     load_B_of_rows<HS>(do_B, do_tile, first + 16 * n, d);
                     load_B_of_rows<HS>(q_B, q_tile, first + 16 * n, d);
-                    mma_two(sums_v[2 * d], sums_v[2 * d + 1], p_A, do_B);
-                    mma_two(sums_k[2 * d], sums_k[2 * d + 1], ds_A, q_B);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        mma_two(sums_v[m][2 * d], sums_v[m][2 * d + 1], p_A[m], do_B);
+                        mma_two(sums_k[m][2 * d], sums_k[m][2 * d + 1], ds_A[m], q_B);
+                    }
                 }
             }
         }
@@ -1428,15 +1542,18 @@ __global__ void __launch_bounds__(TILE_BLOCK, HS == 64 ? 3 : 2)
         __syncthreads();
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int j = j0 + row + g + 8 * half;
-        if (j >= T) continue;
+    for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int d = 0; d < 2 * K; d++) {
-            store_two(dkv.keys(h).at(b, h, j) + 8 * d + 2 * c, sums_k[d][2 * half], sums_k[d][2 * half + 1]);
-            store_two(dkv.values(h).at(b, h, j) + 8 * d + 2 * c, sums_v[d][2 * half], sums_v[d][2 * half + 1]);
+        for (int half = 0; half < 2; half++) {
+            const int j = first_key + 16 * m + g + 8 * half;
+            if (j >= T) continue;
+#pragma unroll
+            for (int d = 0; d < 2 * K; d++) {
+                const int e = 2 * half, at = 8 * d + 2 * c;
+                store_two(dkv.keys(h).at(b, h, j) + at, sums_k[m][d][e], sums_k[m][d][e + 1]);
+                store_two(dkv.values(h).at(b, h, j) + at, sums_v[m][d][e], sums_v[m][d][e + 1]);
+            }
         }
-    }
 }
 
 // More shared memory than 48 KB has to be asked for.
@@ -1449,7 +1566,7 @@ static void allow_shared(Kernel kernel, size_t bytes) {
 template <int HS>
 static void attention_forward_tiles(Heads<bf16> o, float* lse, Heads<const bf16> q, const KeysValues<const bf16>& kv,
                                     const AttentionShape& s) {
-    dim3 grid((unsigned)ceil_div(s.queries, TILE * FORWARD_M<HS>), (unsigned)s.NH, (unsigned)s.B);
+    dim3 grid((unsigned)ceil_div(s.queries, TILE * FRAGMENTS<HS>), (unsigned)s.NH, (unsigned)s.B);
     auto kernel = attention_forward_tiles_kernel<HS>;
     allow_shared(kernel, FORWARD_SHARED<HS>);
     kernel<<<grid, TILE_BLOCK, FORWARD_SHARED<HS>, gpu.stream>>>(o, lse, q, kv, s.queries, s.before, s.scale());
@@ -1457,13 +1574,13 @@ static void attention_forward_tiles(Heads<bf16> o, float* lse, Heads<const bf16>
 }
 
 template <int HS, class DKV>
-static void attention_backward_tiles(Heads<bf16> dq, const KeysValues<DKV>& dkv, Heads<const bf16> dout,
-                                     const float* lse, const float* delta, Heads<const bf16> q,
+static void attention_backward_tiles(Heads<bf16> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const bf16> dout,
+                                     Heads<const bf16> o, const float* lse, Heads<const bf16> q,
                                      const KeysValues<const bf16>& kv, const AttentionShape& s) {
-    dim3 grid((unsigned)ceil_div(s.queries, TILE), (unsigned)s.NH, (unsigned)s.B);
+    dim3 grid((unsigned)ceil_div(s.queries, TILE * FRAGMENTS<HS>), (unsigned)s.NH, (unsigned)s.B);
     auto query_kernel = attention_backward_query_tiles_kernel<HS>;
     allow_shared(query_kernel, BACKWARD_QUERY_SHARED<HS>);
-    query_kernel<<<grid, TILE_BLOCK, BACKWARD_QUERY_SHARED<HS>, gpu.stream>>>(dq, dout, lse, delta, q, kv, s.queries,
+    query_kernel<<<grid, TILE_BLOCK, BACKWARD_QUERY_SHARED<HS>, gpu.stream>>>(dq, delta, dout, o, lse, q, kv, s.queries,
                                                                              s.scale());
     CHECK(cudaGetLastError());
     auto key_kernel = attention_backward_key_tiles_kernel<HS, DKV>;
@@ -1484,16 +1601,16 @@ static void attention_heads_forward(Heads<X> o, float* lse, Heads<const X> q, co
     attention_forward_plain(o, lse, q, kv, s, s.queries == 1 ? 8 : 1);
 }
 
-// dq, dk, dv = from do; dk, dv of type DKV. delta (B, NH, T): do·o
+// dq, dk, dv = from do; dk, dv of type DKV. delta (B, NH, T) is scratch for do·o.
 template <class X, class DKV>
-static void attention_heads_backward(Heads<X> dq, const KeysValues<DKV>& dkv, Heads<const X> dout, const float* lse,
-                                     const float* delta, Heads<const X> q, const KeysValues<const X>& kv,
-                                     const AttentionShape& s) {
+static void attention_heads_backward(Heads<X> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const X> dout,
+                                     Heads<const X> o, const float* lse, Heads<const X> q,
+                                     const KeysValues<const X>& kv, const AttentionShape& s) {
     if constexpr (std::is_same_v<X, bf16>) {
-        if (s.HS == 64) return attention_backward_tiles<64>(dq, dkv, dout, lse, delta, q, kv, s);
-        if (s.HS == 128) return attention_backward_tiles<128>(dq, dkv, dout, lse, delta, q, kv, s);
+        if (s.HS == 64) return attention_backward_tiles<64>(dq, dkv, delta, dout, o, lse, q, kv, s);
+        if (s.HS == 128) return attention_backward_tiles<128>(dq, dkv, delta, dout, o, lse, q, kv, s);
     }
-    attention_backward_plain<X, DKV>(dq, dkv, dout, lse, delta, q, kv, s);
+    attention_backward_plain<X, DKV>(dq, dkv, delta, dout, o, lse, q, kv, s);
 }
 
 // A whole layer. qkv (B, T, 3C) is the layer's own; skipping heads find keys and values in qkv_below, that of layer
@@ -1530,13 +1647,9 @@ static void attention_backward(X* dqkv, float* dkv, float* dkv_below, float* del
     Timed timed(ATTENTION, attention_flops(B, T, C, 4), 0);
     const AttentionShape shape = {(int)B, c.NH, (int)HS, (int)T, 0};
     const Heads<const X> dout_heads = {dout, T * C, HS, C}, o_heads = {o, T * C, HS, C};
-    dim3 grid((unsigned)ceil_div(T, ROW_WARPS), (unsigned)c.NH, (unsigned)B);
-    attention_delta_kernel<X><<<grid, dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(delta, dout_heads, o_heads, (int)HS,
-                                                                              (int)T);
-    CHECK(cudaGetLastError());
     auto heads = [&](const auto& dkv_heads) {
-        attention_heads_backward(qkv_heads(dqkv, 0, c, T), dkv_heads, dout_heads, lse, delta, qkv_heads(qkv, 0, c, T),
-                                 qkv_keys_values(qkv, qkv_below, c, l, T), shape);
+        attention_heads_backward(qkv_heads(dqkv, 0, c, T), dkv_heads, delta, dout_heads, o_heads, lse,
+                                 qkv_heads(qkv, 0, c, T), qkv_keys_values(qkv, qkv_below, c, l, T), shape);
     };
     auto shares = [&](float* share, int part) { return Heads<float>{share + (part - 1) * C, T * 2 * C, HS, 2 * C}; };
     if (!dkv) return heads(qkv_keys_values<X>(dqkv, dqkv, c, l, T));
@@ -1550,19 +1663,23 @@ static void attention_backward(X* dqkv, float* dkv, float* dkv_below, float* del
 // Head h < skip_heads of layer l ≥ skip_distance reads layer l - skip_distance. So the keys and values of such a head
 // in layer l have up to two readers: layer l + skip_distance, if there is one, and layer l itself, if it does not skip.
 
-// One thread an element. Head h of `own_from` and further on reads this layer, head h < above_heads is read from above.
-template <class X>
+// Lanes by head. Head h of `own_from` and further on reads this layer, head h < above_heads is read from above.
+template <bool VECTORS, class X>
 __global__ void skip_backward_kernel(X* dqkv, const float* dkv, const float* dkv_above, int own_from, int above_heads,
-                                     int C, int HS, size_t n) {
-    size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;  // in dkv
-    if (at >= n) return;
-    const size_t r = at / (2 * C);
-    const int i = (int)(at % (2 * C)), h = i % C / HS;
-    const bool own = h >= own_from, above = h < above_heads;
-    if (!own && !above) return;
-    float sum = own ? dkv[at] : 0;
-    if (above) sum += dkv_above[at];
-    dqkv[r * 3 * C + C + i] = (X)sum;
+                                     size_t rows, int NH, int HS, int lanes) {
+    const HeadGroup g(lanes, rows, NH);
+    const bool own = g.h >= own_from, above = g.h < above_heads;
+    if (!g.inside || (!own && !above)) return;
+    const size_t C = (size_t)NH * HS;
+    for (int part = 0; part < 2; part++) {  // of keys, of values
+        const size_t at = (g.r * 2 + part) * C + g.h * HS;
+        float sum[SHARE] = {}, more[SHARE] = {};
+        if (own) load<VECTORS>(sum, dkv + at, g.lane, lanes, HS);
+        if (above) load<VECTORS>(more, dkv_above + at, g.lane, lanes, HS);
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) sum[i] += more[i];
+        store<VECTORS>(dqkv + (g.r * 3 + part + 1) * C + g.h * HS, sum, g.lane, lanes, HS);
+    }
 }
 
 // dk, dv of layer l in dqkv (rows, 3C) = the sum of its readers' shares (rows, 2C): dkv, of its own heads that do not
@@ -1570,11 +1687,13 @@ __global__ void skip_backward_kernel(X* dqkv, const float* dkv, const float* dkv
 // nobody reads stay untouched.
 template <class X>
 static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, const Config& c, int l, size_t rows) {
-    constexpr int BLOCK = 256;
-    size_t n = rows * 2 * c.C;
-    Timed timed(ATTENTION, 0, 1.0 * n * (sizeof(float) + sizeof(X)));
-    skip_backward_kernel<X><<<(unsigned)ceil_div(n, BLOCK), BLOCK, 0, gpu.stream>>>(
-        dqkv, dkv, dkv_above, skips(c, l, 0) ? c.skip_heads : 0, dkv_above ? c.skip_heads : 0, c.C, c.head_size(), n);
+    size_t HS = c.head_size();
+    Timed timed(ATTENTION, 0, 2.0 * rows * c.C * (sizeof(float) + sizeof(X)));
+    const int lanes = lanes_of_head(HS);
+    auto kernel = vectors(HS) ? skip_backward_kernel<true, X> : skip_backward_kernel<false, X>;
+    kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
+        dqkv, dkv, dkv_above, skips(c, l, 0) ? c.skip_heads : 0, dkv_above ? c.skip_heads : 0, rows, c.NH, (int)HS,
+        lanes);
     CHECK(cudaGetLastError());
 }
 
@@ -1592,29 +1711,6 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
 // What flows to a source j comes from every later layer m with j in S_m. Instead of scattering it there, layer j
 // gathers it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as
 // backward goes down, nobody reads ṽ_m any more. So depth needs no memory beyond a, ds and one layer's dkv.
-//
-// In both kernels a head of a token has a group of lanes, as many (a power of two) as its HS channels need: neighbours
-// in a warp, which sum up a dot product together. All of a warp's groups take part in that to the end; for those past
-// the last head it is all zeros, and they store nothing.
-constexpr int HEAD_SIZE_MOST = WARP_SHARE, DEPTH_BLOCK = 128;
-
-static int lanes_of_head(size_t HS) { return (int)std::bit_ceil(ceil_div(HS, SHARE)); }
-
-struct DepthGroup {
-    int lane;     // in its group
-    bool inside;
-    size_t r;     // token
-    int h;
-
-    __device__ DepthGroup(int lanes, size_t rows, int NH) {
-        const size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, group = thread / lanes;
-        lane = (int)(thread % lanes);
-        inside = group < rows * NH;
-        const size_t at = inside ? group : rows * NH - 1;
-        r = at / NH;
-        h = (int)(at % NH);
-    }
-};
 
 __device__ inline float dot(const float (&a)[SHARE], const float (&b)[SHARE], int lanes) {
     float sum = 0;
@@ -1629,8 +1725,8 @@ template <bool VECTORS, class X>
 __global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, ptrdiff_t layer,
                                      const int* sources, int S, int l, size_t rows, int T, int NH, int HS, int lanes,
                                      float scale) {
-    const DepthGroup g(lanes, rows, NH);
-    const int b = (int)(g.r / T), t = (int)(g.r % T), channels = g.inside ? HS : 0;
+    const HeadGroup g(lanes, rows, NH);
+    const int b = (int)g.r / T, t = (int)g.r % T, channels = g.inside ? HS : 0;
     float q_l[SHARE], k_j[SHARE], v_j[SHARE];
     float* a_l = a + g.r * (S + 1) * NH + g.h;
     load<VECTORS>(q_l, q.at(b, g.h, t), g.lane, lanes, channels);
@@ -1654,12 +1750,13 @@ __global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Hea
 #pragma unroll
         for (int i = 0; i < SHARE; i++) mixed[i] = mixed[i] * rescale + p * v_j[i];
     }
+    const float part = 1.0f / sum;
 #pragma unroll
-    for (int i = 0; i < SHARE; i++) mixed[i] /= sum;
+    for (int i = 0; i < SHARE; i++) mixed[i] *= part;
     store<VECTORS>(v.at(b, g.h, t), mixed, g.lane, lanes, channels);
     if (!g.inside || g.lane > 0) return;
-    for (int n = 0; n < S; n++) a_l[n * NH] = expf(a_l[n * NH] - max) / sum;
-    a_l[S * NH] = expf(own - max) / sum;
+    for (int n = 0; n < S; n++) a_l[n * NH] = expf(a_l[n * NH] - max) * part;
+    a_l[S * NH] = expf(own - max) * part;
 }
 
 template <class X>
@@ -1669,7 +1766,7 @@ static void depth_mix(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, 
     Timed timed(DEPTH_MIXING, 4.0 * rows * C * (S + 1), (2.0 * S + 4) * rows * C * sizeof(X));
     const int lanes = lanes_of_head(HS);
     auto kernel = vectors(HS, C) ? depth_forward_kernel<true, X> : depth_forward_kernel<false, X>;
-    kernel<<<(unsigned)ceil_div(rows * c.NH * lanes, DEPTH_BLOCK), DEPTH_BLOCK, 0, gpu.stream>>>(
+    kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
         v, a, q, k, layer, sources, (int)S, l, rows, (int)T, c.NH, (int)HS, lanes, 1.0f / sqrtf((float)HS));
     CHECK(cudaGetLastError());
 }
@@ -1697,7 +1794,7 @@ template <bool VECTORS, class X>
 __global__ void depth_backward_kernel(X* dqkv, const float* dkv, float* ds, const float* a, X* qkv, const int* sources,
                                       int S, const Gather* gathers, int R, int l, size_t rows, int NH, int HS,
                                       int lanes, float scale) {
-    const DepthGroup g(lanes, rows, NH);
+    const HeadGroup g(lanes, rows, NH);
     const size_t C = (size_t)NH * HS, at_q = g.r * 3 * C + g.h * HS, at_k = at_q + C, at_v = at_k + C;
     const size_t layer = rows * 3 * C;
     const int channels = g.inside ? HS : 0;
@@ -1758,7 +1855,7 @@ static void depth_backward(X* dqkv, const float* dkv, float* ds, const float* a,
                 (4.0 * S + 2.0 * R + 6) * rows * C * sizeof(X));
     const int lanes = lanes_of_head(HS);
     auto kernel = vectors(HS, C) ? depth_backward_kernel<true, X> : depth_backward_kernel<false, X>;
-    kernel<<<(unsigned)ceil_div(rows * c.NH * lanes, DEPTH_BLOCK), DEPTH_BLOCK, 0, gpu.stream>>>(
+    kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
         dqkv, dkv, ds, a, qkv, sources, (int)S, gathers, (int)R, l, rows, c.NH, (int)HS, lanes,
         1.0f / sqrtf((float)HS));
     CHECK(cudaGetLastError());
@@ -1784,17 +1881,22 @@ __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 3)
     const int y = targets[blockIdx.x], step = blockDim.x * SHARE;
     const float logit_y = (float)logits[y];
     float max = -INFINITY, sum = 0, share[SHARE];
-    for (int v = threadIdx.x * SHARE; v < V; v += step) {
+    auto read = [&](int v) {
         load<true>(share, logits + v, 0, 1, SHARE);
+        if (v + SHARE <= V) return;
+#pragma unroll
+        for (int i = 0; i < SHARE; i++)
+            if (v + i >= V) share[i] = -INFINITY;
+    };
+    for (int v = threadIdx.x * SHARE; v < V; v += step) {
+        read(v);
         float new_max = max;
 #pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            if (v + i >= V) share[i] = -INFINITY;
-            new_max = fmaxf(new_max, share[i]);
-        }
-        sum *= expf(max - new_max);
+        for (int i = 0; i < SHARE; i++) new_max = fmaxf(new_max, share[i]);
+        const float top = LOG2_E * new_max;  // e^(x - max) = 2^(x log₂e - top): two instructions, exact to some 1e-6
+        sum *= exp2_approx(LOG2_E * max - top);
 #pragma unroll
-        for (int i = 0; i < SHARE; i++) sum += expf(share[i] - new_max);
+        for (int i = 0; i < SHARE; i++) sum += exp2_approx(LOG2_E * share[i] - top);
         max = new_max;
     }
     // Threads that had nothing have max = -inf and sum = 0; the first of a warp, or a block, always had something.
@@ -1807,15 +1909,17 @@ __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 3)
     for (int w = 0; w < warps; w++) sum += scaled(sums[w], maxima[w], max);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + max - logit_y;
     if (gradient_scale == 0) return;
-    const float scale = gradient_scale / sum;
+    const float scale = gradient_scale / sum, top = LOG2_E * max;
     // Backwards, since what was read last is nearest.
     for (int v = (int)threadIdx.x * SHARE + (Vp - 1) / step * step; v >= 0; v -= step) {
         if (v >= Vp) continue;
-        load<true>(share, logits + v, 0, 1, SHARE);
+        read(v);
 #pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            share[i] = v + i < V ? scale * expf(share[i] - max) : 0;
-            if (v + i == y) share[i] = gradient_scale * (expf(logit_y - max) / sum - 1.0f);
+        for (int i = 0; i < SHARE; i++) share[i] = scale * exp2_approx(LOG2_E * share[i] - top);
+        if (v <= y && y < v + SHARE) {
+#pragma unroll
+            for (int i = 0; i < SHARE; i++)
+                if (v + i == y) share[i] -= gradient_scale;
         }
         store<true>(logits + v, share, 0, 1, SHARE);
     }
@@ -2081,7 +2185,9 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         p = nullptr;
         if (n == 0) return;
         account += n * sizeof *p;
-        if (!dry) m.blocks.push_back(p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, zero));
+        if (dry) return;
+        m.blocks.push_back(p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, zero));
+        gpu.most_in_use = std::max(gpu.most_in_use, gpu.in_use += n * sizeof *p);
     };
     take(m.parameters, P, m.memory.parameters);
     if constexpr (std::is_same_v<X, float>) m.weights = m.parameters;
@@ -2197,6 +2303,7 @@ static void model_free(Model* m) {
     if (!m->blocks.empty()) {
         CHECK(cudaStreamSynchronize(gpu.copies));
         CHECK(cudaStreamSynchronize(gpu.stream));
+        gpu.in_use -= m->memory.total();
     }
     for (void* block : m->blocks) CHECK(cudaFree(block));
     if (m->results_here) CHECK(cudaFreeHost(m->results_here));
@@ -2346,8 +2453,10 @@ static void backward(ModelOf<X>& m) {
         layernorm(i + 1, d(LN2W), d(LN2B), w(LN2W), true);
         linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
         linear_weight(ATTPROJW, ATTPROJB, dx, atty, C, C);
-        attention_backward<X>(m.dqkv, m.dkv, dkv_below, m.delta, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
-        if (c.attention == SKIP) skip_backward(m.dqkv, m.dkv, dkv_above, c, l, BT);
+        // dk and dv of a layer that no other has a share in need no fp32 sum.
+        float* dkv = c.attention == SKIP && !skips(c, l, 0) && !dkv_above ? nullptr : m.dkv;
+        attention_backward<X>(m.dqkv, dkv, dkv_below, m.delta, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
+        if (c.attention == SKIP && dkv) skip_backward(m.dqkv, dkv, dkv_above, c, l, BT);
         if (c.attention == DEPTH)
             depth_backward(m.dqkv, m.dkv, m.dmix[l], m.mix[l], m.qkv, m.source_tables[l], m.sources[l].size(),
                            m.gather_tables[l], m.readers[l].size(), c, l, BT);
@@ -2373,12 +2482,13 @@ static void model_backward(Model* m) {
     with_type(m, [](auto& model) { backward(model); });
 }
 
+// The one time in a step that the CPU waits
 static void read_results(Model* m) {
     copy(m->results_here, m->results, sizeof(Results), cudaMemcpyDeviceToHost);
     m->results_fresh = true;
 }
 
-static double model_update(Model* m, const AdamW& a, float clip, int step) {
+static void model_update(Model* m, const AdamW& a, float clip, int step) {
     global_norm(m->results, m->norm_partial, m->gradients, parameter_count(m->config), clip);
     with_type(m, [&](auto& model) {
         for (const Tensor& t : m->tensors)
@@ -2387,7 +2497,11 @@ static double model_update(Model* m, const AdamW& a, float clip, int step) {
                          t.decays ? a.weight_decay : 0.0f, m->results, step);
     });
     m->accumulated = 0;
-    read_results(m);  // the one time in a step that the CPU waits
+    m->results_fresh = false;
+}
+
+static double model_norm(Model* m) {
+    if (!m->results_fresh) read_results(m);
     return m->results_here->norm;
 }
 
@@ -2553,6 +2667,8 @@ static size_t device_free_memory() {
     return free_bytes;
 }
 
+static double device_most_memory() { return (double)std::exchange(gpu.most_in_use, gpu.in_use) / (1 << 20); }
+
 // The best rate of some rounds, each of so many operations
 template <class F>
 static double best_rate(double operations, F round) {
@@ -2567,13 +2683,24 @@ static double best_rate(double operations, F round) {
     return best;
 }
 
-static size_t peak_matrix() { return 64 * (size_t)gpu.multiprocessors; }
+static size_t peak_matrix() { return 64 * (size_t)gpu.multiprocessors; }  // its rows
 
-// What cuBLASLt reaches with a product of two square matrices that is large for this GPU
+// a (n): any values from -1 to 1. One thread a value
+template <class X>
+__global__ void noise_kernel(X* a, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) a[i] = (X)((float)(int32_t)((uint32_t)i * 2654435769u ^ (uint32_t)i << 13) * 0x1p-31f);
+}
+
+// What cuBLASLt reaches with a product of two square matrices that is large for this GPU. They are not of zeros: these
+// take less power, and so let a GPU run faster than it does in training.
 template <class X>
 static double matmul_peak() {
+    constexpr size_t BLOCK = 256;
     const size_t N = peak_matrix();
-    X* matrices = (X*)allocate(3 * N * N * sizeof(X), true);
+    X* matrices = (X*)allocate(3 * N * N * sizeof(X), false);
+    noise_kernel<X><<<(unsigned)ceil_div(3 * N * N, BLOCK), BLOCK, 0, gpu.stream>>>(matrices, 3 * N * N);
+    CHECK(cudaGetLastError());
     const Workspace ws = {(char*)allocate(WORKSPACE, false), WORKSPACE};
     const bool was_profiling = std::exchange(profiling, false);  // this is no part of a step
     const std::vector<Share> before = {profile, profile + PARTS};

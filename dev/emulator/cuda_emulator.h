@@ -49,12 +49,15 @@ Environment                                                                     
     GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
     GPT2_EMULATOR_MEMORY=2^34   bytes of device memory
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
+    GPT2_EMULATOR_LOG=FILE      no kernel, copy or product is run; FILE has a line for each allocation, launch and
+                                product. So a program tells what it would do at sizes that a CPU could not compute
 
 What it cannot show: speed; bank conflicts and coalescing; registers; weaker memory orders than the one in which its
 threads run, though the checked build reports what would depend on them; protocols between running blocks, whose
-spinning never ends here (the accesses that such a protocol orders count as races). Not there: wgmma, TMA, half,
-textures, cooperative groups, graphs, dynamic parallelism, __activemask, template arguments of a kernel that its launch
-leaves to be deduced. Stricter than a GPU: threads of a warp, or of a block, must meet on the same line.
+spinning never ends here (the accesses that such a protocol orders count as races); launches of more threads than
+__launch_bounds__ allows. Not there: wgmma, TMA, half, textures, cooperative groups, graphs, dynamic parallelism,
+__activemask, template arguments of a kernel that its launch leaves to be deduced. Stricter than a GPU: threads of a
+warp, or of a block, must meet on the same line.
 
 Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED. Those that are replaced here:
 mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_commit, cp_async_wait; emulated_matmul stands for
@@ -202,6 +205,7 @@ struct Settings {
     bool count = environment("GPT2_EMULATOR_COUNT", 0) != 0;
     size_t memory = (size_t)environment("GPT2_EMULATOR_MEMORY", 1ll << 34);
     int devices = (int)environment("GPT2_EMULATOR_DEVICES", 1);
+    FILE* log = getenv("GPT2_EMULATOR_LOG") ? fopen(getenv("GPT2_EMULATOR_LOG"), "w") : nullptr;
 };
 inline Settings settings;
 
@@ -252,6 +256,39 @@ struct Where {
 };
 constexpr Where here(const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) { return {file, line}; }
 inline std::string text(const Where& where) { return text("%s:%u", where.file, where.line); }
+
+inline uintptr_t program = 0;  // where the program was loaded, so that places in it fit into 32 bits
+EMULATOR_OWN inline uint32_t place_in_program(const void* pc) {
+    if (!program) {
+        Unchecked own;
+        dl_iterate_phdr([](dl_phdr_info* info, size_t, void*) { return program = info->dlpi_addr | 1, 1; }, nullptr);
+    }
+    return (uint32_t)((uintptr_t)pc - program + 1);
+}
+
+// What the debug information says of a place: file:line, or with -f the function. Empty if nothing.
+inline std::string look_up(const char* option, uint32_t place) {
+    char path[4096] = {}, line[4096] = {};
+    if (readlink("/proc/self/exe", path, sizeof path - 1) <= 0) return "";
+    FILE* pipe = popen(text("addr2line %s -e '%s' %#x 2>/dev/null", option, path, place).c_str(), "r");
+    if (pipe && fgets(line, sizeof line, pipe)) line[strcspn(line, "\n")] = 0;
+    if (pipe) pclose(pipe);
+    return line[0] == '?' ? "" : line;
+}
+inline std::string line_of(uint32_t pc) {
+    std::string line = look_up("-s", pc - 1);
+    return line.empty() ? text("%#x in the program (compile with -g)", pc) : line.substr(0, line.find(' '));
+}
+// The kernel's name and template arguments, without its type; `otherwise` is what its launch called it.
+inline std::string name_of(const void* kernel, const char* otherwise) {
+    std::string name = look_up("-f -C", place_in_program(kernel));
+    size_t end = 0;
+    for (int depth = 0; end < name.size() && (depth || name[end] != '('); end++)
+        depth += (name[end] == '<') - (name[end] == '>');
+    name.resize(end);
+    if (name.starts_with("void ")) name.erase(0, 5);
+    return name.empty() ? otherwise : name;
+}
 
 // Ends the program over a mistake in a kernel, or in the calls around it.
 [[noreturn]] __attribute__((format(printf, 2, 3)))
@@ -318,10 +355,10 @@ EMULATOR_OWN inline bool find(const void* p, Allocation& found) {
     return inside;
 }
 
-// Whether n bytes from p on lie within one allocation of device memory.
-inline bool on_device(const void* p, size_t n) {
+// Whether n bytes from p on lie within one allocation of device memory, or of pinned memory.
+inline bool on_device(const void* p, size_t n, bool or_pinned = false) {
     Allocation a;
-    return n == 0 || (find(p, a) && a.device && n <= (size_t)(a.begin + a.size - (const char*)p));
+    return n == 0 || (find(p, a) && (a.device || or_pinned) && n <= (size_t)(a.begin + a.size - (const char*)p));
 }
 
 inline size_t cells_size(size_t bytes) { return (bytes / GRANULE + 1) * sizeof(Cell); }
@@ -335,7 +372,8 @@ inline Cell* new_cells(size_t bytes) {  // zero pages that cost nothing until th
 inline void* allocate(size_t size, bool device) {
     void* p = nullptr;
     if (posix_memalign(&p, 256, size)) return nullptr;
-    memset(p, 0xff, size);
+    if (!settings.log) memset(p, 0xff, size);
+    else if (device) fprintf(settings.log, "allocate %zu\n", size);
     Allocation a = {(char*)p, size, device, EMULATOR_CHECKED && device ? new_cells(size) : nullptr};
     while (allocations_busy.test_and_set(std::memory_order_acquire)) {}
     auto after = std::find_if(allocations.begin(), allocations.end(), [&](auto& b) { return b.begin > a.begin; });
@@ -455,6 +493,7 @@ struct Thread {
 struct Block {
     dim3 index;
     unsigned number = 0, size = 0, alive = 0, arrived = 0;
+    unsigned prepared = 0;                    // so many threads have had their fibers made
     uint32_t started = 0, synced = 0;         // on the clock; its last barrier
     unsigned waiting[THREADS_MOST / WARP] = {};  // by warp: the lanes that wait at a warp's collective
     char* shared = nullptr;                   // dynamic first, then each __shared__ variable
@@ -473,7 +512,8 @@ struct SharedVariable {
 
 // The launch that runs.
 struct Grid {
-    const char* name = "";
+    const char* name = "";                 // in the source of the launch
+    const void* kernel = nullptr;
     dim3 grid, block;
     size_t dynamic = 0, dynamic_most = SHARED_DEFAULT;
     void (*enter)(const void*) = nullptr;  // the kernel ...
@@ -500,7 +540,8 @@ inline dim3 unravel(unsigned number, dim3 size) {
     return {number % size.x, number / size.x % size.y, number / size.x / size.y};
 }
 inline std::string describe(const Thread& t) {
-    return text("kernel %s, ", grid->name) + place("block", t.block->index) + ", " + place("thread", t.index);
+    return "kernel " + name_of(grid->kernel, grid->name) + ", " + place("block", t.block->index) + ", " +
+           place("thread", t.index);
 }
 
 EMULATOR_OWN inline void pause() {
@@ -540,14 +581,15 @@ inline void start(Block& b, unsigned number) {
         if (EMULATOR_CHECKED) b.cells = new_cells(ARENA);
         b.threads = new Thread[THREADS_MOST];
         b.dirty = ARENA;
-        for (unsigned i = 0; i < THREADS_MOST; i++) {
-            Fiber& fiber = b.threads[i].fiber;
-            char* guard = b.stacks + i * (PAGE + STACK);
-            mprotect(guard, PAGE, PROT_NONE);  // a stack that overflows ends the program
-            // Tops of stacks do not lie the same distance apart: of those that do, caches hold few at a time.
-            fiber.stack = guard + PAGE, fiber.size = STACK - i % 32 * 448;
-            prepare(fiber, thread_main);
-        }
+    }
+    b.size = b.alive = grid->block.x * grid->block.y * grid->block.z;
+    for (; b.prepared < b.size; b.prepared++) {
+        Fiber& fiber = b.threads[b.prepared].fiber;
+        char* guard = b.stacks + b.prepared * (PAGE + STACK);
+        mprotect(guard, PAGE, PROT_NONE);  // a stack that overflows ends the program
+        // Tops of stacks do not lie the same distance apart: of those that do, caches hold few at a time.
+        fiber.stack = guard + PAGE, fiber.size = STACK - b.prepared % 32 * 448;
+        prepare(fiber, thread_main);
     }
     protect_shared(b, 0, ARENA, true);
     memset(b.shared, 0xff, b.dirty);
@@ -558,7 +600,6 @@ inline void start(Block& b, unsigned number) {
 
     b.index = unravel(number, grid->grid);
     b.number = number;
-    b.size = b.alive = grid->block.x * grid->block.y * grid->block.z;
     b.arrived = 0;
     b.started = b.synced = ++now;
     std::fill(std::begin(b.waiting), std::end(b.waiting), 0u);
@@ -593,7 +634,7 @@ inline void start(Block& b, unsigned number) {
                  place("thread", unravel(j, grid->block)).c_str(), does.c_str());
         }
     }
-    fail(nullptr, "kernel %s does not end", grid->name);
+    fail(nullptr, "kernel %s does not end", name_of(grid->kernel, grid->name).c_str());
 }
 
 EMULATOR_OWN inline void run_grid(Grid& g) {
@@ -730,25 +771,6 @@ EMULATOR_OWN void block_collective(const char* name, Arguments& mine, const Wher
 
 // --------------------------------------------------------------------------------------------------------------------
 // The checked build's view of an access
-
-inline uintptr_t program = 0;  // where the program was loaded, so that places in it fit into 32 bits
-EMULATOR_OWN inline uint32_t place_in_program(const void* pc) {
-    if (!program) {
-        Unchecked own;
-        dl_iterate_phdr([](dl_phdr_info* info, size_t, void*) { return program = info->dlpi_addr | 1, 1; }, nullptr);
-    }
-    return (uint32_t)((uintptr_t)pc - program + 1);
-}
-
-inline std::string line_of(uint32_t pc) {  // file:line, from the debug information
-    char program[4096] = {}, line[4096] = {};
-    if (readlink("/proc/self/exe", program, sizeof program - 1) > 0) {
-        FILE* pipe = popen(text("addr2line -s -e '%s' %#x 2>/dev/null", program, pc - 1).c_str(), "r");
-        if (pipe && fgets(line, sizeof line, pipe)) line[strcspn(line, " \n")] = 0;
-        if (pipe) pclose(pipe);
-    }
-    return line[0] && line[0] != '?' ? line : text("%#x in the program (compile with -g)", pc);
-}
 
 enum Access { READ, WRITE, ATOMIC_ADD };  // the last stands for all atomics
 inline const char* const access_names[] = {"reads", "writes", "changes by an atomic"};
@@ -905,6 +927,11 @@ inline void submit(cudaStream_t stream, std::function<void()> run, std::shared_p
     (stream ? stream : &default_stream)->queue.push_back({++serials, std::move(run), std::move(waits_for), count});
 }
 
+// Kernels, copies and products; with a log they are left out.
+inline void submit_work(cudaStream_t stream, std::function<void()> run) {
+    submit(stream, settings.log ? nullptr : std::move(run));
+}
+
 // Runs the first work of one stream that may go on; false: there is none.
 inline bool run_one() {
     uint64_t oldest = UINT64_MAX;  // on streams that the default stream waits for
@@ -958,6 +985,10 @@ struct Invocation {
     EMULATOR_OWN static void enter(const void* p) { call(*(const Invocation*)p, std::index_sequence_for<P...>{}); }
 };
 
+}  // namespace emulator
+extern "C" const char __executable_start;  // by the linker
+namespace emulator {
+
 // kernel<<<grid, block, shared, stream>>>(x) becomes Launch("kernel", file, line, grid, block, ...).run(kernel, x).
 struct Launch {
     const char *name, *file;
@@ -969,6 +1000,20 @@ struct Launch {
     Launch(const char* name, const char* file, int line, dim3 grid, dim3 block, size_t shared = 0,
            cudaStream_t stream = nullptr)
         : name(name), file(file), line(line), grid(grid), block(block), shared(shared), stream(stream) {}
+
+    // launch: the kernel's place in the program (nm knows its name), grid, block, dynamic shared memory; then its
+    // arguments, those that are not integers as -
+    template <class... P>
+    void log(const void* kernel, const P&... arguments) const {
+        fprintf(settings.log, "launch %zx %u %u %u %u %u %u %zu", (size_t)((const char*)kernel - &__executable_start),
+                grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+        auto put = [](const auto& x) {
+            if constexpr (std::is_integral_v<std::remove_cvref_t<decltype(x)>>) fprintf(settings.log, " %lld", (long long)x);
+            else fputs(" -", settings.log);
+        };
+        (put(arguments), ...);
+        fputs("\n", settings.log);
+    }
 
     template <class... P>
     void run(void (*kernel)(P...), std::type_identity_t<P>... arguments) const {
@@ -988,10 +1033,12 @@ struct Launch {
         } else if (!known(stream)) {
             error(cudaErrorInvalidResourceHandle, "%s on a stream that is not one", at.c_str());
         } else {
+            if (settings.log) log((const void*)kernel, arguments...);
             auto invocation = std::make_shared<Invocation<P...>>(Invocation<P...>{kernel, {arguments...}});
-            submit(stream, [invocation, launch = *this] {
+            submit_work(stream, [invocation, launch = *this] {
                 Grid g;
-                g.name = launch.name, g.grid = launch.grid, g.block = launch.block, g.dynamic = launch.shared;
+                g.name = launch.name, g.kernel = (const void*)invocation->kernel;
+                g.grid = launch.grid, g.block = launch.block, g.dynamic = launch.shared;
                 g.enter = invocation->enter, g.arguments = invocation.get();
                 run_grid(g);
             });
@@ -1156,15 +1203,16 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMem
     if (n && kind != cudaMemcpyDefault && (to_device != says_to || from_device != says_from))
         return emulator::error(cudaErrorInvalidValue, "cudaMemcpy%s from %s to %s memory", names[kind],
                                from_device ? "device" : "host", to_device ? "device" : "host");
-    if ((to_device && !emulator::on_device(to, n)) || (from_device && !emulator::on_device(from, n)))
+    if (((to_device || to_pinned) && !emulator::on_device(to, n, true)) ||
+        ((from_device || from_pinned) && !emulator::on_device(from, n, true)))
         return emulator::error(cudaErrorInvalidValue, "cudaMemcpy of %zu bytes past the end of an allocation", n);
     if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
     // Memory that is not pinned is read before the call returns, and is written before it returns.
     if (from_device || from_pinned) {
-        emulator::submit(stream, [=] { memmove(to, from, n); });
+        emulator::submit_work(stream, [=] { memmove(to, from, n); });
     } else {
         auto bytes = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + n);
-        emulator::submit(stream, [=] { memcpy(to, bytes->data(), n); });
+        emulator::submit_work(stream, [=] { memcpy(to, bytes->data(), n); });
     }
     if (!to_device && !to_pinned) emulator::wait_for(stream);
     return cudaSuccess;
@@ -1180,7 +1228,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t s
     if (!emulator::on_device(to, n))
         return emulator::error(cudaErrorInvalidValue, "cudaMemset of %zu bytes that are not device memory", n);
     if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
-    emulator::submit(stream, [=] { memset(to, value, n); });
+    emulator::submit_work(stream, [=] { memset(to, value, n); });
     return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t n) { return cudaMemsetAsync(to, value, n, nullptr); }
@@ -1797,7 +1845,10 @@ inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bo
     if (outside) emulator::fail(nullptr, "emulated_matmul: %s is not all in device memory", outside);
     emulator::Matmul product = {D,   d_type, A,   transA,     B,        transB, m,   n,      k, lda,
                                 ldb, ldd,    accumulate, epilogue, bias,   aux, ab_type};
-    emulator::submit(stream, [=] { emulator::run_matmul(product); });
+    if (emulator::settings.log)
+        fprintf(emulator::settings.log, "product %d %d %d %zu %zu %d %d\n", m, n, k, size(d_type), size(ab_type),
+                accumulate, (int)epilogue);
+    emulator::submit_work(stream, [=] { emulator::run_matmul(product); });
     return cudaSuccess;
 }
 

@@ -256,6 +256,13 @@ static void copy_past_the_end() {
     Array<float> in(count(8));
     EXPECT(cudaMemcpy(host.data(), in, 32 + broken, cudaMemcpyDeviceToHost) == cudaSuccess);
 }
+static void copy_past_pinned() {
+    float* pinned;
+    Array<float> in(count(9));
+    cudaMallocHost(&pinned, 32);
+    EXPECT(cudaMemcpyAsync(pinned, in, 32 + 4 * broken, cudaMemcpyDeviceToHost) == cudaSuccess);
+    cudaFreeHost(pinned);
+}
 
 // --------------------------------------------------------------------------------------------------------------------
 // Collectives
@@ -679,7 +686,8 @@ int main(int argc, char** argv) {
         CASE(read_of_other_blocks), CASE(race_of_halves), CASE(past_the_end), CASE(past_the_end_of_shared),
         CASE(past_the_end_of_dynamic), CASE(past_own_array), CASE(use_after_free), CASE(device_memory_uninitialised),
         CASE(shared_uninitialised), CASE(misaligned_float4), CASE(host_memory_in_kernel), CASE(device_memory_by_host),
-        CASE(copy_direction), CASE(copy_past_the_end), CASE(all_collectives), CASE(mask_without_caller),
+        CASE(copy_direction), CASE(copy_past_the_end), CASE(copy_past_pinned), CASE(all_collectives),
+        CASE(mask_without_caller),
         CASE(shuffle_with_returned), CASE(masks_that_differ), CASE(divergent_syncthreads),
         CASE(syncthreads_with_returned), CASE(trap), CASE(missing_copy_wait), CASE(copy_over_what_is_read),
         CASE(misaligned_copy), CASE(misaligned_ldmatrix), CASE(ldmatrix_not_shared), CASE(ldmatrix_transposed),

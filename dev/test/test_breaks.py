@@ -1,7 +1,14 @@
-"""The list of breaks.py, which takes too long to be run each time, at least fits the program."""
+"""The lists of breaks.py and gpu_breaks.py, which take too long to be run each time, at least fit the programs."""
 
-from breaks import SOURCE, stale
+import breaks
+import gpu_breaks
+import pytest
 
 
-def test_each_break_is_one_place_of_the_program():
-    assert stale(SOURCE.read_text()) == []
+@pytest.mark.parametrize("listed", [breaks, gpu_breaks])
+def test_each_break_is_one_place_of_the_program(listed):
+    assert listed.stale(listed.SOURCE.read_text()) == []
+
+
+def test_breaks_of_the_gpu_do_not_overlap():
+    assert gpu_breaks.with_switches(gpu_breaks.SOURCE.read_text()).count("broken(") == len(gpu_breaks.BREAKS)

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""All that is to know of this program on a GPU, in one file: dev/results/DATE_DEVICE.txt. `make gpu-report` calls it.
+
+    dev/bench/gpu_report.py NVCC          builds, tests, measures on the first GPU; ten minutes
+    dev/bench/gpu_report.py emulated      the same course with emulated kernels and a small model, to try this script
+"""
+
+import datetime
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+# ms a step, GPT-2 124M, bf16, 65,536 tokens: what an H200's limits give by arithmetic (dev/bench/kernels.md), attention
+# at 300 TFLOP/s. These are no measurements.
+TARGETS = {"embedding": 0.2, "LayerNorm": 3.6, "matmuls": 14.1, "matmuls, dx": 14.1, "matmuls, dw": 16.7, "attention": 14.4,
+           "depth mixing": 6.6, "classifier": 22.3, "AdamW": 1.0}
+STEP_TARGET = "vanilla: floor 75, excellent 93 to 100; skip the same; depth 7 more"
+
+
+def die(message):
+    sys.exit(f"error: {message}")
+
+
+def run(command, **more):
+    try:
+        return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    except OSError as error:
+        die(f"{command[0]}: {error.strerror}")
+
+
+def first_line(command):
+    done = run(command) if shutil.which(command[0]) else None
+    return done.stdout.strip().split("\n")[0] if done and done.returncode == 0 else ""
+
+
+class Report:
+    """Prints what it collects, so that one can watch."""
+
+    def __init__(self):
+        self.text, self.failed = "", []
+
+    def say(self, line=""):
+        print(line, flush=True)
+        self.text += line + "\n"
+
+    def step(self, command, show=lambda said: said):
+        self.say(f"\n$ {' '.join(command)}")
+        done = run(command)
+        for line in show(done.stdout).rstrip("\n").split("\n"):
+            self.say(line)
+        if done.returncode:
+            self.say(f"(exit status {done.returncode})")
+            self.failed.append(" ".join(command))
+        return done
+
+
+def beside_targets(report, said):
+    """The profiles in bench's output again, each part beside its target"""
+    report.say("\nms a step, beside what an H200's limits give by arithmetic, vanilla's at 65,536 tokens:")
+    report.say(STEP_TARGET)
+    for line in said.split("\n"):
+        if line.startswith("generating"):
+            break
+        if m := re.match(r"(vanilla|skip|depth)\S* .*?\s+([\d.]+)\s+[\d.]+\s+[\d.]+\s", line):
+            report.say(f"{m[1]:20}{m[2]:>10}")
+        elif m := re.match(r"    (\S.*?)\s+([\d.]+) ms ", line):
+            report.say(f"    {m[1]:16}{m[2]:>10}{TARGETS.get(m[1], ''):>10}")
+
+
+def main():
+    if len(sys.argv) != 2 or not sys.argv[1]:
+        die("no nvcc: `make gpu-report` looks for it in PATH and in /usr/local/cuda, or in CUDA=FOLDER")
+    emulated = sys.argv[1] == "emulated"
+    kind = "cu_emulated" if emulated else "cu"
+    device, nvcc = "emulated", ""
+    if not emulated:
+        nvcc = first_line([sys.argv[1], "--version"]) and run([sys.argv[1], "--version"]).stdout.strip().split("\n")[-1]
+        if not nvcc:
+            die(f"{sys.argv[1]} does not run")
+        query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
+        device = first_line(["nvidia-smi", "-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+                             f"--query-gpu={query}", "--format=csv,noheader"])
+        if not device:
+            die("no GPU: nvidia-smi is missing or finds none (make gpu-report DEVICE=emulated tries this without one)")
+
+    report = Report()
+    now = datetime.datetime.now()
+    commit = first_line(["git", "log", "-1", "--format=%h %cs"]) or "unknown (no git)"
+    changed = ", with changes" if first_line(["git", "status", "--porcelain", "-uno"]) else ""
+    report.say(f"train_gpt2{kind}, {now:%Y-%m-%d %H:%M}")
+    report.say(f"commit {commit}{changed}")
+    if emulated:
+        report.say("EMULATED: no GPU took part. The kernels ran on a CPU; their times mean nothing and are left out.")
+    else:
+        report.say(f"device {device}")
+        report.say(f"nvcc {nvcc}")
+    programs = [f"train_gpt2{kind}", f"test_gpt2{kind}"]
+    built = report.step(["make", "--no-print-directory"] + ([] if emulated else [f"NVCC={sys.argv[1]}"]) + programs,
+                        lambda said: "built" if not re.search("error|warning", said) else said)
+    if built.returncode:
+        die("it does not build")
+
+    # Verdicts alone: a failing test's line, and the counts
+    verdicts = lambda said: "\n".join(x for x in said.split("\n") if not x.startswith("ok ") and x.strip())  # noqa: E731
+    report.step([f"./test_gpt2{kind}"], verdicts)
+
+    if emulated:
+        shape = ["--layers", "2", "--heads", "2", "--channels", "128", "--context", "32", "--vocab", "257", "--batch", "1",
+                 "--sequence", "32", "--steps", "1"]
+    else:
+        shape = ["--model", "gpt2", "--vocab", "50257", "--batch", "64", "--sequence", "1024", "--steps", "10"]
+    for precision in ["bf16", "fp32"]:
+        command = [f"./train_gpt2{kind}", "bench", *shape, "--precision", precision, "--profile"]
+        if precision == "fp32":
+            command += ["--tokens", "0"]
+        done = report.step(command, (lambda said: "it ran; its times are left out") if emulated else (lambda said: said))
+        fits = re.search(r"the largest --batch that fits is (\d+)", done.stdout)
+        if fits and done.returncode:
+            report.failed.pop()
+            command[command.index("--batch") + 1] = fits[1]
+            done = report.step(command)
+        if precision == "bf16" and not emulated and done.returncode == 0:
+            beside_targets(report, done.stdout)
+
+    report.say("\n" + (f"failed: {'; '.join(report.failed)}" if report.failed else "all of this passed"))
+    name = re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
+    path = os.path.join("dev", "results", f"{now:%Y-%m-%d}_{name}.txt")
+    os.makedirs(os.path.join(ROOT, "dev", "results"), exist_ok=True)
+    with open(os.path.join(ROOT, path), "w") as f:
+        f.write(report.text)
+    print(f"written: {path}")
+    sys.exit(1 if report.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

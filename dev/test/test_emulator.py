@@ -1,0 +1,114 @@
+"""train_gpt2.cu under the emulator: the order of threads, blocks and streams changes nothing, and every call of CUDA
+may fail."""
+
+import os
+import re
+import shutil
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from conftest import find_program
+from helpers import ATTENTIONS, Program, training
+
+EMULATED = os.environ.get("EMULATED", "train_gpt2cu_emulated")  # or the checked, or the sanitized build
+SEEDS = range(1, 11)
+# Heads of 64, and a sequence of more than a tile: in bf16 attention goes by tiles, in fp32 by the plain kernels.
+TILES = ["--layers", 2, "--heads", 2, "--channels", 128, "--context", 66, "--batch", 1, "--sequence", 66,
+         "--total-batch", 132]
+PLAIN = ["--context", 40, "--batch", 1, "--sequence", 37, "--total-batch", 74]
+FAILING = 20  # how many calls of a run are made to fail
+
+
+class Emulated(Program):
+    """The program, with settings of the emulator."""
+
+    def __init__(self, **settings):
+        super().__init__(find_program(EMULATED).path)
+        self.settings = {f"GPT2_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
+
+    def environment(self, threads=1):
+        return {**super().environment(threads), **self.settings}
+
+
+@pytest.fixture(scope="module")
+def shards(data, tmp_path_factory):
+    """The shards alone: without a tokenizer there is no sample at a run's end, which would take most of its time."""
+    folder = tmp_path_factory.mktemp("shards")
+    for path in data.glob("*_?.bin"):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+def all_at_once(function, items):
+    """The function's results, from as many processes at a time as there are cores."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(function, items))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("precision, shape", [("bf16", TILES), ("fp32", PLAIN)], ids=["bf16", "fp32"])
+def test_every_order_gives_the_same_bits(precision, shape, attention, shards, tmp_path):
+    def trained(seed):
+        out = tmp_path / str(seed)
+        arguments = training(shards, out, "--vocab", 257, "--precision", precision, "--attention", attention, *shape,
+                             "--val-batches", 1, steps=2)
+        text = Emulated(seed=seed, blocks=1 + seed % 3).run(*arguments)
+        losses = re.findall(r"loss [\d.]+", text)
+        assert losses
+        return (out / "model.bin").read_bytes(), losses
+
+    first, *others = all_at_once(trained, SEEDS)
+    assert all(other == first for other in others)
+
+
+def calls_of(arguments):
+    """How many calls of CUDA a run makes."""
+    status, _, err = Emulated(count=1).finish(*arguments)
+    assert status == 0, err.decode()
+    return int(re.search(r"^emulator: (\d+) calls$", err.decode(), re.M)[1])
+
+
+def some_of(calls):
+    """The first calls, and some throughout."""
+    return sorted({*range(1, 9), *(1 + (calls - 1) * i // (FAILING - 9) for i in range(FAILING - 8))})
+
+
+def assert_says_so(status, err, call):
+    """The emulator says which call it made to fail, and the program stops with one line."""
+    said = rf"emulator: call {call}, .* is made to fail\nerror: (the GPU failed|no GPU can be used here).*\n"
+    assert status == 1 and re.search(rf"^{said}\Z", err.decode(), re.M), err
+
+
+def test_any_call_may_fail_in_training(shards, tmp_path):
+    options = ["--vocab", 257, "--attention", "depth", "--val-batches", 1]
+    Emulated().run(*training(shards, tmp_path / "kept", "--keep", *options, steps=4, save_every=1))
+    complete = [path.read_bytes() for path in (tmp_path / "kept").glob("model_*.bin")]
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "model.bin").write_bytes((tmp_path / "kept/model_000002.bin").read_bytes())
+    shutil.copy(tmp_path / "kept/metrics.csv", begun)
+
+    def resume(out):
+        return training(shards, out, "--resume", *options, steps=4, save_every=1)
+
+    def failing(call):
+        out = shutil.copytree(begun, tmp_path / str(call))
+        status, _, err = Emulated(fail=call).finish(*resume(out))
+        assert_says_so(status, err, call)
+        assert (out / "model.bin").read_bytes() in complete
+        assert not list(out.glob("*.tmp"))
+
+    all_at_once(failing, some_of(calls_of(resume(shutil.copytree(begun, tmp_path / "counted")))))
+
+
+def test_any_call_may_fail_in_generating(data, tmp_path):
+    Emulated().run(*training(data, tmp_path, "--attention", "skip", steps=1))
+    arguments = ["generate", "--model", tmp_path / "model.bin", "--tokens", 3, "--prompt", "ab"]
+
+    def failing(call):
+        status, _, err = Emulated(fail=call).finish(*arguments)
+        assert_says_so(status, err, call)
+
+    all_at_once(failing, some_of(calls_of(arguments)))
