@@ -2419,7 +2419,8 @@ static void backward(ModelOf<X>& m) {
         layernorm_backward(dx, dw, db, m.partial, m.dln, m.residual + i * BT * C, w, m.ln_mean + i * BT,
                            m.ln_rstd + i * BT, BT, C, into_stream, add);
     };
-    // What is not kept comes again from the same kernels, so that it is the same to the bit.
+    // What is not kept comes again: LayerNorm's output the same to the bit; GELU's in bf16 not quite, since h, which it
+    // then comes from, was rounded when it was stored.
     auto layernorm_again = [&](int i, const X* w, const X* b) {
         if (!m.keeps_cheap())
             layernorm_forward<X>(m.ln_output(i), nullptr, nullptr, m.residual + i * BT * C, w, b, BT, C);

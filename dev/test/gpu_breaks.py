@@ -74,9 +74,9 @@ breaks(RACE, VANILLA,
         "    __syncthreads();\n    int i = warp * WARP + lane;\n    if (column", "sums[0]"),
        ("+=: positions of two sequences", "store<VECTORS>(«dwpe + (size_t)t * C + c», sum", "dwpe + c"))
 # Where the tile kernels' loops begin
-KEYS = ("\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;\n"
-        "        if (j == 0")
-FORWARD, QUERY, KEY = KEYS + ") {", KEYS + " && HELD == K)", "\n        const bf16 *q_tile = q_tiles + i % 2"
+KEYS = "\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;\n"
+FORWARD, QUERY, KEY = KEYS + "        if (j == 0)", KEYS + "#pragma", "\n        const bf16 *q_tile = q_tiles + i % 2"
+ROWS = "\n\n    uint32_t q_A[M][HELD]"
 COME = f"cp_async_wait<1>();\n        {SYNC}"
 WAIT = "«cp_async_wait<1>();»\n        __syncthreads();"
 COMMIT = "«cp_async_commit();»\n        cp_async_wait<1>();\n        __syncthreads();"
@@ -84,12 +84,14 @@ LAST = f"\n                }}\n            }}\n        }}\n        {SYNC}"
 breaks(RACE, TILES,
        ("no __syncthreads: forward tiles, begin", COME + FORWARD, NOTHING),
        ("no __syncthreads: forward tiles, overwritten early", "p_A[m], v_B);" + LAST, NOTHING),
+       ("no __syncthreads: backward query tiles, rows", f"cp_async_wait<1>();\n    {SYNC}" + ROWS, NOTHING),
        ("no __syncthreads: backward query tiles, begin", COME + QUERY, NOTHING),
-       ("no __syncthreads: backward query tiles, overwritten early", "ds_A, k_B);" + LAST, NOTHING),
+       ("no __syncthreads: backward query tiles, overwritten early", "ds_A[m], k_B);" + LAST, NOTHING),
        ("no __syncthreads: backward key tiles, begin", COME + KEY, NOTHING),
        ("no __syncthreads: backward key tiles, overwritten early", f"= next_statistic;\n        {SYNC}", NOTHING))
 breaks(RESULT, TILES,
        ("no cp.async wait: forward tiles", WAIT + FORWARD, NOTHING),
+       ("no cp.async wait: backward query tiles, rows", "«cp_async_wait<1>();»\n    __syncthreads();" + ROWS, NOTHING),
        ("no cp.async wait: backward query tiles", WAIT + QUERY, NOTHING),
        ("no cp.async wait: backward key tiles", WAIT + KEY, NOTHING),
        ("cp.async: forward tiles, one group too many", WAIT + FORWARD, "cp_async_wait<2>();"),
@@ -97,16 +99,16 @@ breaks(RESULT, TILES,
        ("mask: forward tiles, none at the diagonal", "if («j * TILE + TILE > first_position + 1») {", "false"),
        ("mask: forward tiles, one ahead", "e % 2 > «first_position» + 16", "first_position + 1"),
        ("mask: forward tiles, second half as the first", "first_position + 16 * m + g + «e / 2 * 8»)", "0"),
-       ("mask: backward query tiles", "«key > i» ? 0 : exp2_approx(scale2 * s[n][e] - lse2[e / 2])", "key > i + 1"),
-       ("mask: backward key tiles", "«key > i * TILE + query» ?", "key > i * TILE + query + 1"),
+       ("mask: backward query tiles", "e % 2 > «first_query» + 16", "first_query + 1"),
+       ("mask: backward key tiles", "e / 2 * 8 > «first_query» + 8", "first_query + 1"),
        ("rescale: forward tiles, sum", "«sum[m][half] *= rescale;»", NOTHING),
        ("rescale: forward tiles, o", "«sums_o[m][d][2 * half + 1] *= rescale;»", NOTHING),
        ("tiles: statistics of the tile before", "statistics[«(i + 1) % 2» * 2 * TILE + threadIdx.x] = next", "i % 2"),
-       ("tiles: rows past the end are not 0", "* row + c * 8, «valid»)", "true"),
+       ("tiles: rows past the end are not 0", "* row : head, «valid»)", "true"),
        ("tiles: dk, dv of skipping heads go to their own layer", "store_two(«dkv.values(h)».at(b, h, j)", "dkv.v",
         ["heads 1 64 130"]))
 
-breaks(STOPS, TILES, ("past the end: rows of a tile", "valid = «first + r < end»;", "first + r <= end"))
+breaks(STOPS, TILES, ("past the end: rows of a tile", "valid = «first + r + below < end»;", "first + r + below <= end"))
 
 breaks(RESULT, VANILLA,
        ("shared memory before written: attention_forward", "«o_w[d] = 0;»", NOTHING),
@@ -121,16 +123,17 @@ breaks(RESULT, VANILLA,
         DECODE),
        ("rescale: depth, mixed", "mixed[i] = «mixed[i] * rescale» + p", "mixed[i]", DEPTH),
        ("rescale: depth, sum", "sum = «sum * rescale» + p;", "sum", DEPTH),
-       ("rescale: classifier", "«sum *= expf(max - new_max);»", NOTHING, WIDE_VOCABULARY),
+       ("rescale: classifier", "«sum *= exp2_approx(LOG2_E * max - top);»", NOTHING, WIDE_VOCABULARY),
        ("embedding: one place too many", "«n < end»; n += TOKEN_WARPS", "n <= end"),
        ("padding: takes probability", "«if (v + i >= V) share[i] = -INFINITY;»", NOTHING),
-       ("padding: gets a gradient", "share[i] = «v + i < V» ?", "true", UPDATE),
+       ("padding: gets a gradient", "continue;\n        «read(v);»", "load<true>(share, logits + v, 0, 1, SHARE);", UPDATE),
        ("depth: gathers all but the last source", "«j < R»; j++", "j < R - 1", DEPTH),
        ("depth: gathers all but the first source", "for (int j = «0»; j < R", "1", DEPTH),
        ("depth: mixes all but the last source", "«n < S»; n++) {\n        const ptrdiff_t", "n < S - 1", DEPTH),
        ("depth: own ds forgotten", "«ds_own -= ds_j;»", NOTHING, DEPTH),
        ("depth: dv not scaled by the layer's own weight", "«dv[i] *= a_own;»", NOTHING, DEPTH),
-       ("skip: the share from above forgotten", "«if (above) sum += dkv_above[at];»", NOTHING, SKIP),
+       ("skip: the share from above forgotten", "«if (above) load<VECTORS>(more, dkv_above + at, g.lane, lanes, HS);»", NOTHING,
+        SKIP),
        ("accumulate: sum_partials", "out[i] = «accumulate» ? out[i]", "false", ACCUMULATE),
        ("accumulate: weights", "{.add = «accumulate» ? dw", "false", ACCUMULATE),
        ("accumulate: positions", "if («accumulate») load<VECTORS>(sum, dwpe", "false", ACCUMULATE),
@@ -162,7 +165,7 @@ breaks(BOUNDS, VANILLA,
         "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X* x_r", "r > rows"),
        ("past the end: attention's keys", "const float s = «lane < n» ?", "lane <= n"),
        ("past the end: attention's tile", "n = «min(keys - j0, WARP)»;", "min(keys - j0, WARP) + 1"),
-       ("past the end: skip's elements", "if («at >= n») return;\n    const size_t r = at", "at > n", SKIP),
+       ("past the end: heads", "at = «min(group, last)»;", "group"),
        ("past the end: positions", "if («t >= T») return;\n    for", "t > T"),
        ("past the end: partial sums", "int run = threadIdx.y; «run < runs»;", "run <= runs"),
        ("past the end: logits", "if («v >= Vp») continue;", "v > Vp", WIDE_VOCABULARY),
