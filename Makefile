@@ -15,7 +15,8 @@
 # make bench-ladder    from three plain loops to the matmul used here, step by step: dev/bench/ladder.md
 # make reference       writes dev/reference anew, with PyTorch
 # make clean           removes what was built; data/, run/ and the environments stay
-# Variables: CXX=clang++, OPENMP= (do without it), CUDA=/usr/local/cuda, ARCH=-march=x86-64-v3 (for other machines than this one)
+# Variables: CXX=clang++, OPENMP= (do without it), CUDA=/usr/local/cuda, ARCH=-march=x86-64-v3 (for other machines
+#            than this one)
 
 # Whether a program can be built with some flags; the answer is "yes" or nothing.
 builds = $(shell echo 'int main() {}' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
@@ -102,7 +103,8 @@ run: train_gpt2
 	    --out run/demo --overwrite $(SMALL)
 
 # AMX's emulation needs an x86-64 compiler.
-test: all train_gpt2_sanitized test_gpt2_sanitized train_gpt2cu_emulated test_gpt2cu_emulated $(if $(call builds,-include immintrin.h),test_gpt2_amx) .venv/ready
+test: all train_gpt2_sanitized test_gpt2_sanitized \
+     train_gpt2cu_emulated test_gpt2cu_emulated $(if $(call builds,-include immintrin.h),test_gpt2_amx) .venv/ready
 	@python3 dev/test/run.py
 test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
