@@ -58,8 +58,8 @@ train_gpt2cu: train_gpt2.cu train_gpt2.cpp
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
 	$(NVCC) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
-# Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What it sees
-# goes wrong in the plain build is a result; the checked one reports races and bounds, the sanitized one bounds.
+# Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What goes
+# wrong shows in results; the checked build also reports races and accesses out of bounds, the sanitized one the latter.
 EMULATED = -std=c++20 -O2 -g1 $(ARCH) -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread -I. -DGPT2_EMULATED \
            -include dev/emulator/cuda_emulator.h
 CHECKED = $(EMULATED) -O1 -g -fsanitize=thread,alignment
@@ -93,7 +93,7 @@ found:
 always:
 
 # The C++ stands last, and so is also what the model is validated on.
-TEXT = $(wildcard data_prep/*.py dev/*.py dev/test/*.py test_*.cpp) train_gpt2.cpp
+TEXT = $(wildcard data_prep/*.py dev/*.py dev/test/*.py) test_gpt2.cpp train_gpt2.cpp
 # 0.45 million parameters, 2 million tokens. A short context is learned soonest: its positions come by more often.
 SMALL = --layers 2 --heads 4 --channels 128 --context 64 --batch 8 --steps 4000 --lr 3e-3 \
         --val-every 500 --val-batches 0 --save-every 500
@@ -143,7 +143,7 @@ clean:
 	rm -rf train_gpt2cu test_gpt2cu *cu_emulated* *cu_checked* *cu_sanitized*
 	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx dev/bench/ladder .flags
 help:
-	@sed -n '/^# make/s/# //p;/^# Var/s/# //p' Makefile
+	@sed -n '/^# make/s/# //p;/^# Var/,/^$$/s/# //p' Makefile
 
 .PHONY: all gpu gpu-table gpu-report found always run test test-sanitized test-emulator test-amx test-builds test-peers
 .PHONY: bench-peers bench-ladder reference clean help
