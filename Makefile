@@ -54,9 +54,12 @@ NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=com
             -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
 	@echo "$(or $(NVCC),no nvcc: train_gpt2cu and test_gpt2cu are left out)"
+NVCC_FOUND = test -n "$(NVCC)" || { echo "error: no nvcc: name the CUDA Toolkit's folder, CUDA=FOLDER"; exit 1; }
 train_gpt2cu: train_gpt2.cu train_gpt2.cpp
+	@$(NVCC_FOUND)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
+	@$(NVCC_FOUND)
 	$(NVCC) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
 # Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What goes
 # wrong shows in results; the checked build also reports races and accesses out of bounds, the sanitized one the latter.

@@ -21,6 +21,11 @@ constexpr bool EMULATED = true;  // thousands of times slower than a GPU: some t
 #else
 constexpr bool EMULATED = false;
 #endif
+#ifdef GPT2_CUDA
+constexpr bool ON_GPU = !EMULATED;
+#else
+constexpr bool ON_GPU = false;
+#endif
 
 // Every use of new is counted, so that a test can tell that there was none.
 static std::atomic<size_t> allocations{0};
@@ -492,9 +497,11 @@ static void test_accumulation(Precision precision, const Config& c, int B, int T
     double loss_of_parts = model_loss(m);
     model_get(m, GRADIENTS, 0, P, sums.data());
     Worst worst;
-    worst.see(fabs(loss - loss_of_parts), 1e-6 * loss);
+    // cuBLAS chooses a kernel by the number of tokens, whose sums run in another order: in bf16 they then round otherwise.
+    const double looser = ON_GPU && precision == BF16 ? 200 : 1;
+    worst.see(fabs(loss - loss_of_parts), looser * 1e-6 * loss);
     for (const Tensor& t : tensor_table(c)) {
-        Worst w = compare_tensor(t, sums.data(), whole.data(), 1);
+        Worst w = compare_tensor(t, sums.data(), whole.data(), looser);
         if (!(w.ratio <= worst.ratio)) worst = w;
     }
     // After an update, gradients begin anew.
@@ -508,7 +515,7 @@ static void test_accumulation(Precision precision, const Config& c, int B, int T
 }
 
 // Head sizes and lengths around those of tiles: what bf16 gives is near what fp32 gives. A gradient's block differs by
-// its rounding errors, a hundredth of its size or so; a tile, a mask or a row that is wrong shows as much more. Vanilla's
+// its rounding errors, a hundredth of its size or so (a tenth in a model of 15 channels); a tile, a mask or a row that is wrong shows as much more. Vanilla's
 // key bias, whose gradient is 0 in theory, is left out.
 static void test_head_sizes(const std::vector<int>& attentions, const std::vector<int>& sizes,
                             const std::vector<int>& lengths) {
@@ -516,14 +523,15 @@ static void test_head_sizes(const std::vector<int>& attentions, const std::vecto
         Worst worst;
         for (int HS : sizes)
             for (int T : lengths) {
-                Config c = small_config(attention, 3, 2, HS);
+                const int NH = HS % 2 ? 1 : 2, B = NH;  // odd ones leave nothing at a multiple of 16 bytes
+                Config c = small_config(attention, 3, NH, HS);
                 c.maxT = T, c.skip_distance = 1, c.skip_heads = 1;
-                Batch batch(c, 2, T);
+                Batch batch(c, B, T);
                 size_t P = parameter_count(c);
                 std::vector<float> gradients[2];
                 for (int p : {BF16, FP32}) {
                     gradients[p].resize(P);
-                    Model* m = random_model(c, (Precision)p, {.B = 2, .T = T, .train = true});
+                    Model* m = random_model(c, (Precision)p, {.B = B, .T = T, .train = true});
                     model_set_inputs(m, batch.x.data(), batch.y.data());
                     model_forward(m, true, 1);
                     model_backward(m);
@@ -540,7 +548,7 @@ static void test_head_sizes(const std::vector<int>& attentions, const std::vecto
                         bool key_bias = block.name.starts_with("dqkvb") && block.name.ends_with("k");
                         bool alone = T == 1 && (block.name.starts_with("dqkv") && !block.name.ends_with("v"));
                         if (key_bias || alone) continue;  // (a single token has no choice of what to attend to)
-                        if (worst.see(sqrt(error), 0.06 * sqrt(square)))
+                        if (worst.see(sqrt(error), (NH == 1 ? 0.3 : 0.06) * sqrt(square)))
                             worst.where = format("%s, HS %d, T %d", block.name.c_str(), HS, T);
                     }
             }
@@ -710,14 +718,17 @@ static void test_allocations(Precision precision) {
         Batch batch(c, 2, 17);
         std::vector<float> logits(c.V);
         Model* m = random_model(c, precision, {.B = 2, .T = 17, .train = true, .sequences = 1});
-        [[maybe_unused]] size_t free_before = device_free_memory();
-        times -= allocations;
-        model_set_inputs(m, batch.x.data(), batch.y.data());
-        model_forward(m, true, 1);
-        model_backward(m);
-        model_update(m, test_adamw, 1, 1);
-        model_prompt(m, batch.x.data(), 17, logits.data());
-        model_decode(m, batch.x.data(), logits.data());
+        [[maybe_unused]] size_t free_before = 0;
+        for (int round = ON_GPU ? 1 : 2; round <= 2; round++) {  // a GPU loads code when it is first used
+            if (round == 2) free_before = device_free_memory(), times -= allocations;
+            model_reset_cache(m);
+            model_set_inputs(m, batch.x.data(), batch.y.data());
+            model_forward(m, true, 1);
+            model_backward(m);
+            model_update(m, test_adamw, 1, 1);
+            model_prompt(m, batch.x.data(), 17, logits.data());
+            model_decode(m, batch.x.data(), logits.data());
+        }
         times += allocations;
 #ifdef GPT2_CUDA
         as_before = as_before && device_free_memory() == free_before;
@@ -1039,10 +1050,15 @@ int main(int argc, char** argv) {
         // Again with every loop in more rounds than one, as large models have them.
         printf("the same in small pieces\n");
         chunk_values = 1000, classifier_rows_least = 8, classifier_logits_most = 1;
-#ifndef GPT2_CUDA
+#ifdef GPT2_CUDA
+        finishes_apart = true;
+#else
         token_slab = 16, vocabulary_slab = 32;
 #endif
         check_all(NEVER);
+#ifdef GPT2_CUDA
+        finishes_apart = false;
+#endif
 #ifndef GPT2_CUDA
         test_exp();
         test_matmul<float>("fp32");
@@ -1064,7 +1080,7 @@ int main(int argc, char** argv) {
             test_decoding(precision);
             test_allocations(precision);
         }
-        test_head_sizes({VANILLA, SKIP, DEPTH}, {24, 64, 128}, {1, 17, 64, 65, 161});
+        test_head_sizes({VANILLA, SKIP, DEPTH}, {15, 24, 64, 128}, {1, 17, 64, 65, 161});
         test_finite_differences(settings(), EMULATED ? 6 : 1);
         test_finite_differences(wide_settings());
         test_memory();

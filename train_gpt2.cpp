@@ -284,6 +284,7 @@ static std::string device_name();              // "2 threads, AVX-512"
 static Precision device_precision();           // what it computes in unless told otherwise
 static const char* device_help();              // how a user chooses what of the machine is used
 static size_t device_free_memory();            // bytes that can still be allocated
+static bool device_is_host();                  // models take of the same memory as the program does
 static double device_most_memory();            // MiB: the most that was in use at a time since the last call
 static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
@@ -2141,6 +2142,8 @@ static size_t device_free_memory() {
     return (size_t)std::max(0.0, free_bytes);
 }
 
+static bool device_is_host() { return true; }
+
 // The most memory that the process has held since the last call, in MiB; 0 where the system does not say.
 static double device_most_memory() {
     double kilobytes = number_after("/proc/self/status", "VmHWM:", 0);
@@ -2377,7 +2380,7 @@ static OptionTable option_table(Options& o) {
         {"out", "DIR", &o.out, 0, 0, TRAIN, FORGOTTEN, "folder for model.bin, metrics.csv and tokenizer.bin"},
         {"resume", "", &o.resume, 0, 0, TRAIN, FORGOTTEN, "go on from DIR/model.bin as if never stopped"},
         {"overwrite", "", &o.overwrite, 0, 0, TRAIN, FORGOTTEN, "replace the run that DIR holds"},
-        {"batch", "N", &o.batch, 1, 65536, TRAIN | EVAL | DESCRIBE | BENCH, FIXED, "sequences computed at a time"},
+        {"batch", "N", &o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE | BENCH, FIXED, "sequences computed at a time"},
         {"sequence", "N", &o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE | BENCH, FIXED,
          "tokens in a sequence [the context, at most 1024]"},
         {"total-batch", "N", &o.total_batch, 1, most, TRAIN, FIXED,
@@ -4011,7 +4014,7 @@ static void train(Options& o, OptionTable& table, const char* program) {
     run.loader.shards = split_shards(run.train);
     run.loader.T = T, run.loader.V = run.c.V, run.loader.seed = (uint64_t)o.seed;
     Workload work = {B, T, true, can_sample(run), o.recompute};
-    size_t loading = loader_bytes(run.loader.shards, T);
+    size_t loading = device_is_host() ? loader_bytes(run.loader.shards, T) : 0;
     const int sequences = is_given(table, "total-batch") ? o.total_batch / T : 0;
     Memory memory = check_memory(run.c, o.precision, work, loading, sequences);
     std::vector<int> x((size_t)B * T), y((size_t)B * T);

@@ -53,13 +53,13 @@ static void check(cudaError_t error, const char* call, int line) {
 // Where all work goes. Batches come in on a stream of their own.
 struct Gpu {
     std::string name;
-    int multiprocessors;
+    int multiprocessors, major;          // major: of its compute capability
     size_t in_use = 0, most_in_use = 0;  // bytes of models
     cudaStream_t stream, copies;
 };
 static Gpu gpu;
 
-constexpr int WARP = 32, LONGEST_BLOCK = 1024;
+constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffff;
 
 // Rows are read and written in shares: 8 values a thread, from a row of n values that `lanes` threads share out among
@@ -114,10 +114,15 @@ __device__ inline void store(X* row, const float (&share)[SHARE], int lane, int 
     }
 }
 
-// Whether rows of such lengths and distances can be read as vectors.
+// Whether rows of such lengths and distances can be read as vectors; and the distance of a pointer from where such a row
+// may begin.
 template <class... Sizes>
 static bool vectors(Sizes... sizes) {
     return ((sizes % SHARE == 0) && ...);
+}
+template <class X>
+static size_t elements_before(const X* p) {
+    return (size_t)(uintptr_t)p / sizeof(X);
 }
 
 constexpr int WARP_SHARE = WARP * SHARE;  // a warp goes through longer rows in so long pieces
@@ -135,7 +140,7 @@ __device__ inline float maximum_over(float x, int lanes = WARP) {
 
 // Where a head of a token has a group of lanes: as many (a power of two) as its HS channels need, neighbours in a warp,
 // which sum up a dot product together. All of a warp's groups take part in that to the end; for those past the last head
-// it is all zeros, and they store nothing. (Memory ends long before rows · NH comes to 2³².)
+// it is all zeros, and they store nothing. There are fewer than 2³² heads of tokens (create).
 constexpr int HEAD_SIZE_MOST = WARP_SHARE, HEADS_BLOCK = 128;
 
 static int lanes_of_head(size_t HS) { return (int)std::bit_ceil(ceil_div(HS, SHARE)); }
@@ -221,12 +226,11 @@ static void collect_spans() {
 }
 
 static std::vector<Share> model_profile() {
-    for (Span& span : spans) {
-        if (profiling) break;
-        CHECK(cudaEventCreateWithFlags(&span.begin, cudaEventDefault));
-        CHECK(cudaEventCreateWithFlags(&span.end, cudaEventDefault));
-    }
-    profiling = true;
+    if (!std::exchange(profiling, true))
+        for (Span& span : spans) {
+            CHECK(cudaEventCreateWithFlags(&span.begin, cudaEventDefault));
+            CHECK(cudaEventCreateWithFlags(&span.end, cudaEventDefault));
+        }
     collect_spans();
     return {profile, profile + PARTS};
 }
@@ -302,11 +306,12 @@ struct MatmulPlan {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t A, B, D;
     cublasLtMatmulAlgo_t algorithm;
+    bool possible;  // cuBLASLt has an algorithm
 };
 
-static int alignment_of(const void* p) {  // bytes, up to 256; a null pointer's is 256
-    uintptr_t low = (uintptr_t)p & 255;
-    return low ? (int)(low & -low) : 256;
+static int alignment_of(const void* p) {  // bytes, up to 16, the widest access
+    uintptr_t low = (uintptr_t)p & 15;
+    return low ? (int)(low & -low) : 16;
 }
 
 template <class Attribute, class Value>
@@ -364,18 +369,17 @@ static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux)
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_D);
     cublasLtMatmulHeuristicResult_t result;
     int found = 0;
-    CHECK(cublasLtMatmulAlgoGetHeuristic(cublas_handle(), plan.operation, plan.A, plan.B, plan.D, plan.D, preference, 1,
-                                         &result, &found));
+    plan.possible = cublasLtMatmulAlgoGetHeuristic(cublas_handle(), plan.operation, plan.A, plan.B, plan.D, plan.D,
+                                                   preference, 1, &result, &found) == CUBLAS_STATUS_SUCCESS &&
+                    found && result.state == CUBLAS_STATUS_SUCCESS;
     CHECK(cublasLtMatmulPreferenceDestroy(preference));
-    if (!found)
-        die("cuBLASLt has no matmul of %d x %d x %d (layout %d%d, types %d %d, epilogue %d)", s.m, s.n, s.k, s.transA,
-            s.transB, (int)s.ab_type, (int)s.d_type, (int)s.epilogue);
     plan.algorithm = result.algo;
     return plan;
 }
 
 // D = epilogue(op(A) op(B) + C), column by column as in BLAS; C, if there is one, has D's type and distance of columns.
-static void matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, const void* A, bool transA, const void* B,
+// False where cuBLASLt does not have this.
+static bool matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, const void* A, bool transA, const void* B,
                             bool transB, MatmulType ab_type, int m, int n, int k, int lda, int ldb, int ldd,
                             const void* C, Epilogue epilogue, const void* bias, void* aux) {
     const MatmulShape shape = {d_type, ab_type, epilogue, transA, transB, m, n, k, lda, ldb, ldd, C != nullptr,
@@ -395,11 +399,13 @@ static void matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, con
         }
         *plan = plan_matmul(shape, bias, aux);
     }
+    if (!plan->possible) return false;
     if (bias) set(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     if (aux) set(plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
     const float one = 1, beta = C ? 1 : 0;
     CHECK(cublasLtMatmul(cublas_handle(), plan->operation, &one, A, plan->A, B, plan->B, &beta, C ? C : D, plan->D, D,
                          plan->D, &plan->algorithm, ws.data, ws.size, gpu.stream));
+    return true;
 }
 #endif
 
@@ -414,23 +420,38 @@ struct Finish {
     X* aux = nullptr;
 };
 
+// What comes after a product, in a pass of its own (below, with GELU).
+template <class X, class Y>
+static void finish_apart(Y* y, size_t ldy, size_t M, size_t N, const Finish<X, Y>& finish);
+static bool finishes_apart = false;  // even where cuBLASLt can do it on the way: a test's
+
 // Y (M, N), rows ldy apart. To cuBLASLt, which counts columns first, this is Yᵀ (N, M) = Bᵀ (N, K) Aᵀ (K, M).
 template <class X, class Y>
 static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
                    Finish<X, Y> finish = {}) {
     Timed timed(MATMUL, 2.0 * M * N * K, 1.0 * N * K * sizeof(X));
+    auto multiply = [&](Epilogue epilogue) {
+        const X* bias = epilogue == Epilogue::NONE ? nullptr : finish.bias;
+        X* aux = epilogue == Epilogue::NONE ? nullptr : finish.aux;
 #ifdef GPT2_EMULATED
-    (void)ws;
-    if (finish.add && finish.add != y)
-        CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
-    CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
-                          (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, finish.epilogue, finish.bias,
-                          finish.aux, gpu.stream, MATMUL_TYPE<X>));
+        (void)ws;
+        if (finish.add && finish.add != y)
+            CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
+        CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
+                              (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, epilogue, bias, aux,
+                              gpu.stream, MATMUL_TYPE<X>));
+        return true;
 #else
-    matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N, (int)M,
-                    (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, finish.epilogue, finish.bias,
-                    finish.aux);
+        return matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N,
+                               (int)M, (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, epilogue, bias, aux);
 #endif
+    };
+    const bool apart = finishes_apart && finish.epilogue != Epilogue::NONE;
+    if (!apart && multiply(finish.epilogue)) return;
+    // cuBLASLt lacks some sizes, alignments or epilogues on some GPUs.
+    if ((!apart && finish.epilogue == Epilogue::NONE) || !multiply(Epilogue::NONE))
+        die("cuBLASLt has no product of %zu x %zu x %zu here: try another --precision", M, N, K);
+    finish_apart(y, ldy, M, N, finish);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -468,30 +489,54 @@ __device__ inline float gelu_derivative(float x) {
     return s + x * s * (1.0f - s) * dz;
 }
 
-// Whether cuBLASLt can do GELU and its derivative on the way: on tensor cores, with rows of whole vectors.
-template <class X>
-static bool fuses_gelu(size_t OC) {
-    return std::is_same_v<X, bf16> && vectors(OC);
+// One thread a value of y (M, N), rows ldy apart
+template <class X, class Y>
+__global__ void finish_kernel(Y* y, size_t ldy, size_t M, size_t N, Finish<X, Y> finish) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= M * N) return;
+    const size_t at = i / N * ldy + i % N;
+    float value = (float)y[at];
+    if (finish.bias) value += (float)finish.bias[i % N];
+    if (finish.epilogue == Epilogue::GELU_AUX_BIAS) {
+        finish.aux[at] = (X)value;
+        value = gelu(value);
+    }
+    if (finish.epilogue == Epilogue::DGELU) value *= gelu_derivative((float)finish.aux[at]);
+    y[at] = (Y)value;
 }
 
-// y (n) = gelu(h), one thread a value
+template <class X, class Y>
+static void finish_apart(Y* y, size_t ldy, size_t M, size_t N, const Finish<X, Y>& finish) {
+    constexpr int BLOCK = 256;
+    finish_kernel<X, Y><<<(unsigned)ceil_div(M * N, BLOCK), BLOCK, 0, gpu.stream>>>(y, ldy, M, N, finish);
+    CHECK(cudaGetLastError());
+}
+
+// Whether cuBLASLt does GELU and its derivative on the way: on tensor cores, with rows of whole vectors, and as fast as
+// without them on Hopper GPUs and later.
 template <class X>
+static bool fuses_gelu(size_t OC) {
+    return std::is_same_v<X, bf16> && vectors(OC) && gpu.major >= 9;
+}
+
+// y (n) = gelu(h), one thread a share
+template <bool VECTORS, class X>
 __global__ void gelu_forward_kernel(X* y, const X* h, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * SHARE;
     float share[SHARE];
     int left = i < n ? (int)min((size_t)SHARE, n - i) : 0;
-    if (left == SHARE) load<true>(share, h + i, 0, 1, SHARE);
-    else load<false>(share, h + i, 0, 1, left);
+    load<VECTORS>(share, h + i, 0, 1, left);
 #pragma unroll
     for (int j = 0; j < SHARE; j++) share[j] = gelu(share[j]);
-    if (left == SHARE) store<true>(y + i, share, 0, 1, SHARE);
-    else store<false>(y + i, share, 0, 1, left);
+    store<VECTORS>(y + i, share, 0, 1, left);
 }
 
 template <class X>
 static void gelu_forward(X* y, const X* h, size_t n) {
     constexpr int BLOCK = 128;
-    gelu_forward_kernel<X><<<(unsigned)ceil_div(n, SHARE * BLOCK), BLOCK, 0, gpu.stream>>>(y, h, n);
+    auto kernel = vectors(n, elements_before(y), elements_before(h)) ? gelu_forward_kernel<true, X>
+                                                                     : gelu_forward_kernel<false, X>;
+    kernel<<<(unsigned)ceil_div(n, SHARE * BLOCK), BLOCK, 0, gpu.stream>>>(y, h, n);
     CHECK(cudaGetLastError());
 }
 
@@ -581,7 +626,7 @@ static void linear_backward_weight(const Workspace& ws, float* dw, float* db, fl
     if (!db) return;
     static_assert(BIAS_WARPS * WARP == WARP_SHARE, "one thread for each of the columns, in the end");
     size_t runs = ceil_div(rows, BIAS_RUN);
-    auto kernel = vectors(OC, lddy, (size_t)(uintptr_t)dy / sizeof(X)) ? bias_backward_kernel<true, X>
+    auto kernel = vectors(OC, lddy, elements_before(dy)) ? bias_backward_kernel<true, X>
                                                                        : bias_backward_kernel<false, X>;
     dim3 grid((unsigned)ceil_div(OC, WARP_SHARE), (unsigned)runs), block(WARP, BIAS_WARPS);
     kernel<<<grid, block, 0, gpu.stream>>>(partial, dy, rows, (int)OC, lddy);
@@ -737,15 +782,16 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
 // since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (var + eps)^-½). Summed over j with g_j:
 //     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
 // dw = Σ dy n and db = Σ dy over tokens: partial sums over fixed runs of tokens, then added up in order.
-constexpr int LAYERNORM_RUN = 32, LAYERNORM_AT_ONCE = 2, LAYERNORM_MOST = LONGEST_BLOCK * SHARE;
+constexpr int LAYERNORM_RUN = 32, LAYERNORM_AT_ONCE = 2, LAYERNORM_BLOCK = 512;  // more threads would lack registers
+constexpr int LAYERNORM_MOST = LAYERNORM_BLOCK * SHARE;
 
 // A block has a run of tokens and goes through it, two tokens at a time; a thread has a share of the channels, whose dw
 // and db stay in its registers. The two tokens' mean(g) and mean(g n) are sums over the block: each warp's go through
 // shared memory, in one of two buffers by turns, so that one barrier is enough.
 template <bool VECTORS, class X>
-__global__ void layernorm_backward_kernel(X* dx, float* partial /* (runs, 2, C) */, const X* dy, const X* x, const X* w,
-                                          const float* mean, const float* rstd, size_t rows, int C,
-                                          bool accumulate_dx) {
+__global__ void __launch_bounds__(LAYERNORM_BLOCK)
+    layernorm_backward_kernel(X* dx, float* partial /* (runs, 2, C) */, const X* dy, const X* x, const X* w,
+                              const float* mean, const float* rstd, size_t rows, int C, bool accumulate_dx) {
     constexpr int N = LAYERNORM_AT_ONCE;
     __shared__ float warp_sums[2][2 * N][WARP];
     const int lane = threadIdx.x, lanes = blockDim.x, warp = lane / WARP, warps = lanes / WARP;
@@ -856,10 +902,20 @@ struct AttentionShape {
     float scale() const { return 1.0f / sqrtf((float)HS); }
 };
 
-template <class X, class Y>
-__device__ inline float dot(const X* a, const Y* b, int n) {
+// a in shared memory, b a head's row
+template <class X>
+__device__ inline float dot(const float* a, const X* b, int n) {
     float sum = 0;
-    for (int i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
+    if (n % SHARE > 0) {
+        for (int i = 0; i < n; i++) sum += a[i] * (float)b[i];
+        return sum;
+    }
+    for (int i = 0; i < n; i += SHARE) {  // all rows of heads are then at multiples of 16 bytes
+        float share[SHARE];
+        load<true>(share, b + i, 0, 1, SHARE);
+#pragma unroll
+        for (int j = 0; j < SHARE; j++) sum += a[i + j] * share[j];
+    }
     return sum;
 }
 
@@ -1155,8 +1211,8 @@ __device__ inline void store_two(float* to, float x, float y) { *(float2*)to = m
 // memory keeps up with the tensor cores. A block has 64·M rows.
 template <int HS> constexpr int FRAGMENTS = HS == 64 ? 2 : 1;
 
-// A block has a head's 64·M queries, and goes through tiles of 64 keys; the next one comes in meanwhile. The blocks with
-// the most keys start first.
+// A block has a head's 64·M queries, and goes through tiles of 64 keys; the next one comes in meanwhile. A head's
+// blocks with the most keys start first.
 // Shared memory: q (64·M, HS), then k and v (64, HS) of this tile and of the next.
 template <int HS> constexpr size_t FORWARD_SHARED = (FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
@@ -1871,10 +1927,10 @@ static void depth_backward(X* dqkv, const float* dkv, float* ds, const float* a,
 
 // A block has a token. It reads the logits (Vp) twice, the second time from the L2 cache, and writes gradient_scale ·
 // dlogits in their place, unless gradient_scale is 0.
-constexpr int CLASSIFIER_BLOCK = 512;
+constexpr int CLASSIFIER_BLOCK = 1024;  // so that the rows under way fit into an H100's L2 cache
 
 template <class X>
-__global__ void __launch_bounds__(CLASSIFIER_BLOCK, 3)
+__global__ void __launch_bounds__(CLASSIFIER_BLOCK, 2)
     softmax_cross_entropy_kernel(float* losses, X* all_logits, const int* targets, int V, int Vp, float gradient_scale) {
     __shared__ float maxima[WARP], sums[WARP];
     X* logits = all_logits + (size_t)blockIdx.x * Vp;
@@ -1975,7 +2031,7 @@ __device__ inline double block_sum(double x) {
     return threadIdx.x == 0 ? terms[0] : 0;
 }
 
-// partial (runs): Σ g² over a run of UPDATE_RUN elements, one block each. Parameters begin at multiples of 16 bytes.
+// partial (runs): Σ g² over a run of UPDATE_RUN elements, one block each
 __global__ void sum_of_squares_kernel(double* partial, const float* g, size_t n) {
     const size_t begin = blockIdx.x * UPDATE_RUN, end = min(n, begin + UPDATE_RUN);
     double sum = 0;
@@ -2059,7 +2115,7 @@ static void adamw_update(X* working, float* w, float* m, float* v, const float* 
     Timed timed(ADAMW, 0, n * (7.0 * sizeof(float) + (sizeof(X) == sizeof(float) ? 0 : sizeof(X))));
     float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
     float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
-    auto kernel = vectors(n, (size_t)(uintptr_t)w / sizeof(float)) ? adamw_update_kernel<true, X>
+    auto kernel = vectors(n, elements_before(w)) ? adamw_update_kernel<true, X>
                                                                    : adamw_update_kernel<false, X>;
     kernel<<<(unsigned)ceil_div(n, BLOCK * SHARE), BLOCK, 0, gpu.stream>>>(working, w, m, v, gradient, n, a, decay,
                                                                           results, m_correction, v_correction);
@@ -2286,6 +2342,7 @@ static Model* create(const Config& c, Precision precision, const Workload& work,
     if (c.C > LAYERNORM_MOST) die("%d channels: on a GPU there can be %d", c.C, LAYERNORM_MOST);
     if (c.head_size() > HEAD_SIZE_MOST)
         die("heads of %d channels: on a GPU they can have %d", c.head_size(), HEAD_SIZE_MOST);
+    if ((size_t)work.B * work.T * c.NH > UINT_MAX) die("B x T x heads: on a GPU they can be %u", UINT_MAX);
     ModelOf<X>* m = new ModelOf<X>{};
     m->config = c;
     m->precision = precision;
@@ -2455,7 +2512,7 @@ static void backward(ModelOf<X>& m) {
         layernorm(i + 1, d(LN2W), d(LN2B), w(LN2W), true);
         linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
         linear_weight(ATTPROJW, ATTPROJB, dx, atty, C, C);
-        // dk and dv of a layer that no other has a share in need no fp32 sum.
+        // dk and dv of a layer that no other has a share in need no fp32 sum; vanilla has no dkv at all.
         float* dkv = c.attention == SKIP && !skips(c, l, 0) && !dkv_above ? nullptr : m.dkv;
         attention_backward<X>(m.dqkv, dkv, dkv_below, m.delta, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
         if (c.attention == SKIP && dkv) skip_backward(m.dqkv, dkv, dkv_above, c, l, BT);
@@ -2655,6 +2712,7 @@ static void device_init(char**, bool computes) {
             properties.major, properties.minor);
     gpu.name = properties.name;
     gpu.multiprocessors = properties.multiProcessorCount;
+    gpu.major = properties.major;
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CHECK(cudaStreamCreateWithFlags(&gpu.copies, cudaStreamNonBlocking));
 }
@@ -2663,10 +2721,18 @@ static std::string device_name() { return gpu.name; }
 static Precision device_precision() { return BF16; }
 static const char* device_help() { return "CUDA_VISIBLE_DEVICES chooses the GPU, the first if it is not set."; }
 
+static bool device_is_host() { return false; }
+
+// The code of kernels, cuBLASLt's above all, comes into memory when it is first used; and allocations are rounded up.
+#ifdef GPT2_EMULATED
+constexpr size_t RESERVED = 0;
+#else
+constexpr size_t RESERVED = 512 << 20;
+#endif
 static size_t device_free_memory() {
     size_t free_bytes, total;
     CHECK(cudaMemGetInfo(&free_bytes, &total));
-    return free_bytes;
+    return free_bytes - std::min(free_bytes, RESERVED);
 }
 
 static double device_most_memory() { return (double)std::exchange(gpu.most_in_use, gpu.in_use) / (1 << 20); }

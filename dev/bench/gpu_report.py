@@ -81,6 +81,7 @@ def main():
         nvcc = first_line([sys.argv[1], "--version"]) and run([sys.argv[1], "--version"]).stdout.strip().split("\n")[-1]
         if not nvcc:
             die(f"{sys.argv[1]} does not run")
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts them
         query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
         device = first_line(["nvidia-smi", "-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
                              f"--query-gpu={query}", "--format=csv,noheader"])
