@@ -497,7 +497,8 @@ static void test_accumulation(Precision precision, const Config& c, int B, int T
     double loss_of_parts = model_loss(m);
     model_get(m, GRADIENTS, 0, P, sums.data());
     Worst worst;
-    // cuBLAS chooses a kernel by the number of tokens, whose sums run in another order: in bf16 they then round otherwise.
+    // cuBLAS chooses a kernel by the number of tokens, whose sums run in another order: in bf16 they then round
+    // otherwise.
     const double looser = ON_GPU && precision == BF16 ? 200 : 1;
     worst.see(fabs(loss - loss_of_parts), looser * 1e-6 * loss);
     for (const Tensor& t : tensor_table(c)) {
@@ -515,8 +516,8 @@ static void test_accumulation(Precision precision, const Config& c, int B, int T
 }
 
 // Head sizes and lengths around those of tiles: what bf16 gives is near what fp32 gives. A gradient's block differs by
-// its rounding errors, a hundredth of its size or so (a tenth in a model of 15 channels); a tile, a mask or a row that is
-// wrong shows as much more. Vanilla's key bias, whose gradient is 0 in theory, is left out.
+// its rounding errors, a hundredth of its size or so (a tenth in a model of 15 channels); a tile, a mask or a row that
+// is wrong shows as much more. Vanilla's key bias, whose gradient is 0 in theory, is left out.
 static void test_head_sizes(const std::vector<int>& attentions, const std::vector<int>& sizes,
                             const std::vector<int>& lengths) {
     for (int attention : attentions) {
@@ -630,8 +631,8 @@ static std::vector<float> forward_logits(const Config& c, Precision precision, c
     return logits;
 }
 
-// A sequence decoded from a cache against all at once: three pieces of some tokens, then ten single ones, or, where pieces
-// are single tokens, all of it so. Sums run in another order where a piece is a single token: in fp32, logits
+// A sequence decoded from a cache against all at once: three pieces of some tokens, then ten single ones, or, where
+// pieces are single tokens, all of it so. Sums run in another order where a piece is a single token: in fp32, logits
 // agree to rounding. In bf16, where each then rounds in its own way, decoding must be as near to fp32 as the forward
 // pass is.
 static void check_decoding(const Config& c, Precision precision, const std::vector<int>& pieces) {
@@ -696,8 +697,9 @@ static void test_memory() {
     bool equal = true;
     for (int attention : {VANILLA, SKIP, DEPTH})
         for (int precision : {FP32, BF16})
-            for (Workload work : {Workload{.B = 2, .T = 17, .train = true}, {.B = 2, .T = 17, .train = true, .recompute = true},
-                                  {.B = 2, .T = 17}, {.B = 1, .T = 5, .train = true, .sequences = 1}, {.sequences = 3}}) {
+            for (Workload work : {Workload{.B = 2, .T = 17, .train = true},
+                                  {.B = 2, .T = 17, .train = true, .recompute = true}, {.B = 2, .T = 17},
+                                  {.B = 1, .T = 5, .train = true, .sequences = 1}, {.sequences = 3}}) {
                 Config small = small_config(attention);
                 size_t before = device_free_memory();
                 Model* m = model_create(small, (Precision)precision, work);
@@ -1076,7 +1078,7 @@ int main(int argc, char** argv) {
             test_identities(precision);
             test_threads(precision);
             for (int attention : {VANILLA, SKIP, DEPTH}) test_accumulation(precision, small_config(attention), 1, 23);
-            test_accumulation(precision, small_config(VANILLA, 1), 264, 1);  // more runs than a GPU's block sums at once
+            test_accumulation(precision, small_config(VANILLA, 1), 264, 1);  // many runs for one block to sum up
             test_update(precision);
             test_decoding(precision);
             test_allocations(precision);

@@ -468,8 +468,8 @@ struct Timed {
 // Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
 //     - A is packed into panels of MR rows, [panel][step][MR], by all threads together, once if it fits the buffer;
 //     - C is cut into blocks of NC columns, which threads take one by one. A thread packs its NC columns of B into
-//       panels [panel][step][NR], which stay in its L2 cache while A goes by, panel after panel: the microkernel sums up
-//       MR × NR of C in registers, over all of K.
+//       panels [panel][step][NR], which stay in its L2 cache while A goes by, panel after panel: the microkernel sums
+//       up MR × NR of C in registers, over all of K.
 //     - The finished MR rows of the block go through `store_row` while in L1: bias, GELU, residual and the like cost no
 //       pass over memory.
 // The books also block K, so that B's panels fit a cache however long it is. Here K is never so long that this pays:
@@ -3881,7 +3881,7 @@ static void train_steps(Run& run, std::vector<int>& x, std::vector<int>& y, bool
     const int accumulation = o.total_batch / (o.batch * o.sequence);
     const double flops = flops_per_token(run.c, o.sequence), start = seconds();
     const int first_step = p.step;
-    enum { NOWHERE, HERE, SET } batch = batch_ready ? HERE : NOWHERE;  // the next one: in x and y, or with the model too
+    enum { NOWHERE, HERE, SET } batch = batch_ready ? HERE : NOWHERE;  // the next one: in x and y, or in the model
 
     while (p.step < o.steps || p.due) {
         if (!p.due) {  // the step itself
@@ -4179,7 +4179,8 @@ static void describe(Options& o, OptionTable& table) {
         for (const Config& a : of) printf(" %12s", cell(a).c_str());
         printf("\n");
     };
-    auto memory = [&](const Config& a) { return model_memory(a, precision, {o.batch, o.sequence, true, 0, o.recompute}); };
+    const Workload training = {o.batch, o.sequence, true, 0, o.recompute};
+    auto memory = [&](const Config& a) { return model_memory(a, precision, training); };
     auto decoding = [&](const Config& a) { return model_memory(a, precision, {0, 0, false, 1}); };
     for (int a : {SKIP, DEPTH}) printf("%s\n", attention_text(of[a]).c_str());
     printf("\n");

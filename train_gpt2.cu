@@ -32,8 +32,8 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 // order. There are no atomic operations.
 //
 // Layers are templates over X, the type that weights and activations are kept in: float, or bf16 (--precision bf16).
-// Either way arithmetic is in float, on tensor cores with sums in float: a bf16 converts when it is read, and rounds when
-// it is written.
+// Either way arithmetic is in float, on tensor cores with sums in float: a bf16 converts when it is read, and rounds
+// when it is written.
 //
 // Everything runs on one stream, in order, and the CPU only waits for it where it needs a result: at a step's end.
 
@@ -63,8 +63,8 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffff;
 
 // Rows are read and written in shares: 8 values a thread, from a row of n values that `lanes` threads share out among
-// themselves. These are 8 neighbours, in accesses of 16 bytes, where VECTORS; this takes an n and distances between rows
-// that are multiples of 8. Elsewhere they lie `lanes` apart. Past n is 0 when read, and not written.
+// themselves. These are 8 neighbours, in accesses of 16 bytes, where VECTORS; this takes an n and distances between
+// rows that are multiples of 8. Elsewhere they lie `lanes` apart. Past n is 0 when read, and not written.
 constexpr int SHARE = 8;
 
 template <class X>
@@ -114,8 +114,8 @@ __device__ inline void store(X* row, const float (&share)[SHARE], int lane, int 
     }
 }
 
-// Whether rows of such lengths and distances can be read as vectors; and the distance of a pointer from where such a row
-// may begin.
+// Whether rows of such lengths and distances can be read as vectors; and the distance of a pointer from where such a
+// row may begin.
 template <class... Sizes>
 static bool vectors(Sizes... sizes) {
     return ((sizes % SHARE == 0) && ...);
@@ -139,8 +139,8 @@ __device__ inline float maximum_over(float x, int lanes = WARP) {
 }
 
 // Where a head of a token has a group of lanes: as many (a power of two) as its HS channels need, neighbours in a warp,
-// which sum up a dot product together. All of a warp's groups take part in that to the end; for those past the last head
-// it is all zeros, and they store nothing. There are fewer than 2³² heads of tokens (create).
+// which sum up a dot product together. All of a warp's groups take part in that to the end; for those past the last
+// head it is all zeros, and they store nothing. There are fewer than 2³² heads of tokens (create).
 constexpr int HEAD_SIZE_MOST = WARP_SHARE, HEADS_BLOCK = 128;
 
 static int lanes_of_head(size_t HS) { return (int)std::bit_ceil(ceil_div(HS, SHARE)); }
@@ -165,8 +165,8 @@ static unsigned head_groups_grid(size_t rows, size_t NH, int lanes) {
     return (unsigned)ceil_div(rows * NH * lanes, HEADS_BLOCK);
 }
 
-// out (n) = or += Σ over runs of partial (runs, n), in order: of up to 32 stretches of runs, a warp each, then of these.
-// A block has 32 columns. Where there is a second output, partial is (runs, 2, n).
+// out (n) = or += Σ over runs of partial (runs, n), in order: of up to 32 stretches of runs, a warp each, then of
+// these. A block has 32 columns. Where there is a second output, partial is (runs, 2, n).
 __global__ void sum_partials_kernel(float* out, float* second, const float* partial, int runs, int n, bool accumulate) {
     __shared__ float stretches[WARP][WARP];
     const int i = blockIdx.x * WARP + threadIdx.x;
@@ -457,8 +457,8 @@ static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, si
 // --------------------------------------------------------------------------------------------------------------------
 // Linear layers: y = x wᵀ + b, with w (OC, C) and `rows` tokens
 //
-// The three forward variants differ in what happens to the product before it is stored. ldy is the distance between rows
-// of y: a layer may write some columns of a wider array. x (rows, C), b (OC), y (rows, OC).
+// The three forward variants differ in what happens to the product before it is stored. ldy is the distance between
+// rows of y: a layer may write some columns of a wider array. x (rows, C), b (OC), y (rows, OC).
 
 template <class X>
 static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
@@ -593,8 +593,8 @@ static void linear_gelu_backward_input(const Workspace& ws, X* dh, const X* h, c
     }
 }
 
-// partial (runs, OC): Σ of dy over the tokens of a run. A block has a run and 256 columns; its warps take turns with the
-// tokens, a thread has a share of the columns, and the warps' sums are added up in order.
+// partial (runs, OC): Σ of dy over the tokens of a run. A block has a run and 256 columns; its warps take turns with
+// the tokens, a thread has a share of the columns, and the warps' sums are added up in order.
 constexpr int BIAS_RUN = 256, BIAS_WARPS = 8;
 
 template <bool VECTORS, class X>
@@ -919,9 +919,9 @@ __device__ inline float dot(const float* a, const X* b, int n) {
     return sum;
 }
 
-// A block has a query, and its warps take turns with tiles of 32 keys: lane by lane, first a key's score, then a channel
-// of the sum over the tile's values. At the end the warps' results become one, as tiles did before. With one warp for
-// training, with eight for decoding, where there are few queries.
+// A block has a query, and its warps take turns with tiles of 32 keys: lane by lane, first a key's score, then a
+// channel of the sum over the tile's values. At the end the warps' results become one, as tiles did before. With one
+// warp for training, with eight for decoding, where there are few queries.
 // Shared memory: q (HS), then for each warp o (HS), p (32), max, sum.
 template <class X>
 __global__ void attention_forward_kernel(Heads<X> o, float* lse, Heads<const X> q, KeysValues<const X> kv, int HS,
@@ -1083,10 +1083,10 @@ static void attention_backward_plain(Heads<X> dq, const KeysValues<DKV>& dkv, fl
     CHECK(cudaGetLastError());
 }
 
-// Tiles on tensor cores. A warp multiplies m16n8k16: D (16, 8) += A (16, 16) B (16, 8), the operands in registers called
-// fragments. With g = lane / 4 and c = lane % 4, a lane's four values of D are at rows g and g + 8, columns 2c, 2c + 1:
-// (g, 2c) (g, 2c+1) (g+8, 2c) (g+8, 2c+1). Two D next to each other are thus, rounded to bf16, an A fragment of the next
-// product: probabilities never leave the registers.
+// Tiles on tensor cores. A warp multiplies m16n8k16: D (16, 8) += A (16, 16) B (16, 8), the operands in registers
+// called fragments. With g = lane / 4 and c = lane % 4, a lane's four values of D are at rows g and g + 8, columns 2c,
+// 2c + 1: (g, 2c) (g, 2c+1) (g+8, 2c) (g+8, 2c+1). Two D next to each other are thus, rounded to bf16, an A fragment of
+// the next product: probabilities never leave the registers.
 #ifndef GPT2_EMULATED  // these are all instructions that C++ has no name for
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -1335,8 +1335,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
 }
 
-// dq, and delta for the kernel of dk and dv. A block has a head's 64·M queries, and goes through tiles of 64 keys, 32 at
-// a time.
+// dq, and delta for the kernel of dk and dv. A block has a head's 64·M queries, and goes through tiles of 64 keys, 32
+// at a time.
 // Shared memory: q and do (64·M, HS), then k and v (64, HS) of this tile and of the next.
 template <int HS> constexpr size_t BACKWARD_QUERY_SHARED = (2 * FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
@@ -1931,7 +1931,8 @@ constexpr int CLASSIFIER_BLOCK = 1024;  // so that the rows under way fit into a
 
 template <class X>
 __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 2)
-    softmax_cross_entropy_kernel(float* losses, X* all_logits, const int* targets, int V, int Vp, float gradient_scale) {
+    softmax_cross_entropy_kernel(float* losses, X* all_logits, const int* targets, int V, int Vp,
+                                 float gradient_scale) {
     __shared__ float maxima[WARP], sums[WARP];
     X* logits = all_logits + (size_t)blockIdx.x * Vp;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -2274,9 +2275,10 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.dmix[l], train ? BT * sources * NH : 0, activations);
     }
     take(m.cache[0], c.attention == SKIP ? 0 : m.work.sequences * L * c.maxT * 2 * C, m.memory.cache);
+    const size_t positions = m.work.sequences * (size_t)c.maxT;
     for (size_t l = 0; l < L; l++)
-        if (c.attention == SKIP) take(m.cache[l], m.work.sequences * (size_t)c.maxT * 2 * kv_channels(c, l), m.memory.cache);
-        else if (l > 0 && m.cache[0]) m.cache[l] = m.cache[0] + l * m.work.sequences * c.maxT * 2 * C;
+        if (c.attention == SKIP) take(m.cache[l], positions * 2 * kv_channels(c, l), m.memory.cache);
+        else if (l > 0 && m.cache[0]) m.cache[l] = m.cache[0] + l * positions * 2 * C;
     take(m.lse, kept * BT * NH, activations);
     take(m.atty, kept * BT * C, activations);
     take(m.fch, kept * BT * 4 * C, activations);
@@ -2323,7 +2325,8 @@ static void furnish(ModelOf<X>& m) {
             copy(table, m.sources[l].data(), m.sources[l].size() * sizeof(int), cudaMemcpyHostToDevice);
         if (!m.gather_tables[l]) continue;
         std::vector<Gather> gathers;
-        for (const Reader& r : m.readers[l]) gathers.push_back({r.m, (int)r.n, (int)r.sources, m.mix[r.m], m.dmix[r.m]});
+        for (const Reader& r : m.readers[l])
+            gathers.push_back({r.m, (int)r.n, (int)r.sources, m.mix[r.m], m.dmix[r.m]});
         copy(m.gather_tables[l], gathers.data(), gathers.size() * sizeof(Gather), cudaMemcpyHostToDevice);
     }
     CHECK(cudaMallocHost((void**)&m.results_here, sizeof(Results)));
@@ -2390,7 +2393,8 @@ static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float*
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
     if (n == 0) return;
     copy(quantity(m, q) + begin, in, n * sizeof(float), cudaMemcpyHostToDevice);
-    if (q == PARAMETERS && m->precision == BF16) convert(((ModelOf<bf16>*)m)->weights + begin, m->parameters + begin, n);
+    if (q == PARAMETERS && m->precision == BF16)
+        convert(((ModelOf<bf16>*)m)->weights + begin, m->parameters + begin, n);
 }
 
 // For the gradient of the embedding, positions are sorted by their token, by counting.
@@ -2414,7 +2418,8 @@ static void model_set_inputs(Model* m, const int* x, const int* y) {
     first[in.used] = before;
     for (size_t bt = 0; bt < BT; bt++) place[m->counts[x[bt]]++] = (int)bt;
     CHECK(cudaStreamWaitEvent(gpu.copies, in.done, 0));
-    CHECK(cudaMemcpyAsync(in.device, in.host, (3 * BT + in.used + 1) * sizeof(int), cudaMemcpyHostToDevice, gpu.copies));
+    const size_t bytes = (3 * BT + in.used + 1) * sizeof(int);
+    CHECK(cudaMemcpyAsync(in.device, in.host, bytes, cudaMemcpyHostToDevice, gpu.copies));
     CHECK(cudaEventRecord(in.copied, gpu.copies));
     CHECK(cudaStreamWaitEvent(gpu.stream, in.copied, 0));
 }
@@ -2438,7 +2443,8 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
         auto w = [&](int tensor) { return m.weight(tensor, l); };
         X *x = residual(i), *x2 = residual(i + 1), *x3 = residual(i + 2);  // into attention, into the MLP, out of it
         X *ln1 = m.ln_output(i), *ln2 = m.ln_output(i + 1), *fch_gelu = m.gelu_output(l);
-        X *qkv = m.qkv + (all_qkv ? l : 0) * BT * 3 * C, *atty = m.atty + slot * BT * C, *fch = m.fch + slot * BT * 4 * C;
+        X *qkv = m.qkv + (all_qkv ? l : 0) * BT * 3 * C, *atty = m.atty + slot * BT * C;
+        X* fch = m.fch + slot * BT * 4 * C;
         const X* qkv_below = m.qkv + (all_qkv ? std::max(0, l - c.skip_distance) : 0) * BT * 3 * C;
         float* lse = m.lse + slot * BT * c.NH;
 
@@ -2607,7 +2613,8 @@ static void model_logits(Model* m, float* out) {
 // cache (sequences, 2, kept, maxT, HS), at positions `before` and further on = keys and values of the n new tokens of
 // each sequence in qkv (sequences, n, 3C), those of the last `kept` heads. One thread an element.
 template <class X>
-__global__ void cache_kernel(X* cache, const X* qkv, int n, int before, int kept, int maxT, int C, int HS, size_t total) {
+__global__ void cache_kernel(X* cache, const X* qkv, int n, int before, int kept, int maxT, int C, int HS,
+                             size_t total) {
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, width = (size_t)kept * HS;
     if (at >= total) return;
     const size_t row = at / (2 * width), b = row / n, t = before + row % n;
@@ -2638,7 +2645,8 @@ static Heads<const X> read_only(const Heads<X>& heads) {
 template <class X>
 static void cached_depth(ModelOf<X>& m, int l, size_t n) {
     const Config& c = m.config;
-    const size_t S = m.sources[l].size(), rows = m.work.sequences * n, layer = m.work.sequences * (size_t)c.maxT * 2 * c.C;
+    const size_t S = m.sources[l].size(), rows = m.work.sequences * n;
+    const size_t layer = m.work.sequences * (size_t)c.maxT * 2 * c.C;
     if (S == 0) return;
     depth_mix<X>(m.cached(l, 2, m.cache_length), m.new_mix, qkv_heads<const X>(m.new_qkv, 0, c, n),
                  read_only(m.cached(l, 1, m.cache_length)), (ptrdiff_t)layer, m.source_tables[l], S, c, l, rows, n);
@@ -2781,7 +2789,9 @@ static double matmul_peak() {
     CHECK(cudaFree(ws.data));
     return rate;
 }
-static double device_peak(Precision precision) { return precision == BF16 ? matmul_peak<bf16>() : matmul_peak<float>(); }
+static double device_peak(Precision precision) {
+    return precision == BF16 ? matmul_peak<bf16>() : matmul_peak<float>();
+}
 static size_t device_peak_memory(Precision precision) {
     return 3 * peak_matrix() * peak_matrix() * (precision == BF16 ? sizeof(bf16) : sizeof(float)) + WORKSPACE;
 }
@@ -2815,7 +2825,8 @@ static double device_bandwidth(bool writing) {
     constexpr unsigned BLOCK = 256;
     const unsigned blocks = 8 * (unsigned)gpu.multiprocessors;
     const size_t n = ((size_t)gpu.multiprocessors << 22) / sizeof(float);
-    float *a = (float*)allocate(n * sizeof(float), true), *sums = (float*)allocate(blocks * BLOCK * sizeof(float), false);
+    float* a = (float*)allocate(n * sizeof(float), true);
+    float* sums = (float*)allocate(blocks * BLOCK * sizeof(float), false);
     double rate = best_rate((writing ? 2.0 : 1.0) * n * sizeof(float), [&] {
         if (writing) scale_kernel<<<(unsigned)ceil_div(n, SHARE * BLOCK), BLOCK, 0, gpu.stream>>>(a, n);
         else read_kernel<<<blocks, BLOCK, 0, gpu.stream>>>(sums, a, n);

@@ -1,5 +1,5 @@
-"""What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's tests; then
-pytest over dev/test. Its last line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
+"""What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's tests;
+then pytest over dev/test. Its last line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
 
 import io
 import os
