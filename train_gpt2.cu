@@ -35,7 +35,8 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 // Either way arithmetic is in float, on tensor cores with sums in float: a bf16 converts when it is read, and rounds
 // when it is written.
 //
-// Everything runs on one stream, in order, and the CPU only waits for it where it needs a result: at a step's end.
+// Everything runs on one stream, in order, but for batches, which come in on a second one. The CPU queues a whole step
+// - forward, backward, update - and the next batch, and waits only where it needs a result: the norm and the loss.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Numbers
@@ -732,7 +733,7 @@ static void embedding_backward(float* dwte, float* dwpe, const X* dx, const int*
 // --------------------------------------------------------------------------------------------------------------------
 // LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each token; x, y (rows, C), mean, rstd (rows)
 
-// One warp a token. It goes through its row three times, of which memory sees the first.
+// One warp a token. It reads its row three times: from memory, then twice from the cache.
 template <bool VECTORS, class X>
 __global__ void layernorm_forward_kernel(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b,
                                          size_t rows, int C) {
@@ -872,7 +873,8 @@ static void layernorm_backward(X* dx, float* dw, float* db, float* partial, cons
 // and Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, so the sum over a whole row needs no second sweep. Then
 //     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i
 // Sums over keys belong to a query, sums over queries to a key. So dq has a kernel and dk, dv have another, which both
-// compute s and dp: each gradient is then summed by one thread in one order, and no sum leaves the registers.
+// compute s and dp: each gradient is then summed by one thread in one order, and no sum leaves the registers. delta comes
+// first: in the tiles it is the dq kernel's, else it has one of its own.
 //
 // There are two sets of kernels: tiles on tensor cores for bf16 and head sizes 64 and 128, plain ones for the rest.
 
@@ -921,7 +923,7 @@ __device__ inline float dot(const float* a, const X* b, int n) {
 
 // A block has a query, and its warps take turns with tiles of 32 keys: lane by lane, first a key's score, then a
 // channel of the sum over the tile's values. At the end the warps' results become one, as tiles did before. With one
-// warp for training, with eight for decoding, where there are few queries.
+// warp for training, with eight for decoding, where there are few queries. Scores, and their max, are kept unscaled.
 // Shared memory: q (HS), then for each warp o (HS), p (32), max, sum.
 template <class X>
 __global__ void attention_forward_kernel(Heads<X> o, float* lse, Heads<const X> q, KeysValues<const X> kv, int HS,
@@ -1158,9 +1160,11 @@ __device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int f
     }
 }
 
-// Fragments. A: rows r .. r+15, channels 16k .. 16k+15. B: for two products side by side, [0], [1] and [2], [3]; with
-// rows as columns of B, rows r .. r+15 and channels 16k .. 16k+15; with rows as rows of B, the same, but it is the
-// channels that are side by side. r is a multiple of 8, and so in_tile's share of a lane stays the same in all loops.
+// Fragments, of rows r .. r+15 and channels 16k .. 16k+15 of a tile. load_A: as an A. The others: as two B of 16 × 8, in
+// b[0], b[1] and b[2], b[3], for two products side by side. A tile's row is a column of B in load_B_of_columns (a product
+// over channels, as q kᵀ), which gives B of rows r .. r+7 and r+8 .. r+15; it is a row of B in load_B_of_rows (a product
+// over rows, as p v), which gives B of channels 16k .. 16k+7 and 16k+8 .. 16k+15. r is a multiple of 8, and so
+// in_tile's share of a lane stays the same in all loops.
 template <int HS>
 __device__ inline void load_A(uint32_t (&a)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
@@ -1925,7 +1929,7 @@ static void depth_backward(X* dqkv, const float* dkv, float* ds, const float* a,
 // never exist at once. With p = softmax(logits), loss = log Σ e^logit - logit_y, so dlogits = p - 1[y].
 // Columns from V to Vp are computed, and then left out: they get no probability, and their gradient is 0.
 
-// A block has a token. It reads the logits (Vp) twice, the second time from the L2 cache, and writes gradient_scale ·
+// A block has a token. It reads the logits twice, the second time from the L2 cache, and writes gradient_scale ·
 // dlogits in their place, unless gradient_scale is 0.
 constexpr int CLASSIFIER_BLOCK = 1024;  // so that the rows under way fit into an H100's L2 cache
 

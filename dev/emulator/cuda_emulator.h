@@ -5,13 +5,13 @@ Each CUDA thread becomes a fiber, all on one thread of the operating system, wit
 installed. It is made to make mistakes show, not to be fast: what is undefined on a GPU is made to go wrong here, in
 another way for each seed, or ends the program with one line that names kernel, block, thread, file and line.
 
-Use it for your own kernels:
+Use it for your own kernels; these are its plain, its address and its checked build:
 
-    python3 translate.py mine.cu mine.cpp                     rewrites launches, __shared__ and CUDA's #includes
-    g++ -std=c++20 -O2 -g -DGPT2_EMULATED -include cuda_emulator.h mine.cpp -o mine              the plain build
-    ... -fsanitize=address,undefined                                                             for bounds
-    g++ -std=c++20 -O1 -g -DGPT2_EMULATED -include cuda_emulator.h -fsanitize=thread,alignment -c mine.cpp -o mine.o
-    g++ mine.o -o mine                                                                           the checked build
+    python3 dev/emulator/translate.py mine.cu mine.cpp        rewrites launches, __shared__ and CUDA's #includes
+    E="-std=c++20 -g -DGPT2_EMULATED -include dev/emulator/cuda_emulator.h"
+    g++ $E -O2 mine.cpp -o mine
+    g++ $E -O2 -fsanitize=address,undefined mine.cpp -o mine_address
+    g++ $E -O1 -fsanitize=thread,alignment -c mine.cpp -o mine.o && g++ mine.o -o mine_checked
 
 The checked build has the compiler call a function before each access to memory, as it does for ThreadSanitizer; but the
 functions are this header's, so it is linked without -fsanitize. ThreadSanitizer itself knows neither what CUDA's
@@ -29,7 +29,7 @@ What is caught                                                                  
     out of bounds, shared memory                                                    -          always     always
     out of bounds, a thread's own arrays                                            -          always     -
     host memory used in a kernel, device memory by the host                         -          -          always
-    misaligned float4 and the like                                                  (may crash) always    always
+    misaligned float4 and the like (with g++)                                       (may crash) always    always
     misaligned cp.async or ldmatrix, or outside of shared memory                    always     always     always
     a collective that not all threads of its mask, or of its block, reach, or that
         they reach at different places; a mask without its caller                   always     always     always
@@ -40,14 +40,14 @@ What is caught                                                                  
     pinned memory overwritten before its copy has run, or read before               result     result     result
     an error path of the program: GPT2_EMULATOR_FAIL makes any one call fail        always     always     always
 "result": a value is wrong, mostly NaN; the caller's test must see it. "some seeds": likewise, but not for every order.
-Adding to floats by atomics is not offered, for its result depends on the order. test.py tries each of these.
+"-": nothing, or a crash. test.py tries each of these.
 
 Environment                                                                              or in emulator::settings
     GPT2_EMULATOR_SEED=1        order of threads, blocks and streams; right kernels give the same bits for all
     GPT2_EMULATOR_BLOCKS=1      blocks whose threads run interleaved
     GPT2_EMULATOR_FAIL=0        this call of the runtime, a launch being one, fails; 0: none
     GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
-    GPT2_EMULATOR_MEMORY=2^34   bytes of device memory
+    GPT2_EMULATOR_MEMORY=N      bytes of device memory, 17179869184 if it is not set
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
     GPT2_EMULATOR_LOG=FILE      no kernel, copy or product is run; FILE has a line for each allocation, launch and
                                 product. So a program tells what it would do at sizes that a CPU could not compute
@@ -56,7 +56,8 @@ What it cannot show: speed; bank conflicts and coalescing; registers; weaker mem
 threads run, though the checked build reports what would depend on them; protocols between running blocks, whose
 spinning never ends here (the accesses that such a protocol orders count as races); launches of more threads than
 __launch_bounds__ allows. Not there: wgmma, TMA, half, textures, cooperative groups, graphs, dynamic parallelism,
-__activemask, template arguments of a kernel that its launch leaves to be deduced. Stricter than a GPU: threads of a
+__activemask, template arguments of a kernel that its launch leaves to be deduced (write k<float><<<...>>>), adding to
+floats by atomics, whose result depends on the order. Stricter than a GPU: threads of a
 warp, or of a block, must meet on the same line.
 
 Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED. Those that are replaced here:
@@ -126,7 +127,7 @@ Contents
 #endif
 // The emulator's own functions, which run in a thread's place, are not the kernel's accesses.
 #ifdef __clang__
-#define EMULATOR_OWN __attribute__((disable_sanitizer_instrumentation))
+#define EMULATOR_OWN __attribute__((disable_sanitizer_instrumentation, no_sanitize("thread")))
 #else
 #define EMULATOR_OWN __attribute__((no_sanitize("thread")))
 #endif
