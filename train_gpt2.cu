@@ -783,7 +783,7 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
 // since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (var + eps)^-½). Summed over j with g_j:
 //     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
 // dw = Σ dy n and db = Σ dy over tokens: partial sums over fixed runs of tokens, then added up in order.
-constexpr int LAYERNORM_RUN = 32, LAYERNORM_AT_ONCE = 2, LAYERNORM_BLOCK = 512;  // more threads would lack registers
+constexpr int LAYERNORM_RUN = 32, LAYERNORM_AT_ONCE = 2, LAYERNORM_BLOCK = 768;  // more threads would lack registers
 constexpr int LAYERNORM_MOST = LAYERNORM_BLOCK * SHARE;
 
 // A block has a run of tokens and goes through it, two tokens at a time; a thread has a share of the channels, whose dw
