@@ -2377,7 +2377,7 @@ static OptionTable option_table(Options& o) {
         {"out", "DIR", &o.out, 0, 0, TRAIN, FORGOTTEN, "folder for model.bin, metrics.csv and tokenizer.bin"},
         {"resume", "", &o.resume, 0, 0, TRAIN, FORGOTTEN, "go on from DIR/model.bin as if never stopped"},
         {"overwrite", "", &o.overwrite, 0, 0, TRAIN, FORGOTTEN, "replace the run that DIR holds"},
-        {"batch", "N", &o.batch, 1, 65536, TRAIN | EVAL | DESCRIBE | BENCH, FIXED, "sequences computed at a time"},
+        {"batch", "N", &o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE | BENCH, FIXED, "sequences computed at a time"},
         {"sequence", "N", &o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE | BENCH, FIXED,
          "tokens in a sequence [the context, at most 1024]"},
         {"total-batch", "N", &o.total_batch, 1, most, TRAIN, FIXED,
@@ -4149,6 +4149,7 @@ static void describe(Options& o, OptionTable& table) {
     }
     const ModelFile* from = file ? &*file : nullptr;
     Config c = configure(o, table, DESCRIBE, from, find_tokenizer(o.tokenizer, folders));
+    model_memory(c, (Precision)o.precision, {});  // refuses what this machine cannot compute, before a line is printed
     printf("%s\n", config_text(c).c_str());
     if (file) {
         State state = read_state(*file);

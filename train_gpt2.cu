@@ -555,8 +555,8 @@ constexpr int BIAS_RUN = 256, BIAS_WARPS = 8;
 template <bool VECTORS, class X>
 __global__ void bias_backward_kernel(float* partial, const X* dy, size_t rows, int OC, size_t lddy) {
     __shared__ float sums[BIAS_WARPS][WARP_SHARE];
-    const int lane = threadIdx.x, warp = threadIdx.y, column = blockIdx.x * WARP_SHARE;
-    const size_t begin = (size_t)blockIdx.y * BIAS_RUN, end = min(rows, begin + BIAS_RUN);
+    const int lane = threadIdx.x, warp = threadIdx.y, column = blockIdx.y * WARP_SHARE;
+    const size_t begin = (size_t)blockIdx.x * BIAS_RUN, end = min(rows, begin + BIAS_RUN);
     float sum[SHARE] = {}, share[SHARE];
     for (size_t r = begin + warp; r < end; r += BIAS_WARPS) {
         load<VECTORS>(share, dy + r * lddy + column, lane, WARP, OC - column);
@@ -569,7 +569,7 @@ __global__ void bias_backward_kernel(float* partial, const X* dy, size_t rows, i
     if (column + i >= OC) return;
     float total = 0;
     for (int w = 0; w < BIAS_WARPS; w++) total += sums[w][i];
-    partial[(size_t)blockIdx.y * OC + column + i] = total;
+    partial[(size_t)blockIdx.x * OC + column + i] = total;
 }
 
 // dw = or += dyᵀ x and, unless db is null, db = or += Σ over tokens of dy. partial (rows / BIAS_RUN, OC) is scratch.
@@ -583,7 +583,7 @@ static void linear_backward_weight(const Workspace& ws, float* dw, float* db, fl
     size_t runs = ceil_div(rows, BIAS_RUN);
     auto kernel = vectors(OC, lddy, (size_t)(uintptr_t)dy / sizeof(X)) ? bias_backward_kernel<true, X>
                                                                        : bias_backward_kernel<false, X>;
-    dim3 grid((unsigned)ceil_div(OC, WARP_SHARE), (unsigned)runs), block(WARP, BIAS_WARPS);
+    dim3 grid((unsigned)runs, (unsigned)ceil_div(OC, WARP_SHARE)), block(WARP, BIAS_WARPS);
     kernel<<<grid, block, 0, gpu.stream>>>(partial, dy, rows, (int)OC, lddy);
     CHECK(cudaGetLastError());
     sum_partials(db, nullptr, partial, runs, OC, accumulate);
@@ -2163,7 +2163,7 @@ static void* allocate(size_t bytes, bool zero) {
     cudaError_t error = cudaMalloc(&p, bytes);
     if (error == cudaErrorMemoryAllocation)
         die("cannot allocate %zu MiB on the GPU: use a smaller model, --batch or --sequence", bytes >> 20);
-    CHECK(error);
+    check(error, "cudaMalloc", __LINE__);
     if (zero || poison_memory) CHECK(cudaMemsetAsync(p, zero ? 0 : 0xff, bytes, gpu.stream));
     return p;
 }

@@ -248,4 +248,20 @@ def test_not_even_a_batch_of_one_fits(gpu_with, data, model, tmp_path):
 def test_batch_too_large_for_the_cpu(each_build, tmp_path):
     """Whatever this machine has; a batch of the whole takes terabytes."""
     says = "the largest --batch that fits is [1-9]|not even --batch 1 fits"
-    each_build.fails("bench", "--model", "gpt2", "--sequence", 1024, "--batch", 65536, says=says)
+    each_build.fails("bench", "--model", "gpt2", "--sequence", 1024, "--batch", 65535, says=says)
+
+
+@emulator_alone
+def test_largest_batch_can_be_launched(gpu_with):
+    """A grid has at most 65535 blocks in y and z. The emulator only notes what it would run."""
+    gpu = gpu_with(log="/dev/null", memory=1 << 40)
+    gpu.run("bench", "--layers", 2, "--heads", 1, "--channels", 1, "--context", 257, "--vocab", 1, "--batch", 65535,
+            "--sequence", 257, "--steps", 1, "--tokens", 0)
+
+
+@pytest.mark.parametrize("shape, says", [(["--heads", 1, "--channels", 257], "heads of 257 channels"),
+                                         (["--heads", 64, "--channels", 8256], "8256 channels")])
+def test_describe_refuses_before_it_prints(gpu, shape, says):
+    status, out, err = gpu.finish("describe", *shape)
+    assert out == b""
+    assert_one_line(status, err.decode(), says)
