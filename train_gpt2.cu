@@ -474,17 +474,18 @@ static bool fuses_gelu(size_t OC) {
     return std::is_same_v<X, bf16> && vectors(OC);
 }
 
-// y (n) = gelu(h), one thread a value
+// y (n) = gelu(h), one thread a share. Where B·T·C is odd, every other layer begins where no vector may.
 template <class X>
 __global__ void gelu_forward_kernel(X* y, const X* h, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * SHARE;
     float share[SHARE];
     int left = i < n ? (int)min((size_t)SHARE, n - i) : 0;
-    if (left == SHARE) load<true>(share, h + i, 0, 1, SHARE);
+    const bool vector = left == SHARE && ((uintptr_t)y | (uintptr_t)h) % alignof(Vector<X>) == 0;
+    if (vector) load<true>(share, h + i, 0, 1, SHARE);
     else load<false>(share, h + i, 0, 1, left);
 #pragma unroll
     for (int j = 0; j < SHARE; j++) share[j] = gelu(share[j]);
-    if (left == SHARE) store<true>(y + i, share, 0, 1, SHARE);
+    if (vector) store<true>(y + i, share, 0, 1, SHARE);
     else store<false>(y + i, share, 0, 1, left);
 }
 

@@ -128,6 +128,18 @@ def test_run_on_the_gpu_ends_as_if_never_stopped(gpu, data, tmp_path):
     assert metrics(tmp_path / "out") == metrics(tmp_path / "other")
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("channels, sequence", [(7, 5), (9, 3)])
+def test_layers_that_begin_at_odd_places(program, gpu, data, tmp_path, attention, channels, sequence):
+    """B·T·C is odd, so that the second layer's activations begin where no vector may."""
+    shape = ["--heads", 3 if channels % 3 == 0 else 1, "--channels", channels, "--batch", 1, "--sequence", sequence,
+             "--total-batch", 3 * sequence, "--attention", attention, "--precision", "bf16", "--val-batches", 1]
+    program.run(*training(data, tmp_path / "cpu", *shape, steps=2))
+    for name, more in ("kept", []), ("again", ["--recompute"]):
+        gpu.run(*training(data, tmp_path / name, *shape, *more, steps=2))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
 def test_recompute_changes_memory_alone(gpu, data, tmp_path):
     for attention in ATTENTIONS:
         for name, more in ("kept", []), ("again", ["--recompute"]):
