@@ -2146,6 +2146,7 @@ struct ModelOf : Model {
     X* gelu_output(int l) { return fch_gelu + (keeps_cheap() ? l : 0) * (size_t)work.B * work.T * 4 * config.C; }
     // Keys (part 1, as in qkv) or values (part 2) in layer l from position t on. Skip may have left out first heads.
     Heads<X> cached(int l, size_t part, size_t t) {
+        if (!cache[l]) return {};  // all heads skip, and nobody reads this layer's
         size_t HS = config.head_size(), kept = kv_channels(config, l) / HS, left_out = config.NH - kept;
         size_t head = config.maxT * HS;
         return {cache[l] + (ptrdiff_t)(((part - 1) * kept - left_out) * head + t * HS), 2 * kept * head, head, HS};
