@@ -52,15 +52,14 @@ test_gpt2_amx: test_gpt2.cpp train_gpt2.cpp dev/test/amx.h .flags | found
 NVCC := $(firstword $(wildcard $(CUDA)/bin/nvcc $(addsuffix /nvcc,$(subst :, ,$(PATH))) /usr/local/cuda/bin/nvcc))
 NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90] \
             -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas
+# Without nvcc, a recipe would begin with the - of -O3, and make take its failing for success.
+nvcc = $(or $(NVCC),$(error no nvcc: it is looked for in PATH and in /usr/local/cuda, or in CUDA=FOLDER))
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
 	@echo "$(or $(NVCC),no nvcc: train_gpt2cu and test_gpt2cu are left out)"
-NVCC_FOUND = test -n "$(NVCC)" || { echo "error: no nvcc: name the CUDA Toolkit's folder, CUDA=FOLDER"; exit 1; }
 train_gpt2cu: train_gpt2.cu train_gpt2.cpp
-	@$(NVCC_FOUND)
-	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
+	$(nvcc) $(NVCCFLAGS) $< -o $@ -lcublasLt
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
-	@$(NVCC_FOUND)
-	$(NVCC) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
+	$(nvcc) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
 # Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What goes
 # wrong shows in results; the checked build also reports races and accesses out of bounds, the sanitized one the latter.
 EMULATED = -std=c++20 -O2 -g1 $(ARCH) -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread -I. -DGPT2_EMULATED \

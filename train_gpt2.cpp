@@ -4152,6 +4152,7 @@ static void describe(Options& o, OptionTable& table) {
     }
     const ModelFile* from = file ? &*file : nullptr;
     Config c = configure(o, table, DESCRIBE, from, find_tokenizer(o.tokenizer, folders));
+    model_memory(c, (Precision)o.precision, {});  // refuses what this machine cannot compute, before a line is printed
     printf("%s\n", config_text(c).c_str());
     if (file) {
         State state = read_state(*file);

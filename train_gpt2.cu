@@ -601,8 +601,8 @@ constexpr int BIAS_RUN = 256, BIAS_WARPS = 8;
 template <bool VECTORS, class X>
 __global__ void bias_backward_kernel(float* partial, const X* dy, size_t rows, int OC, size_t lddy) {
     __shared__ float sums[BIAS_WARPS][WARP_SHARE];
-    const int lane = threadIdx.x, warp = threadIdx.y, column = blockIdx.x * WARP_SHARE;
-    const size_t begin = (size_t)blockIdx.y * BIAS_RUN, end = min(rows, begin + BIAS_RUN);
+    const int lane = threadIdx.x, warp = threadIdx.y, column = blockIdx.y * WARP_SHARE;
+    const size_t begin = (size_t)blockIdx.x * BIAS_RUN, end = min(rows, begin + BIAS_RUN);
     float sum[SHARE] = {}, share[SHARE];
     for (size_t r = begin + warp; r < end; r += BIAS_WARPS) {
         load<VECTORS>(share, dy + r * lddy + column, lane, WARP, OC - column);
@@ -615,7 +615,7 @@ __global__ void bias_backward_kernel(float* partial, const X* dy, size_t rows, i
     if (column + i >= OC) return;
     float total = 0;
     for (int w = 0; w < BIAS_WARPS; w++) total += sums[w][i];
-    partial[(size_t)blockIdx.y * OC + column + i] = total;
+    partial[(size_t)blockIdx.x * OC + column + i] = total;
 }
 
 // dw = or += dyᵀ x and, unless db is null, db = or += Σ over tokens of dy. partial (rows / BIAS_RUN, OC) is scratch.
@@ -629,7 +629,7 @@ static void linear_backward_weight(const Workspace& ws, float* dw, float* db, fl
     size_t runs = ceil_div(rows, BIAS_RUN);
     auto kernel = vectors(OC, lddy, elements_before(dy)) ? bias_backward_kernel<true, X>
                                                                        : bias_backward_kernel<false, X>;
-    dim3 grid((unsigned)ceil_div(OC, WARP_SHARE), (unsigned)runs), block(WARP, BIAS_WARPS);
+    dim3 grid((unsigned)runs, (unsigned)ceil_div(OC, WARP_SHARE)), block(WARP, BIAS_WARPS);
     kernel<<<grid, block, 0, gpu.stream>>>(partial, dy, rows, (int)OC, lddy);
     CHECK(cudaGetLastError());
     sum_partials(db, nullptr, partial, runs, OC, accumulate);
@@ -783,14 +783,14 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
 // since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (var + eps)^-½). Summed over j with g_j:
 //     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
 // dw = Σ dy n and db = Σ dy over tokens: partial sums over fixed runs of tokens, then added up in order.
-constexpr int LAYERNORM_RUN = 32, LAYERNORM_AT_ONCE = 2, LAYERNORM_BLOCK = 768;  // more threads would lack registers
-constexpr int LAYERNORM_MOST = LAYERNORM_BLOCK * SHARE;
+constexpr int LAYERNORM_RUN = 32, LAYERNORM_AT_ONCE = 2;
+template <bool VECTORS> constexpr int LAYERNORM_BLOCK = VECTORS ? 768 : 512;  // more threads would lack registers
 
 // A block has a run of tokens and goes through it, two tokens at a time; a thread has a share of the channels, whose dw
 // and db stay in its registers. The two tokens' mean(g) and mean(g n) are sums over the block: each warp's go through
 // shared memory, in one of two buffers by turns, so that one barrier is enough.
 template <bool VECTORS, class X>
-__global__ void __launch_bounds__(LAYERNORM_BLOCK)
+__global__ void __launch_bounds__(LAYERNORM_BLOCK<VECTORS>)
     layernorm_backward_kernel(X* dx, float* partial /* (runs, 2, C) */, const X* dy, const X* x, const X* w,
                               const float* mean, const float* rstd, size_t rows, int C, bool accumulate_dx) {
     constexpr int N = LAYERNORM_AT_ONCE;
@@ -2206,6 +2206,7 @@ struct ModelOf : Model {
     X* gelu_output(int l) { return fch_gelu + (keeps_cheap() ? l : 0) * (size_t)work.B * work.T * 4 * config.C; }
     // Keys (part 1, as in qkv) or values (part 2) in layer l from position t on. Skip may have left out first heads.
     Heads<X> cached(int l, size_t part, size_t t) {
+        if (!cache[l]) return {};  // all heads skip, and nobody reads this layer's
         size_t HS = config.head_size(), kept = kv_channels(config, l) / HS, left_out = config.NH - kept;
         size_t head = config.maxT * HS;
         return {cache[l] + (ptrdiff_t)(((part - 1) * kept - left_out) * head + t * HS), 2 * kept * head, head, HS};
@@ -2224,7 +2225,7 @@ static void* allocate(size_t bytes, bool zero) {
     cudaError_t error = cudaMalloc(&p, bytes);
     if (error == cudaErrorMemoryAllocation)
         die("cannot allocate %zu MiB on the GPU: use a smaller model, --batch or --sequence", bytes >> 20);
-    CHECK(error);
+    check(error, "cudaMalloc", __LINE__);
     if (zero || poison_memory) CHECK(cudaMemsetAsync(p, zero ? 0 : 0xff, bytes, gpu.stream));
     return p;
 }
@@ -2346,10 +2347,11 @@ static void furnish(ModelOf<X>& m) {
 
 template <class X>
 static Model* create(const Config& c, Precision precision, const Workload& work, bool dry) {
-    if (c.C > LAYERNORM_MOST) die("%d channels: on a GPU there can be %d", c.C, LAYERNORM_MOST);
+    const int most = SHARE * (vectors(c.C) ? LAYERNORM_BLOCK<true> : LAYERNORM_BLOCK<false>);
+    if (c.C > most) die("%d channels: on a GPU there can be %d", c.C, most);
     if (c.head_size() > HEAD_SIZE_MOST)
         die("heads of %d channels: on a GPU they can have %d", c.head_size(), HEAD_SIZE_MOST);
-    if ((size_t)work.B * work.T * c.NH > UINT_MAX) die("B x T x heads: on a GPU they can be %u", UINT_MAX);
+    if ((size_t)work.B * work.T * c.NH > UINT_MAX) die("batch x sequence x heads: on a GPU at most %u", UINT_MAX);
     ModelOf<X>* m = new ModelOf<X>{};
     m->config = c;
     m->precision = precision;

@@ -47,7 +47,7 @@ Environment                                                                     
     GPT2_EMULATOR_BLOCKS=1      blocks whose threads run interleaved
     GPT2_EMULATOR_FAIL=0        this call of the runtime, a launch being one, fails; 0: none
     GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
-    GPT2_EMULATOR_MEMORY=N      bytes of device memory, 17179869184 if it is not set
+    GPT2_EMULATOR_MEMORY=N      bytes of device memory; 16 GiB if not set
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
     GPT2_EMULATOR_LOG=FILE      no kernel, copy or product is run; FILE has a line for each allocation, launch and
                                 product. So a program tells what it would do at sizes that a CPU could not compute
@@ -82,6 +82,7 @@ Contents
 #include <atomic>
 #include <bit>
 #include <cassert>
+#include <cerrno>
 #include <chrono>
 #include <climits>
 #include <cmath>
@@ -196,7 +197,26 @@ namespace emulator {
 
 inline long long environment(const char* name, long long otherwise) {
     const char* text = getenv(name);
-    return text && *text ? atoll(text) : otherwise;
+    if (!text || !*text) return otherwise;
+    char* end;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    if (end == text || *end || errno) {
+        fprintf(stderr, "emulator: %s=%s: no whole number\n", name, text);
+        exit(1);
+    }
+    return value;
+}
+
+inline FILE* log_file(const char* name) {
+    const char* path = getenv(name);
+    if (!path || !*path) return nullptr;
+    FILE* file = fopen(path, "w");
+    if (!file) {
+        fprintf(stderr, "emulator: %s=%s: %s\n", name, path, strerror(errno));
+        exit(1);
+    }
+    return file;
 }
 
 struct Settings {
@@ -206,7 +226,7 @@ struct Settings {
     bool count = environment("GPT2_EMULATOR_COUNT", 0) != 0;
     size_t memory = (size_t)environment("GPT2_EMULATOR_MEMORY", 1ll << 34);
     int devices = (int)environment("GPT2_EMULATOR_DEVICES", 1);
-    FILE* log = getenv("GPT2_EMULATOR_LOG") ? fopen(getenv("GPT2_EMULATOR_LOG"), "w") : nullptr;
+    FILE* log = log_file("GPT2_EMULATOR_LOG");
 };
 inline Settings settings;
 

@@ -81,10 +81,14 @@ TRANSLATIONS = [
      '::emulator::Launch("a::k<f<1, 2>, (3 > 2)>", __FILE__, __LINE__, g(1, 2), dim3(b[0]), n * 4, s)'
      '.run(a::k<f<1, 2>, (3 > 2)>, x, y);'),
     ("k<X>\n  <<<g,\n b>>>(\n  x);", '::emulator::Launch("k<X>", __FILE__, __LINE__, \ng,\n b).run(k<X>, \n  x);'),
+    ("k /* <<< */ // the\n<<<1, 2>>>(x);", '::emulator::Launch("k", __FILE__, __LINE__, \n1, 2).run(k, x);'),
     ('s = "k<<<1, 2>>>()"; // k<<<\n/* __shared__ */ c = \'"\'; n = 1\'000;', None),
     ("void f() { __shared__ float a[2][N], b; }",
      'void f() { static ::emulator::Shared<float[2][N]> emulated_a{"a", 1}; auto& a = emulated_a.here(); '
      'static ::emulator::Shared<float> emulated_b{"b", 1}; auto& b = emulated_b.here(); }'),
+    ("void f() { __shared__ float a[1 << 4], b[N < 3 ? 1 : 2]; }",
+     'void f() { static ::emulator::Shared<float[1 << 4]> emulated_a{"a", 1}; auto& a = emulated_a.here(); '
+     'static ::emulator::Shared<float[N < 3 ? 1 : 2]> emulated_b{"b", 1}; auto& b = emulated_b.here(); }'),
     ("void f() { extern __shared__ __align__(16) char m[]; }",
      "void f() { char* m = ::emulator::dynamic_shared<char>(); }"),
     ("void f() { alignas(8) static __shared__ P<A, 2> p; }",
@@ -119,6 +123,11 @@ def test_translation(tests, folder):
         source.write_text(text)
         got = translate(source, set()).split("\n", 1)[1]
         tests.report(f"translation of {text!r}", got == (text if expected is None else expected), got)
+    for arguments, message in ((["a.cu", "a.cu"], "a.cu: would be replaced by its own translation\n"),
+                               (["none.cu", "a.cpp"], "none.cu: No such file or directory\n"),
+                               (["a.cu", "none/a.cpp"], "none/a.cpp: No such file or directory\n")):
+        done = subprocess.run([sys.executable, HERE / "translate.py", *arguments], cwd=folder, capture_output=True, text=True)
+        tests.report(f"translate.py {' '.join(arguments)}", done.returncode == 1 and done.stderr == message, done.stderr)
     (folder / "k.cuh").write_text("#pragma once\n#define K k<<<1, 1>>>()")
     (folder / "plain.h").write_text("int x;")
     source.write_text('#include "plain.h"\n#include "k.cuh"\n#include "k.cuh"\nend')
@@ -178,6 +187,11 @@ def test_faults(tests, build, program):
         code, output = run(program, "every_call_fails", **{variable: value})
         ok = code == 3 and output == f"stopped: {message}\n"
         tests.report(f"{variable} {value} in the {build} build", ok, output)
+    for variable, value, message in (("memory", "2^34", "no whole number"), ("fail", "1x", "no whole number"),
+                                     ("log", "/none/log", "No such file or directory")):
+        code, output = run(program, "every_call_fails", **{variable: value})
+        ok = code == 1 and output == f"emulator: GPT2_EMULATOR_{variable.upper()}={value}: {message}\n"
+        tests.report(f"{variable} {value!r} in the {build} build", ok, output)
 
 
 def main():

@@ -48,11 +48,13 @@ def end_of(code, begin, close):
 
 
 def split(code):
-    """At the commas outside of all brackets: the ends of the parts."""
-    depth, ends = 0, []
+    """At the commas outside of all brackets: the ends of the parts. Within others, < and > compare or shift."""
+    depth, angles, ends = 0, 0, []
     for i, c in enumerate(code):
-        depth += (c in "([{<") - (c in ")]}>")
-        if c == "," and depth == 0:
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0:
+            angles += (c == "<") - (c == ">")
+        if c == "," and depth == 0 and angles == 0:
             ends.append(i)
     return ends + [len(code)]
 
@@ -75,6 +77,10 @@ def kernel_before(code, end):
     return name.start()
 
 
+def without_comments(text):
+    return NOT_CODE.sub(lambda m: " " if m[0].startswith("/") else m[0], text)
+
+
 def one_line(text):
     return re.sub(r"\s*\n\s*", " ", text).strip()
 
@@ -88,7 +94,7 @@ def launches(text, code):
             raise Wrong(f"line {code.count(chr(10), 0, close) + 1}: no ( after >>>")
         kernel = text[begin:match.start()]
         none = code[call.end():end_of(code, call.end(), ")")].strip() == ""
-        name = one_line(kernel)
+        name = one_line(without_comments(kernel))
         yield (begin, match.end(), f'::emulator::Launch("{name}", __FILE__, __LINE__, ' + "\n" * kernel.count("\n"))
         yield (close, call.end(), f").run({name}" + ("" if none else ", ") + "\n" * text[close:call.end()].count("\n"))
 
@@ -172,4 +178,10 @@ def translate(path, done):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    pathlib.Path(sys.argv[2]).write_text(translate(pathlib.Path(sys.argv[1]), set()))
+    mine, translated = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    try:
+        if translated.exists() and translated.samefile(mine):
+            sys.exit(f"{mine}: would be replaced by its own translation")
+        translated.write_text(translate(mine, set()))
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from conftest import find_program
-from helpers import ATTENTIONS, Program, training
+from helpers import ATTENTIONS, HEADS, Program, training
 
 EMULATED = os.environ.get("EMULATED", "train_gpt2cu_emulated")  # or the checked, or the sanitized build
 SEEDS = range(1, 11)
@@ -100,6 +100,12 @@ def test_any_call_may_fail_in_training(shards, tmp_path):
         assert (out / "model.bin").read_bytes() in complete  # what a failed save leaves is model.bin.tmp
 
     all_at_once(failing, some_of(calls_of(resume(shutil.copytree(begun, tmp_path / "counted")))))
+
+
+def test_layers_without_a_cache(data, tmp_path):
+    """Where all heads skip, the last layers keep neither keys nor values."""
+    Emulated().run(*training(data, tmp_path, "--attention", "skip", "--skip-heads", HEADS, steps=1))
+    Emulated().run("generate", "--model", tmp_path / "model.bin", "--tokens", 3, "--prompt", "ab")
 
 
 def test_any_call_may_fail_in_generating(data, tmp_path):

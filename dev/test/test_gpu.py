@@ -128,6 +128,18 @@ def test_run_on_the_gpu_ends_as_if_never_stopped(gpu, data, tmp_path):
     assert metrics(tmp_path / "out") == metrics(tmp_path / "other")
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("channels, sequence", [(7, 5), (9, 3)])
+def test_layers_that_begin_at_odd_places(program, gpu, data, tmp_path, attention, channels, sequence):
+    """B·T·C is odd, so that the second layer's activations begin where no vector may."""
+    shape = ["--heads", 3 if channels % 3 == 0 else 1, "--channels", channels, "--batch", 1, "--sequence", sequence,
+             "--total-batch", 3 * sequence, "--attention", attention, "--precision", "bf16", "--val-batches", 1]
+    program.run(*training(data, tmp_path / "cpu", *shape, steps=2))
+    for name, more in ("kept", []), ("again", ["--recompute"]):
+        gpu.run(*training(data, tmp_path / name, *shape, *more, steps=2))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
 def test_recompute_changes_memory_alone(gpu, data, tmp_path):
     for attention in ATTENTIONS:
         for name, more in ("kept", []), ("again", ["--recompute"]):
@@ -249,3 +261,19 @@ def test_batch_too_large_for_the_cpu(each_build, tmp_path):
     """Whatever this machine has; a batch of the whole takes terabytes."""
     says = "the largest --batch that fits is [1-9]|not even --batch 1 fits"
     each_build.fails("bench", "--model", "gpt2", "--sequence", 1024, "--batch", 65535, says=says)
+
+
+@emulator_alone
+def test_largest_batch_can_be_launched(gpu_with):
+    """A grid has at most 65535 blocks in y and z. The emulator only notes what it would run."""
+    gpu = gpu_with(log="/dev/null", memory=1 << 40)
+    gpu.run("bench", "--layers", 2, "--heads", 1, "--channels", 1, "--context", 257, "--vocab", 1, "--batch", 65535,
+            "--sequence", 257, "--steps", 1, "--tokens", 0)
+
+
+@pytest.mark.parametrize("shape, says", [(["--heads", 1, "--channels", 257], "heads of 257 channels"),
+                                         (["--heads", 64, "--channels", 8256], "8256 channels")])
+def test_describe_refuses_before_it_prints(gpu, shape, says):
+    status, out, err = gpu.finish("describe", *shape)
+    assert out == b""
+    assert_one_line(status, err.decode(), says)
