@@ -907,17 +907,18 @@ struct AttentionShape {
 // a in shared memory, b a head's row
 template <class X>
 __device__ inline float dot(const float* a, const X* b, int n) {
-    float sum = 0;
+    float sum = 0, sums[SHARE] = {}, share[SHARE];
     if (n % SHARE > 0) {
         for (int i = 0; i < n; i++) sum += a[i] * (float)b[i];
         return sum;
     }
     for (int i = 0; i < n; i += SHARE) {  // all rows of heads are then at multiples of 16 bytes
-        float share[SHARE];
         load<true>(share, b + i, 0, 1, SHARE);
 #pragma unroll
-        for (int j = 0; j < SHARE; j++) sum += a[i + j] * share[j];
+        for (int j = 0; j < SHARE; j++) sums[j] += a[i + j] * share[j];
     }
+#pragma unroll
+    for (int j = 0; j < SHARE; j++) sum += sums[j];
     return sum;
 }
 
