@@ -58,8 +58,6 @@ BREAKS = {
         "for (size_t i = 0; i < columns; i++) {", "for (size_t i = 0; i + (i0 > 0) < columns; i++) {"),
     "decoding: k past the last whole vector forgotten": ("if (k < K) add_products", "if (k < K && false) add_products"),
     "decoding: the last keys forgotten": ("for (; j < keys; j++)", "for (; j + 1 < keys; j++)"),
-    "decoding: skip's cache begins with the first head": (
-        "left_out = config.NH - kept;", "left_out = 0 * (config.NH - kept);"),
     "decoding: values are not mixed": ("        cached_depth(m, l, n);\n", ""),
     "gradients: the second micro-batch overwrites": ("bool add = m.accumulated > 0;", "bool add = false;"),
     "gradients: the second slab of tokens overwrites": ("bool add = accumulate || r > 0;", "bool add = accumulate;"),
