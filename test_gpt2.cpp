@@ -1054,13 +1054,13 @@ int main(int argc, char** argv) {
         printf("the same in small pieces\n");
         chunk_values = 1000, classifier_rows_least = 8, classifier_logits_most = 1;
 #ifdef GPT2_CUDA
-        finishes_apart = true;
+        fuses = false;
 #else
         token_slab = 16, vocabulary_slab = 32;
 #endif
         check_all(NEVER);
 #ifdef GPT2_CUDA
-        finishes_apart = false;
+        fuses = true;
 #endif
 #ifndef GPT2_CUDA
         test_exp();

@@ -3,7 +3,8 @@ train_gpt2.cu: GPT-2 on an NVIDIA GPU.
 
 The program is that of train_gpt2.cpp, which is included here without its CPU model. What follows is the same model for
 a GPU: the same layers, under the same names and in the same order, so that the two read side by side. A layer's
-function here is a launcher; its kernel stands right above it.
+function here is a launcher; its kernel stands right above it. Formulas are derived in train_gpt2.cpp, under the same
+headings; here stands which thread does what.
 
     make train_gpt2cu && ./train_gpt2cu --help           needs nvcc, and a GPU of compute capability 8.0 or later
     make train_gpt2cu_emulated                           runs the same kernels on a CPU, slowly: for tests
@@ -401,6 +402,7 @@ static bool matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, con
         *plan = plan_matmul(shape, bias, aux);
     }
     if (!plan->possible) return false;
+    Timed timed(MATMUL, 2.0 * m * n * k, 1.0 * m * k * (ab_type == MatmulType::FP32 ? 4 : 2));
     if (bias) set(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     if (aux) set(plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
     const float one = 1, beta = C ? 1 : 0;
@@ -421,38 +423,36 @@ struct Finish {
     X* aux = nullptr;
 };
 
-// What comes after a product, in a pass of its own (below, with GELU).
-template <class X, class Y>
-static void finish_apart(Y* y, size_t ldy, size_t M, size_t N, const Finish<X, Y>& finish);
-static bool finishes_apart = false;  // even where cuBLASLt can do it on the way: a test's
+static bool fuses = true;  // a test turns it off, as if cuBLASLt had the plain product alone
 
 // Y (M, N), rows ldy apart. To cuBLASLt, which counts columns first, this is Yᵀ (N, M) = Bᵀ (N, K) Aᵀ (K, M).
+// False where cuBLASLt does not have this: it lacks some epilogues, sizes or alignments on some GPUs.
+template <class X, class Y>
+static bool try_matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
+                       Finish<X, Y> finish) {
+    if (!fuses && finish.epilogue != Epilogue::NONE) return false;
+#ifdef GPT2_EMULATED
+    (void)ws;
+    Timed timed(MATMUL, 2.0 * M * N * K, 1.0 * N * K * sizeof(X));
+    if (finish.add && finish.add != y)
+        CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
+    CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
+                          (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, finish.epilogue, finish.bias,
+                          finish.aux, gpu.stream, MATMUL_TYPE<X>));
+    return true;
+#else
+    return matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N, (int)M,
+                           (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, finish.epilogue, finish.bias,
+                           finish.aux);
+#endif
+}
+
+// y = A B, or += if add is y
 template <class X, class Y>
 static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
-                   Finish<X, Y> finish = {}) {
-    Timed timed(MATMUL, 2.0 * M * N * K, 1.0 * N * K * sizeof(X));
-    auto multiply = [&](Epilogue epilogue) {
-        const X* bias = epilogue == Epilogue::NONE ? nullptr : finish.bias;
-        X* aux = epilogue == Epilogue::NONE ? nullptr : finish.aux;
-#ifdef GPT2_EMULATED
-        (void)ws;
-        if (finish.add && finish.add != y)
-            CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
-        CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
-                              (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, epilogue, bias, aux,
-                              gpu.stream, MATMUL_TYPE<X>));
-        return true;
-#else
-        return matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N,
-                               (int)M, (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, epilogue, bias, aux);
-#endif
-    };
-    const bool apart = finishes_apart && finish.epilogue != Epilogue::NONE;
-    if (!apart && multiply(finish.epilogue)) return;
-    // cuBLASLt lacks some sizes, alignments or epilogues on some GPUs.
-    if ((!apart && finish.epilogue == Epilogue::NONE) || !multiply(Epilogue::NONE))
+                   const Y* add = nullptr) {
+    if (!try_matmul<X, Y>(ws, y, ldy, M, N, K, A, B, {.add = add}))
         die("cuBLASLt has no product of %zu x %zu x %zu here: try another --precision", M, N, K);
-    finish_apart(y, ldy, M, N, finish);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -461,56 +461,46 @@ static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, si
 // The three forward variants differ in what happens to the product before it is stored. ldy is the distance between
 // rows of y: a layer may write some columns of a wider array. x (rows, C), b (OC), y (rows, OC).
 
+// y (rows, OC), ldy apart, += b, where cuBLASLt cannot do it on the way. One thread a value
+template <class X>
+__global__ void bias_forward_kernel(X* y, const X* b, size_t rows, size_t OC, size_t ldy) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= rows * OC) return;
+    X* to = y + i / OC * ldy + i % OC;
+    *to = (X)((float)*to + (float)b[i % OC]);
+}
+
 template <class X>
 static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
-                           size_t OC, size_t ldy) {
-    matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C), {.epilogue = Epilogue::BIAS, .bias = b});
+                           size_t OC, size_t ldy, const X* residual = nullptr) {
+    constexpr int BLOCK = 256;
+    Timed timed(MATMUL, 0, 0);
+    if (try_matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C),
+                         {.add = residual, .epilogue = Epilogue::BIAS, .bias = b}))
+        return;
+    matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C), residual);
+    bias_forward_kernel<X><<<(unsigned)ceil_div(rows * OC, BLOCK), BLOCK, 0, gpu.stream>>>(y, b, rows, OC, ldy);
+    CHECK(cudaGetLastError());
 }
 
 // y = residual + (x wᵀ + b); y may be the residual itself
 template <class X>
 static void linear_residual_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
                                     size_t rows, size_t C, size_t OC) {
-    matmul<X, X>(ws, y, OC, rows, OC, C, along_k(x, C), along_k(w, C),
-                 {.add = residual, .epilogue = Epilogue::BIAS, .bias = b});
+    linear_forward(ws, y, x, w, b, rows, C, OC, OC, residual);
 }
 
-// GELU, in the tanh form of GPT-2: ½ x (1 + tanh u), u = √(2/π) (x + 0.044715 x³). As ½ (1 + tanh u) = σ(2u), the
-// logistic function, that is x σ(2u) with σ(z) = 1/(1 + e^-z): one exponential.
+// GELU as x σ(2u), and its derivative
 __device__ inline float gelu(float x) {
     float z = 2.0f * 0.7978845608f * (x + 0.044715f * x * x * x);
     return x / (1.0f + expf(-z));
 }
 
-// d(x σ(z))/dx = σ + x σ' z' = σ + x σ (1 - σ) z'
 __device__ inline float gelu_derivative(float x) {
     float z = 2.0f * 0.7978845608f * (x + 0.044715f * x * x * x);
     float dz = 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
     float s = 1.0f / (1.0f + expf(-z));
     return s + x * s * (1.0f - s) * dz;
-}
-
-// One thread a value of y (M, N), rows ldy apart
-template <class X, class Y>
-__global__ void finish_kernel(Y* y, size_t ldy, size_t M, size_t N, Finish<X, Y> finish) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= M * N) return;
-    const size_t at = i / N * ldy + i % N;
-    float value = (float)y[at];
-    if (finish.bias) value += (float)finish.bias[i % N];
-    if (finish.epilogue == Epilogue::GELU_AUX_BIAS) {
-        finish.aux[at] = (X)value;
-        value = gelu(value);
-    }
-    if (finish.epilogue == Epilogue::DGELU) value *= gelu_derivative((float)finish.aux[at]);
-    y[at] = (Y)value;
-}
-
-template <class X, class Y>
-static void finish_apart(Y* y, size_t ldy, size_t M, size_t N, const Finish<X, Y>& finish) {
-    constexpr int BLOCK = 256;
-    finish_kernel<X, Y><<<(unsigned)ceil_div(M * N, BLOCK), BLOCK, 0, gpu.stream>>>(y, ldy, M, N, finish);
-    CHECK(cudaGetLastError());
 }
 
 // Whether cuBLASLt does GELU and its derivative on the way: on tensor cores, with rows of whole vectors, and as fast as
@@ -560,13 +550,11 @@ template <class X>
 static void linear_gelu_forward(const Workspace& ws, X* y, X* h, const X* x, const X* w, const X* b, size_t rows,
                                 size_t C, size_t OC) {
     Timed timed(MATMUL, 0, 0);
-    if (fuses_gelu<X>(OC)) {
-        matmul<X, X>(ws, y, OC, rows, OC, C, along_k(x, C), along_k(w, C),
-                     {.epilogue = Epilogue::GELU_AUX_BIAS, .bias = b, .aux = h});
-    } else {
-        linear_forward(ws, h, x, w, b, rows, C, OC, OC);
-        gelu_forward(y, h, rows * OC);
-    }
+    if (fuses_gelu<X>(OC) && try_matmul<X, X>(ws, y, OC, rows, OC, C, along_k(x, C), along_k(w, C),
+                                              {.epilogue = Epilogue::GELU_AUX_BIAS, .bias = b, .aux = h}))
+        return;
+    linear_forward(ws, h, x, w, b, rows, C, OC, OC);
+    gelu_forward(y, h, rows * OC);
 }
 
 // dx = dy w. Where dy and w come in pieces, a few columns of dy and as many rows of w, dx_sum (rows, C) gathers what
@@ -576,7 +564,7 @@ static void linear_backward_input(const Workspace& ws, X* dx, const X* dy, const
                                   size_t lddy, float* dx_sum = nullptr, bool first = true, bool last = true) {
     Timed timed(MATMUL_DX, 0, 0);
     if (first && last) return matmul<X, X>(ws, dx, C, rows, C, OC, along_k(dy, lddy), across_k(w, C));
-    matmul<X, float>(ws, dx_sum, C, rows, C, OC, along_k(dy, lddy), across_k(w, C), {.add = first ? nullptr : dx_sum});
+    matmul<X, float>(ws, dx_sum, C, rows, C, OC, along_k(dy, lddy), across_k(w, C), first ? nullptr : dx_sum);
     if (last) convert(dx, dx_sum, rows * C);
 }
 
@@ -585,13 +573,11 @@ template <class X>
 static void linear_gelu_backward_input(const Workspace& ws, X* dh, const X* h, const X* dy, const X* w, size_t rows,
                                        size_t C, size_t OC) {
     Timed timed(MATMUL_DX, 0, 0);
-    if (fuses_gelu<X>(C)) {
-        matmul<X, X>(ws, dh, C, rows, C, OC, along_k(dy, OC), across_k(w, C),
-                     {.epilogue = Epilogue::DGELU, .aux = const_cast<X*>(h)});
-    } else {
-        linear_backward_input(ws, dh, dy, w, rows, C, OC, OC);
-        gelu_backward(dh, h, rows * C);
-    }
+    if (fuses_gelu<X>(C) && try_matmul<X, X>(ws, dh, C, rows, C, OC, along_k(dy, OC), across_k(w, C),
+                                             {.epilogue = Epilogue::DGELU, .aux = const_cast<X*>(h)}))
+        return;
+    linear_backward_input(ws, dh, dy, w, rows, C, OC, OC);
+    gelu_backward(dh, h, rows * C);
 }
 
 // partial (runs, OC): Σ of dy over the tokens of a run. A block has a run and 256 columns; its warps take turns with
@@ -623,7 +609,7 @@ template <class X>
 static void linear_backward_weight(const Workspace& ws, float* dw, float* db, float* partial, const X* dy, const X* x,
                                    size_t rows, size_t C, size_t OC, size_t lddy, bool accumulate) {
     Timed timed(MATMUL_DW, 0, 0);
-    matmul<X, float>(ws, dw, C, OC, C, rows, across_k(dy, lddy), across_k(x, C), {.add = accumulate ? dw : nullptr});
+    matmul<X, float>(ws, dw, C, OC, C, rows, across_k(dy, lddy), across_k(x, C), accumulate ? dw : nullptr);
     if (!db) return;
     static_assert(BIAS_WARPS * WARP == WARP_SHARE, "one thread for each of the columns, in the end");
     size_t runs = ceil_div(rows, BIAS_RUN);
@@ -778,11 +764,8 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
 }
 
 // dx = (or +=, into the gradient that flows past the layer in the residual stream); dw, db = or +=.
-// With g = dy w, the gradient by n: n depends on x directly, through the mean and through rstd,
-//     ∂n_j/∂x_i = rstd (δ_ij - 1/C - n_i n_j/C),
-// since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (var + eps)^-½). Summed over j with g_j:
-//     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
-// dw = Σ dy n and db = Σ dy over tokens: partial sums over fixed runs of tokens, then added up in order.
+// dx_i = rstd (g_i - mean(g) - n_i mean(g n)) with g = dy w. dw = Σ dy n and db = Σ dy over tokens: partial sums over
+// fixed runs of tokens, then added up in order.
 constexpr int LAYERNORM_RUN = 32, LAYERNORM_AT_ONCE = 2;
 template <bool VECTORS> constexpr int LAYERNORM_BLOCK = VECTORS ? 768 : 512;  // more threads would lack registers
 
@@ -861,16 +844,8 @@ static void layernorm_backward(X* dx, float* dw, float* db, float* partial, cons
 // --------------------------------------------------------------------------------------------------------------------
 // Attention: o = softmax(causal(q kᵀ/√HS)) v
 //
-// Softmax online (Milakov and Gimelshein 2018, FlashAttention). Over the keys seen so far, keep for each query
-//     max = max_j s_j      sum = Σ_j e^(s_j - max)      o = Σ_j e^(s_j - max) v_j
-// A new tile may raise max to max'. As e^(s - max') = e^(s - max) e^(max - max'), scaling sum and o by e^(max - max')
-// makes them what they would have been with max' from the start; then the tile's own terms are added. At the end
-// o/sum is softmax(s) v, and lse = max + log(sum) is all that backward needs: p_j = e^(s_j - lse).
-//
-// Backward, with p = softmax(s), s = scale q kᵀ, o = p v:
-//     dv_j = Σ_i p_ij do_i        dp_ij = do_i·v_j
-//     ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij')     (softmax: ∂p_j'/∂s_j = p_j' (δ_jj' - p_j))
-// and Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, so the sum over a whole row needs no second sweep. Then
+// Backward, with p = softmax(s), s = scale q kᵀ, delta_i = do_i·o_i:
+//     dv_j = Σ_i p_ij do_i      ds_ij = p_ij (do_i·v_j - delta_i)
 //     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i
 // Sums over keys belong to a query, sums over queries to a key. So dq has a kernel and dk, dv have another, which both
 // compute s and dp: each gradient is then summed by one thread in one order, and no sum leaves the registers. delta comes
@@ -1212,6 +1187,47 @@ __device__ inline void as_A(uint32_t (&a)[4], const float (&d0)[4], const float 
 __device__ inline void store_two(bf16* to, float x, float y) { *(__nv_bfloat162*)to = __floats2bfloat162_rn(x, y); }
 __device__ inline void store_two(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
 
+// sums (16·M, HS) += x y, where x (16·M, 16·N), D of earlier products, becomes A, and y is 16·N rows of a tile from
+// `first` on
+template <int HS, int M, int N>
+__device__ inline void add_product(float (&sums)[M][HS / 8][4], const float (&x)[M][2 * N][4], const bf16* tile,
+                                   int first) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        uint32_t x_A[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) as_A(x_A[m], x[m][2 * n], x[m][2 * n + 1]);
+#pragma unroll
+        for (int d = 0; d < HS / 16; d++) {
+            uint32_t y_B[4];
+            load_B_of_rows<HS>(y_B, tile, first + 16 * n, d);
+#pragma unroll
+            for (int m = 0; m < M; m++) mma_two(sums[m][2 * d], sums[m][2 * d + 1], x_A[m], y_B);
+        }
+    }
+}
+
+// Scores of pairs that causality hides, by their row and column in s, become -inf.
+template <int M, int N, class Hidden>
+__device__ inline void mask(float (&s)[M][N][4], Hidden hidden) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (hidden(16 * m + g + e / 2 * 8, 8 * n + 2 * c + e % 2)) s[m][n][e] = -INFINITY;
+}
+
+// A row of HS sums, of which this lane has some: row g of a fragment (half 0), or g + 8 (half 1)
+template <int N, class Y>
+__device__ inline void store_row(Y* row, const float (&sums)[N][4], int half) {
+    const int c = threadIdx.x % 4;
+#pragma unroll
+    for (int d = 0; d < N; d++) store_two(row + 8 * d + 2 * c, sums[d][2 * half], sums[d][2 * half + 1]);
+}
+
 // A warp has 16·M rows, queries or keys: M fragments of 16, which share the fragments of the other side, so that shared
 // memory keeps up with the tensor cores. A block has 64·M rows.
 template <int HS> constexpr int FRAGMENTS = HS == 64 ? 2 : 1;
@@ -1271,16 +1287,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 #pragma unroll
                     for (int m = 0; m < M; m++) mma_two(s[m][2 * n], s[m][2 * n + 1], q_A[m][k], k_B);
                 }
-            if (j * TILE + TILE > first_position + 1) {
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < 8; n++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            if (j * TILE + 8 * n + 2 * c + e % 2 > first_position + 16 * m + g + e / 2 * 8)
-                                s[m][n][e] = -INFINITY;
-            }
+            if (j * TILE + TILE > first_position + 1)
+                mask(s, [&](int query, int key) { return j * TILE + key > first_position + query; });
             // p = e^(s - max), in place; a row's values are with the four lanes of the same g
 #pragma unroll
             for (int m = 0; m < M; m++)
@@ -1307,20 +1315,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                         sums_o[m][d][2 * half + 1] *= rescale;
                     }
                 }
-            // o += p v
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                uint32_t p_A[M][4];
-#pragma unroll
-                for (int m = 0; m < M; m++) as_A(p_A[m], s[m][2 * n], s[m][2 * n + 1]);
-#pragma unroll
-                for (int d = 0; d < K; d++) {
-                    uint32_t v_B[4];
-                    load_B_of_rows<HS>(v_B, v_tile, 16 * n, d);
-#pragma unroll
-                    for (int m = 0; m < M; m++) mma_two(sums_o[m][2 * d], sums_o[m][2 * d + 1], p_A[m], v_B);
-                }
-            }
+            add_product<HS, M, 4>(sums_o, s, v_tile, 0);  // o += p v
         }
         __syncthreads();
     }
@@ -1332,9 +1327,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
             const float row_sum = sum_over(sum[m][half], 4);
             if (i >= queries) continue;
 #pragma unroll
-            for (int d = 0; d < 2 * K; d++)
-                store_two(o.at(b, h, i) + 8 * d + 2 * c, sums_o[m][d][2 * half] / row_sum,
-                          sums_o[m][d][2 * half + 1] / row_sum);
+            for (int d = 0; d < 2 * K; d++) sums_o[m][d][2 * half] /= row_sum, sums_o[m][d][2 * half + 1] /= row_sum;
+            store_row(o.at(b, h, i), sums_o[m], half);
             if (lse && c == 0)
                 lse[((size_t)b * gridDim.y + h) * queries + i] = scale * max[m][half] + logf(row_sum);
         }
@@ -1434,16 +1428,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                     }
                 }
             }
-            if (first_key + 32 > first_query + 1) {
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < 4; n++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            if (first_key + 8 * n + 2 * c + e % 2 > first_query + 16 * m + g + e / 2 * 8)
-                                s[m][n][e] = -INFINITY;
-            }
+            if (first_key + 32 > first_query + 1)
+                mask(s, [&](int query, int key) { return first_key + key > first_query + query; });
             // ds = p (scale dp - scale delta), in s's place
 #pragma unroll
             for (int m = 0; m < M; m++)
@@ -1453,20 +1439,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                     for (int e = 0; e < 4; e++)
                         s[m][n][e] = exp2_approx(scale2 * s[m][n][e] - lse2[m][e / 2]) *
                                      (scale * dp[m][n][e] - scaled_delta[m][e / 2]);
-            // dq += ds k
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                uint32_t ds_A[M][4];
-#pragma unroll
-                for (int m = 0; m < M; m++) as_A(ds_A[m], s[m][2 * n], s[m][2 * n + 1]);
-#pragma unroll
-                for (int d = 0; d < K; d++) {
-                    uint32_t k_B[4];
-                    load_B_of_rows<HS>(k_B, k_tile, first + 16 * n, d);
-#pragma unroll
-                    for (int m = 0; m < M; m++) mma_two(sums[m][2 * d], sums[m][2 * d + 1], ds_A[m], k_B);
-                }
-            }
+            add_product<HS, M, 2>(sums, s, k_tile, first);  // dq += ds k
         }
         __syncthreads();
     }
@@ -1475,10 +1448,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = first_query + 16 * m + g + 8 * half;
-            if (i >= T) continue;
-#pragma unroll
-            for (int d = 0; d < 2 * K; d++)
-                store_two(dq.at(b, h, i) + 8 * d + 2 * c, sums[m][d][2 * half], sums[m][d][2 * half + 1]);
+            if (i < T) store_row(dq.at(b, h, i), sums[m], half);
         }
 }
 
@@ -1556,16 +1526,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                     for (int m = 0; m < M; m++) mma_two(dp[m][2 * n], dp[m][2 * n + 1], A[m], B);
                 }
             }
-            if (first_query < first_key + 16 * M - 1) {
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < 4; n++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            if (first_key + 16 * m + g + e / 2 * 8 > first_query + 8 * n + 2 * c + e % 2)
-                                s[m][n][e] = -INFINITY;
-            }
+            if (first_query < first_key + 16 * M - 1)
+                mask(s, [&](int key, int query) { return first_key + key > first_query + query; });
             // p in s's place, ds = p (scale dp - scale delta) in dp's
 #pragma unroll
             for (int n = 0; n < 4; n++)
@@ -1578,27 +1540,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                         dp[m][n][e] = s[m][n][e] * (scale * dp[m][n][e] - scaled_delta[query]);
                     }
                 }
-            // dv += pᵀ do, dk += dsᵀ q
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                uint32_t p_A[M][4], ds_A[M][4];
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    as_A(p_A[m], s[m][2 * n], s[m][2 * n + 1]);
-                    as_A(ds_A[m], dp[m][2 * n], dp[m][2 * n + 1]);
-                }
-#pragma unroll
-                for (int d = 0; d < K; d++) {
-                    uint32_t do_B[4], q_B[4];
-                    load_B_of_rows<HS>(do_B, do_tile, first + 16 * n, d);
-                    load_B_of_rows<HS>(q_B, q_tile, first + 16 * n, d);
-#pragma unroll
-                    for (int m = 0; m < M; m++) {
-                        mma_two(sums_v[m][2 * d], sums_v[m][2 * d + 1], p_A[m], do_B);
-                        mma_two(sums_k[m][2 * d], sums_k[m][2 * d + 1], ds_A[m], q_B);
-                    }
-                }
-            }
+            add_product<HS, M, 2>(sums_v, s, do_tile, first);  // dv += pᵀ do
+            add_product<HS, M, 2>(sums_k, dp, q_tile, first);  // dk += dsᵀ q
         }
         statistics[(i + 1) % 2 * 2 * TILE + threadIdx.x] = next_statistic;
         __syncthreads();
@@ -1609,12 +1552,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         for (int half = 0; half < 2; half++) {
             const int j = first_key + 16 * m + g + 8 * half;
             if (j >= T) continue;
-#pragma unroll
-            for (int d = 0; d < 2 * K; d++) {
-                const int e = 2 * half, at = 8 * d + 2 * c;
-                store_two(dkv.keys(h).at(b, h, j) + at, sums_k[m][d][e], sums_k[m][d][e + 1]);
-                store_two(dkv.values(h).at(b, h, j) + at, sums_v[m][d][e], sums_v[m][d][e + 1]);
-            }
+            store_row(dkv.keys(h).at(b, h, j), sums_k[m], half);
+            store_row(dkv.values(h).at(b, h, j), sums_v[m], half);
         }
 }
 
@@ -1721,9 +1660,6 @@ static void attention_backward(X* dqkv, float* dkv, float* dkv_below, float* del
 
 // --------------------------------------------------------------------------------------------------------------------
 // Skip-Layer Attention: where the keys and values of a layer go
-//
-// Head h < skip_heads of layer l ≥ skip_distance reads layer l - skip_distance. So the keys and values of such a head
-// in layer l have up to two readers: layer l + skip_distance, if there is one, and layer l itself, if it does not skip.
 
 // Lanes by head. Head h of `own_from` and further on reads this layer, head h < above_heads is read from above.
 template <bool VECTORS, class X>
@@ -1761,18 +1697,6 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
 
 // --------------------------------------------------------------------------------------------------------------------
 // Depth-Attention: each value is mixed with the values of earlier layers, at one token at a time
-//
-// Layer l with sources S_l, per head; x_j is the mixed value ṽ_j of source j < l, and x_l = v_l:
-//     s_j = q_l·k_j/√HS,   a = softmax over j in S_l and l of s,   ṽ_l = Σ_j a_j x_j
-// ṽ_l takes the place of v_l: everything after, in this layer and in later ones, reads ṽ_l only.
-//
-// Backward, given dṽ_l complete. ṽ is a softmax-weighted mean, so as in attention
-//     da_j = dṽ_l·x_j        ds_j = a_j (da_j - δ)        δ = Σ_j a_j da_j = dṽ_l·ṽ_l
-//     dq_l += Σ_j ds_j k_j/√HS       dk_j += ds_j q_l/√HS       dx_j += a_j dṽ_l     (dx_l is dv_l)
-// Since Σ_j a_j (da_j - δ) = 0, the layer's own ds_l = -Σ of the others': v_l, overwritten, is not needed.
-// What flows to a source j comes from every later layer m with j in S_m. Instead of scattering it there, layer j
-// gathers it when its turn comes, from what layer m left behind: a, ds, q_m and dṽ_m, which lies where ṽ_m was; as
-// backward goes down, nobody reads ṽ_m any more. So depth needs no memory beyond a, ds and one layer's dkv.
 
 __device__ inline float dot(const float (&a)[SHARE], const float (&b)[SHARE], int lanes) {
     float sum = 0;

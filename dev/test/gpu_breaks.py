@@ -81,13 +81,13 @@ ROWS = "\n\n    uint32_t q_A[M][HELD]"
 COME = f"cp_async_wait<1>();\n        {SYNC}"
 WAIT = "«cp_async_wait<1>();»\n        __syncthreads();"
 COMMIT = "«cp_async_commit();»\n        cp_async_wait<1>();\n        __syncthreads();"
-LAST = f"\n                }}\n            }}\n        }}\n        {SYNC}"
+LAST = f"\n        }}\n        {SYNC}"
 breaks(RACE, TILES,
        ("no __syncthreads: forward tiles, begin", COME + FORWARD, NOTHING),
-       ("no __syncthreads: forward tiles, overwritten early", "p_A[m], v_B);" + LAST, NOTHING),
+       ("no __syncthreads: forward tiles, overwritten early", "// o += p v" + LAST, NOTHING),
        ("no __syncthreads: backward query tiles, rows", f"cp_async_wait<1>();\n    {SYNC}" + ROWS, NOTHING),
        ("no __syncthreads: backward query tiles, begin", COME + QUERY, NOTHING),
-       ("no __syncthreads: backward query tiles, overwritten early", "ds_A[m], k_B);" + LAST, NOTHING),
+       ("no __syncthreads: backward query tiles, overwritten early", "// dq += ds k" + LAST, NOTHING),
        ("no __syncthreads: backward key tiles, begin", COME + KEY, NOTHING),
        ("no __syncthreads: backward key tiles, overwritten early", f"= next_statistic;\n        {SYNC}", NOTHING))
 breaks(RESULT, TILES,
@@ -97,16 +97,16 @@ breaks(RESULT, TILES,
        ("no cp.async wait: backward key tiles", WAIT + KEY, NOTHING),
        ("cp.async: forward tiles, one group too many", WAIT + FORWARD, "cp_async_wait<2>();"),
        ("cp.async: forward tiles, no commit", COMMIT + FORWARD, NOTHING),
-       ("mask: forward tiles, none at the diagonal", "if («j * TILE + TILE > first_position + 1») {", "false"),
-       ("mask: forward tiles, one ahead", "e % 2 > «first_position» + 16", "first_position + 1"),
-       ("mask: forward tiles, second half as the first", "first_position + 16 * m + g + «e / 2 * 8»)", "0"),
-       ("mask: backward query tiles", "e % 2 > «first_query» + 16", "first_query + 1"),
-       ("mask: backward key tiles", "e / 2 * 8 > «first_query» + 8", "first_query + 1"),
+       ("mask: forward tiles, none at the diagonal", "if («j * TILE + TILE > first_position + 1»)", "false"),
+       ("mask: forward tiles, one ahead", "key > «first_position» + query", "first_position + 1"),
+       ("mask: second half as the first", "hidden(16 * m + g + «e / 2 * 8»", "0"),
+       ("mask: backward query tiles", "(int query, int key) { return first_key + key > «first_query»", "first_query + 1"),
+       ("mask: backward key tiles", "(int key, int query) { return first_key + key > «first_query»", "first_query + 1"),
        ("rescale: forward tiles, sum", "«sum[m][half] *= rescale;»", NOTHING),
        ("rescale: forward tiles, o", "«sums_o[m][d][2 * half + 1] *= rescale;»", NOTHING),
        ("tiles: statistics of the tile before", "statistics[«(i + 1) % 2» * 2 * TILE + threadIdx.x] = next", "i % 2"),
        ("tiles: rows past the end are not 0", "* row : head, «valid»)", "true"),
-       ("tiles: dk, dv of skipping heads go to their own layer", "store_two(«dkv.values(h)».at(b, h, j)", "dkv.v",
+       ("tiles: dk, dv of skipping heads go to their own layer", "store_row(«dkv.values(h)».at(b, h, j)", "dkv.v",
         ["heads 1 64 130"]))
 
 breaks(STOPS, TILES, ("past the end: rows of a tile", "valid = «first + r + below < end»;", "first + r + below <= end"))
@@ -137,13 +137,13 @@ breaks(RESULT, VANILLA,
        ("skip: the share from above forgotten",
         "«if (above) load<VECTORS>(more, dkv_above + at, g.lane, lanes, HS);»", NOTHING, SKIP),
        ("accumulate: sum_partials", "out[i] = «accumulate» ? out[i]", "false", ACCUMULATE),
-       ("accumulate: weights", "{.add = «accumulate» ? dw", "false", ACCUMULATE),
+       ("accumulate: weights", "«accumulate» ? dw : nullptr", "false", ACCUMULATE),
        ("accumulate: positions", "if («accumulate») load<VECTORS>(sum, dwpe", "false", ACCUMULATE),
        ("accumulate: classifier", "Vp, Vp, «accumulate || r > 0»);", "false", ACCUMULATE),
        ("accumulate: losses", "loss_sum = «accumulate» ?", "false", ACCUMULATE),
        ("accumulate: LayerNorm's dx", "if («accumulate_dx») load", "false"),
        ("accumulate: not begun anew", "«m->accumulated = 0;»", NOTHING, ACCUMULATE),
-       ("accumulate: pieces of dqkv", "{.add = «first» ? nullptr : dx_sum}", "true", SKIP),
+       ("accumulate: pieces of dqkv", "«first» ? nullptr : dx_sum", "true", SKIP),
        ("sum_partials: more than 32 runs", "run < runs; run += «blockDim.y»", "runs", LONG),
        ("LayerNorm: channels past 256", "«c < C»; c += WARP_SHARE) {\n        float w_c", "c < 256", WIDE),
        ("LayerNorm: an odd last token counts twice", "if («first + j < end») dw[i]", "true", ODD),
@@ -268,7 +268,7 @@ def build(folder):
     shutil.copy(ROOT / "test_gpt2.cpp", folder / "all_tests.cpp")
     (folder / "test_gpt2.cpp").write_text(DRIVER)
     (folder / "train_gpt2.cu").write_text(with_switches(SOURCE.read_text()))
-    done = subprocess.run(["make", "-s", f"-j{CORES}", *PROGRAMS.values()], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(["make", "-s", *PROGRAMS.values()], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: does not build\n{done.stderr}")
 
