@@ -18,6 +18,10 @@
 # Variables: CXX=clang++, OPENMP= (do without it), CUDA=/usr/local/cuda, ARCH=-march=x86-64-v3 (for other machines
 #            than this one)
 
+# Builds on all cores, unless told otherwise. A make that a recipe starts begins anew.
+MAKEFLAGS += -j$(shell getconf _NPROCESSORS_ONLN)
+unexport MAKEFLAGS
+
 # Whether a program can be built with some flags; the answer is "yes" or nothing.
 builds = $(shell echo 'int main() {}' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
 

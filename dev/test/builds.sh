@@ -12,7 +12,6 @@ checkout=$PWD folder=$(mktemp -d) bad=0
 trap 'rm -rf "$folder"' EXIT
 ln -s "$checkout"/{Makefile,dev,train_gpt2.cpp,test_gpt2.cpp} "$folder"  # what is built lies beside these links
 cd "$folder" || exit 1
-unset MAKEFLAGS                 # of a make that started this
 export OMP_WAIT_POLICY=passive  # spares the programs their second start, which is not emulated
 
 found() { command -v "$1" >/dev/null || { echo "$1 is not installed: $2 left out"; false; }; }
@@ -23,7 +22,7 @@ line() {  # line WHAT RESULT EXPECTED: prints the first two, and counts a result
 }
 
 builds() {  # builds WHAT TARGETS VARIABLE...: whether they can be built; sets `warnings`
-    make -j"$(nproc)" $2 "${@:3}" >log 2>&1 || { line "$1" "does not build: $(grep -m 1 error log)" ""; return 1; }
+    make $2 "${@:3}" >log 2>&1 || { line "$1" "does not build: $(grep -m 1 error log)" ""; return 1; }
     warnings=$(grep -c 'warning:' log) || true  # grep's status: whether there are any
 }
 

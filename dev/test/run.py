@@ -1,7 +1,6 @@
 """What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's tests;
 then pytest over dev/test. Its last line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
 
-import io
 import os
 import subprocess
 import sys
@@ -9,10 +8,12 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-PROGRAMS = [["./test_gpt2"], ["./test_gpt2_sanitized"], ["./test_gpt2_amx"],
-            ["./test_gpt2cu_emulated", "dev/emulator/test.py"]]  # each on one core: side by side
+PROGRAMS = ["./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx"]  # on all cores
+EMULATED = ["./test_gpt2cu_emulated", "dev/emulator/test.py"]  # each on one
+EMULATED_TESTS = ["dev/test/test_gpu.py", "dev/test/test_emulator.py"]
 PEERS = ["dev/test/test_reference.py"]
 
 
@@ -32,20 +33,24 @@ def run_program(program, out):
     return counts
 
 
-def run_side_by_side(programs):
-    """Shows the first one's output at once, and the others' when all have ended."""
-    outs = [sys.stdout, *(io.StringIO() for _ in programs[1:])]
-    with ThreadPoolExecutor() as pool:
-        counts = sum(pool.map(run_program, programs, outs), Counter())
+def side_by_side(runs):
+    """Calls each with a file to write to. Shows the first one's output at once, and the others' when all have ended."""
+    outs = [sys.stdout, *(tempfile.TemporaryFile("w+") for _ in runs[1:])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        counts = sum(pool.map(lambda run, out: run(out), runs, outs), Counter())
     for out in outs[1:]:
-        print(out.getvalue(), end="")
+        out.seek(0)
+        print(out.read(), end="")
+        out.close()
     return counts
 
 
-def run_pytest(python, tests):
+def run_pytest(python, tests, out):
+    print("== pytest", *tests, file=out, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "report.xml")
-        status = subprocess.run([python, "-m", "pytest", "-q", "-rs", f"--junitxml={report}", *tests]).returncode
+        command = [python, "-m", "pytest", "-q", "-rs", f"--junitxml={report}", *tests]
+        status = subprocess.run(command, stdout=out).returncode
         if not os.path.exists(report):
             return Counter(failed=1)
         total = Counter()
@@ -67,18 +72,20 @@ def has_pytest(python):
 def main():
     os.chdir(ROOT)
     peers = "--peers" in sys.argv[1:]
-    counts = Counter()
-    if not peers:
-        for programs in PROGRAMS:
-            if programs == ["./test_gpt2_amx"] and not os.path.exists(programs[0]):
-                print("left out: test_gpt2_amx, which takes an x86-64 compiler")
-                continue
-            counts += run_side_by_side(programs)
     environment = ".venv-peers" if peers else ".venv"
     python = next(filter(has_pytest, [f"{environment}/bin/python", sys.executable]), None)
+    counts = Counter()
+    if not peers:
+        for program in PROGRAMS:
+            if program == "./test_gpt2_amx" and not os.path.exists(program):
+                print("left out: test_gpt2_amx, which takes an x86-64 compiler")
+                continue
+            counts += run_program(program, sys.stdout)
+        emulated = [partial(run_program, program) for program in EMULATED]
+        counts += side_by_side(emulated + ([partial(run_pytest, python, EMULATED_TESTS)] if python else []))
     if python:
-        print(f"== pytest, {python}", flush=True)
-        counts += run_pytest(python, PEERS if peers else ["dev/test"])
+        others = ["dev/test", *(f"--ignore={test}" for test in EMULATED_TESTS)]
+        counts += run_pytest(python, PEERS if peers else others, sys.stdout)
     else:
         print(f"left out: dev/test, since neither {environment} nor {sys.executable} has pytest")
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
