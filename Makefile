@@ -58,15 +58,17 @@ NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=com
             -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas
 # Without nvcc, a recipe would begin with the - of -O3, and make take its failing for success.
 nvcc = $(or $(NVCC),$(error no nvcc: it is looked for in PATH and in /usr/local/cuda, or in CUDA=FOLDER))
+# cuBLASLt is found where nvcc found it, whatever LD_LIBRARY_PATH says.
+CUBLASLT = -lcublasLt -Xlinker -rpath=$(abspath $(dir $(realpath $(NVCC)))../lib64)
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
 	@echo "$(or $(NVCC),no nvcc: train_gpt2cu and test_gpt2cu are left out)"
 train_gpt2cu: train_gpt2.cu train_gpt2.cpp
-	$(nvcc) $(NVCCFLAGS) $< -o $@ -lcublasLt
+	$(nvcc) $(NVCCFLAGS) $< -o $@ $(CUBLASLT)
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
-	$(nvcc) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ -lcublasLt
+	$(nvcc) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ $(CUBLASLT)
 # Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What goes
 # wrong shows in results; the checked build also reports races and accesses out of bounds, the sanitized one the latter.
-EMULATED = -std=c++20 -O2 -g1 $(ARCH) -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread -I. -DGPT2_EMULATED \
+EMULATED = -std=c++20 -O2 -g1 $(ARCH) -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -pthread \
            -include dev/emulator/cuda_emulator.h
 CHECKED = $(EMULATED) -O1 -g -fsanitize=thread,alignment
 EMULATOR = dev/emulator/cuda_emulator.h dev/emulator/translate.py
@@ -116,10 +118,11 @@ test-sanitized: test_gpt2_sanitized
 	./test_gpt2_sanitized
 test-emulator: $(filter-out %_emulated,$(TRAIN_EMULATED) $(TEST_EMULATED)) .venv/ready
 	python3 dev/emulator/test.py --compiler $(CXX)
+	python3 dev/emulator/test.py --compiler $(CXX) --flags=-DEMULATOR_UCONTEXT=1
 	./test_gpt2cu_checked $(DUMPS)
 	./test_gpt2cu_sanitized $(DUMPS)
-	EMULATED=train_gpt2cu_checked .venv/bin/python -m pytest -q dev/test/test_emulator.py
-	EMULATED=train_gpt2cu_sanitized .venv/bin/python -m pytest -q dev/test/test_emulator.py
+	GPU_PROGRAM=train_gpt2cu_checked .venv/bin/python -m pytest -q dev/test/test_emulator.py
+	GPU_PROGRAM=train_gpt2cu_sanitized .venv/bin/python -m pytest -q dev/test/test_emulator.py
 test-amx: test_gpt2_amx
 	./test_gpt2_amx
 test-builds:

@@ -8,7 +8,7 @@ another way for each seed, or ends the program with one line that names kernel, 
 Use it for your own kernels; these are its plain, its address and its checked build:
 
     python3 dev/emulator/translate.py mine.cu mine.cpp        rewrites launches, __shared__ and CUDA's #includes
-    E="-std=c++20 -g -DGPT2_EMULATED -include dev/emulator/cuda_emulator.h"
+    E="-std=c++20 -g -include dev/emulator/cuda_emulator.h"
     g++ $E -O2 mine.cpp -o mine
     g++ $E -O2 -fsanitize=address,undefined mine.cpp -o mine_address
     g++ $E -O1 -fsanitize=thread,alignment -c mine.cpp -o mine.o && g++ mine.o -o mine_checked
@@ -57,12 +57,12 @@ threads run, though the checked build reports what would depend on them; protoco
 spinning never ends here (the accesses that such a protocol orders count as races); launches of more threads than
 __launch_bounds__ allows. Not there: wgmma, TMA, half, textures, cooperative groups, graphs, dynamic parallelism,
 __activemask, template arguments of a kernel that its launch leaves to be deduced (write k<float><<<...>>>), adding to
-floats by atomics, whose result depends on the order. Stricter than a GPU: threads of a
-warp, or of a block, must meet on the same line.
+floats by atomics, whose result depends on the order. A call of the runtime that is not there does not compile. Stricter
+than a GPU: threads of a warp, or of a block, must meet on the same line.
 
-Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED. Those that are replaced here:
-mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_commit, cp_async_wait; emulated_matmul stands for
-cuBLASLt.
+Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED, which is defined here. Those that
+are replaced: mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_commit, cp_async_wait; emulated_matmul
+stands for cuBLASLt.
 
 Contents
      1  the language         keywords, vector types
@@ -78,10 +78,11 @@ Contents
 */
 
 #pragma once
+#define GPT2_EMULATED
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <cassert>
 #include <cerrno>
 #include <chrono>
 #include <climits>
@@ -244,7 +245,6 @@ struct Order {
     }
 };
 inline Order order;
-inline void set_seed(uint64_t seed) { order.state = settings.seed = seed; }
 
 struct Thread;
 inline thread_local Thread* self = nullptr;  // the thread that runs; null outside of kernels
@@ -1009,10 +1009,6 @@ struct Invocation {
     EMULATOR_OWN static void enter(const void* p) { call(*(const Invocation*)p, std::index_sequence_for<P...>{}); }
 };
 
-}  // namespace emulator
-extern "C" const char __executable_start;  // by the linker
-namespace emulator {
-
 // kernel<<<grid, block, shared, stream>>>(x) becomes Launch("kernel", file, line, grid, block, ...).run(kernel, x).
 struct Launch {
     const char *name, *file;
@@ -1114,11 +1110,6 @@ inline cudaError_t cudaSetDevice(int device) {
     EMULATOR_CALL("cudaSetDevice");
     return emulator::error(device >= 0 && device < emulator::settings.devices ? cudaSuccess : cudaErrorInvalidDevice);
 }
-inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    EMULATOR_CALL("cudaGetDevice");
-    return cudaSuccess;
-}
 
 struct cudaDeviceProp {
     char name[256];
@@ -1131,37 +1122,6 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     EMULATOR_CALL("cudaGetDeviceProperties");
     *p = {"emulated GPU", emulator::settings.memory, emulator::SHARED_DEFAULT, emulator::SHARED_MOST, 228 << 10,
           9, 0, 4, 32, 1024, 2048, 65536, 65536, 1 << 20, 512, {INT_MAX, 65535, 65535}, {1024, 1024, 64}};
-    return cudaSuccess;
-}
-enum cudaDeviceAttr {
-    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36,
-    cudaDevAttrGlobalMemoryBusWidth = 37, cudaDevAttrL2CacheSize = 38, cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = 0;
-    EMULATOR_CALL("cudaDeviceGetAttribute");
-    switch (attribute) {
-    case cudaDevAttrClockRate: *value = 1000000; break;  // kHz
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrMemoryClockRate: *value = 1000000; break;
-    case cudaDevAttrGlobalMemoryBusWidth: *value = 512; break;
-    case cudaDevAttrL2CacheSize: *value = 1 << 20; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)emulator::SHARED_MOST; break;
-    default: return emulator::error(cudaErrorInvalidValue);
-    }
-    return cudaSuccess;
-}
-inline cudaError_t cudaRuntimeGetVersion(int* version) {
-    *version = 13000;
-    EMULATOR_CALL("cudaRuntimeGetVersion");
-    return cudaSuccess;
-}
-inline cudaError_t cudaDriverGetVersion(int* version) {
-    *version = 13000;
-    EMULATOR_CALL("cudaDriverGetVersion");
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() {
@@ -1202,8 +1162,6 @@ cudaError_t cudaMallocHost(T** p, size_t size, unsigned = 0) {
     if (size) *p = (T*)emulator::allocate(size, false);
     return emulator::error(!size || *p ? cudaSuccess : cudaErrorMemoryAllocation);
 }
-template <class T>
-cudaError_t cudaHostAlloc(T** p, size_t size, unsigned flags) { return cudaMallocHost(p, size, flags); }
 inline cudaError_t cudaFreeHost(void* p) {
     EMULATOR_CALL("cudaFreeHost");
     if (!p) return cudaSuccess;
@@ -1261,7 +1219,6 @@ inline cudaError_t cudaMemset(void* to, int value, size_t n) { return cudaMemset
 
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
 enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
-enum { cudaHostAllocDefault = 0 };
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     *stream = nullptr;
@@ -1283,12 +1240,6 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     EMULATOR_CALL("cudaStreamSynchronize");
     if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
     return emulator::wait_for(stream), cudaSuccess;
-}
-inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
-    EMULATOR_CALL("cudaStreamQuery");
-    if (!emulator::known(stream)) return emulator::error(cudaErrorInvalidResourceHandle);
-    emulator::run_one();  // so that a loop around this ends
-    return (stream ? stream : &emulator::default_stream)->queue.empty() ? cudaSuccess : cudaErrorNotReady;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
     EMULATOR_CALL("cudaStreamWaitEvent");
@@ -1349,10 +1300,6 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_
 enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
-struct cudaFuncAttributes {
-    size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
-    int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, cacheModeCA, maxDynamicSharedSizeBytes;
-};
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
     EMULATOR_CALL("cudaFuncSetAttribute");
@@ -1361,19 +1308,6 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
         return emulator::error(cudaErrorInvalidValue, "cudaFuncSetAttribute: %d bytes of shared memory; %zu is most",
                                value, emulator::SHARED_MOST);
     emulator::dynamic_most[(const void*)kernel] = value;
-    return cudaSuccess;
-}
-template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel) {
-    EMULATOR_CALL("cudaFuncGetAttributes");
-    auto most = emulator::dynamic_most.find((const void*)kernel);
-    *attributes = {0, 0, 0, 1024, 64, 90, 90, 0, most == emulator::dynamic_most.end() ? 48 << 10 : most->second};
-    return cudaSuccess;
-}
-template <class Kernel>  // says 1, whatever the kernel
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel*, int, size_t) {
-    *count = 1;
-    EMULATOR_CALL("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return cudaSuccess;
 }
 
@@ -1415,9 +1349,6 @@ EMULATOR_OWN inline void __syncwarp(unsigned mask = ~0u, emulator::Where where =
             if (all[i]) std::copy(met, met + 32, (*all[i])->met);
     });
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
 
 // Shuffles. What a lane outside of the mask would have given is bytes of 0xff.
 
@@ -1597,8 +1528,6 @@ inline float __int2float_rn(int x) { return (float)x; }
 EMULATOR_OWN inline void __trap(emulator::Where where = emulator::here()) {
     emulator::fail(emulator::self, "__trap() at %s:%u", where.file, where.line);
 }
-inline long long clock64() { static long long ticks = 0; return ++ticks; }
-inline void __nanosleep(unsigned) {}
 inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
 
 // bf16: the upper half of a float. Arithmetic on two of them rounds its result.

@@ -140,7 +140,7 @@ def compile_all(compiler, folder, flags=()):
     source, out = folder / "test_emulator.cpp", {}
     os.chdir(HERE)
     source.write_text(translate(pathlib.Path("test_emulator.cu"), set()))
-    base = [compiler, "-std=c++20", "-g", "-Wall", "-Wextra", "-DGPT2_EMULATED", "-include", "cuda_emulator.h", *flags]
+    base = [compiler, "-std=c++20", "-g", "-Wall", "-Wextra", "-include", "cuda_emulator.h", *flags]
     for build, (compiling, linking) in BUILDS.items():
         out[build] = folder / build
         for command in ([*base, *compiling, "-c", source, "-o", f"{out[build]}.o"],

@@ -21,6 +21,8 @@ TIKTOKEN_NAMES = {
 # PROGRAM=train_gpt2_sanitized runs all tests with that build.
 PROGRAM = os.environ.get("PROGRAM", "train_gpt2")
 SANITIZED = "train_gpt2_sanitized"
+# GPU_PROGRAM=train_gpt2cu runs those of the GPU on one; train_gpt2cu_checked and _sanitized watch its code.
+GPU_PROGRAM = os.environ.get("GPU_PROGRAM", "train_gpt2cu_emulated")
 BUILDS = [PROGRAM] + [SANITIZED] * (PROGRAM != SANITIZED and (ROOT / SANITIZED).exists())
 
 

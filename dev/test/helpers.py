@@ -84,6 +84,17 @@ class Program:
             return ended(process)
 
 
+class Emulated(Program):
+    """The program under dev/emulator, whose settings have these names (cuda_emulator.h)."""
+
+    def __init__(self, path, **settings):
+        super().__init__(path)
+        self.settings = {f"GPT2_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
+
+    def environment(self, threads=1):
+        return super().environment(threads) | self.settings
+
+
 def assert_one_line(status, err, says):
     assert status == 1, (status, err)
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err

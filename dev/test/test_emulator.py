@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import find_program
-from helpers import ATTENTIONS, HEADS, Program, training
+from conftest import GPU_PROGRAM, find_program
+from helpers import ATTENTIONS, HEADS, Emulated, training
 
-EMULATED = os.environ.get("EMULATED", "train_gpt2cu_emulated")  # or the checked, or the sanitized build
 SEEDS = range(1, 11)
 # Heads of 64, and a sequence of more than a tile: in bf16 attention goes by tiles, in fp32 by the plain kernels.
 TILES = ["--layers", 2, "--heads", 2, "--channels", 128, "--context", 66, "--batch", 1, "--sequence", 66,
@@ -21,15 +20,8 @@ PLAIN = ["--context", 40, "--batch", 1, "--sequence", 37, "--total-batch", 74]
 FAILING = 20  # how many calls of a run are made to fail
 
 
-class Emulated(Program):
-    """The program, with settings of the emulator."""
-
-    def __init__(self, **settings):
-        super().__init__(find_program(EMULATED).path)
-        self.settings = {f"GPT2_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
-
-    def environment(self, threads=1):
-        return {**super().environment(threads), **self.settings}
+def emulated(**settings):
+    return Emulated(find_program(GPU_PROGRAM).path, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,7 @@ def test_every_order_gives_the_same_bits(precision, shape, attention, shards, tm
         out = tmp_path / str(seed)
         arguments = training(shards, out, "--vocab", 257, "--precision", precision, "--attention", attention, *shape,
                              "--val-batches", 1, steps=2)
-        text = Emulated(seed=seed, blocks=1 + seed % 3).run(*arguments)
+        text = emulated(seed=seed, blocks=1 + seed % 3).run(*arguments)
         losses = re.findall(r"loss [\d.]+", text)
         assert losses
         return (out / "model.bin").read_bytes(), losses
@@ -65,7 +57,7 @@ def test_every_order_gives_the_same_bits(precision, shape, attention, shards, tm
 
 def calls_of(arguments):
     """How many calls of CUDA a run makes."""
-    status, _, err = Emulated(count=1).finish(*arguments)
+    status, _, err = emulated(count=1).finish(*arguments)
     assert status == 0, err.decode()
     return int(re.search(r"^emulator: (\d+) calls$", err.decode(), re.M)[1])
 
@@ -83,7 +75,7 @@ def assert_says_so(status, err, call):
 
 def test_any_call_may_fail_in_training(shards, tmp_path):
     options = ["--vocab", 257, "--attention", "depth", "--val-batches", 1]
-    Emulated().run(*training(shards, tmp_path / "kept", "--keep", *options, steps=4, save_every=1))
+    emulated().run(*training(shards, tmp_path / "kept", "--keep", *options, steps=4, save_every=1))
     complete = [path.read_bytes() for path in (tmp_path / "kept").glob("model_*.bin")]
     begun = tmp_path / "begun"
     begun.mkdir()
@@ -95,7 +87,7 @@ def test_any_call_may_fail_in_training(shards, tmp_path):
 
     def failing(call):
         out = shutil.copytree(begun, tmp_path / str(call))
-        status, _, err = Emulated(fail=call).finish(*resume(out))
+        status, _, err = emulated(fail=call).finish(*resume(out))
         assert_says_so(status, err, call)
         assert (out / "model.bin").read_bytes() in complete  # what a failed save leaves is model.bin.tmp
 
@@ -104,16 +96,16 @@ def test_any_call_may_fail_in_training(shards, tmp_path):
 
 def test_layers_without_a_cache(data, tmp_path):
     """Where all heads skip, the last layers keep neither keys nor values."""
-    Emulated().run(*training(data, tmp_path, "--attention", "skip", "--skip-heads", HEADS, steps=1))
-    Emulated().run("generate", "--model", tmp_path / "model.bin", "--tokens", 3, "--prompt", "ab")
+    emulated().run(*training(data, tmp_path, "--attention", "skip", "--skip-heads", HEADS, steps=1))
+    emulated().run("generate", "--model", tmp_path / "model.bin", "--tokens", 3, "--prompt", "ab")
 
 
 def test_any_call_may_fail_in_generating(data, tmp_path):
-    Emulated().run(*training(data, tmp_path, "--attention", "skip", steps=1))
+    emulated().run(*training(data, tmp_path, "--attention", "skip", steps=1))
     arguments = ["generate", "--model", tmp_path / "model.bin", "--tokens", 3, "--prompt", "ab"]
 
     def failing(call):
-        status, _, err = Emulated(fail=call).finish(*arguments)
+        status, _, err = emulated(fail=call).finish(*arguments)
         assert_says_so(status, err, call)
 
     all_at_once(failing, some_of(calls_of(arguments)))

@@ -103,6 +103,12 @@ def test_command_is_refused(each_build, args, says):
     each_build.fails(*args, says=says)
 
 
+def test_batch_too_large(each_build):
+    """Whatever this machine has; a batch of the whole takes terabytes."""
+    says = "the largest --batch that fits is [1-9]|not even --batch 1 fits"
+    each_build.fails("bench", "--model", "gpt2", "--sequence", 1024, "--batch", 65535, says=says)
+
+
 def test_no_command_shows_the_commands(each_build):
     status, out, err = each_build.finish()
     assert (status, out) == (1, b"")

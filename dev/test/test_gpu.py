@@ -2,7 +2,6 @@
 kernels run in dev/emulator; GPU_PROGRAM=train_gpt2cu tries a real GPU, but for what only the emulator can play."""
 
 import math
-import os
 import re
 import signal
 import struct
@@ -11,31 +10,19 @@ import sys
 
 import pytest
 
-from conftest import find_program
+from conftest import GPU_PROGRAM, find_program
 from helpers import (
-    ATTENTIONS, CONTEXT, HEADER_BYTES, PARAMETERS, SEQUENCE, TRAILER_BYTES, WEIGHTS_END, Program, assert_one_line,
+    ATTENTIONS, CONTEXT, HEADER_BYTES, PARAMETERS, SEQUENCE, TRAILER_BYTES, WEIGHTS_END, Emulated, assert_one_line,
     contents, metrics, training,
 )
 
-GPU_PROGRAM = os.environ.get("GPU_PROGRAM", "train_gpt2cu_emulated")
-emulator_alone = pytest.mark.skipif("emulated" not in GPU_PROGRAM, reason="a GPU that the emulator alone can play")
+emulator_alone = pytest.mark.skipif(GPU_PROGRAM == "train_gpt2cu", reason="a GPU that the emulator alone can play")
 FP32 = ["--precision", "fp32"]
 FEW = ["--batch", 1, "--total-batch", SEQUENCE, "--val-batches", 2]  # tokens a step
 # Queries, keys and values of 64 channels: bf16's attention in tiles, of which a sequence takes two. At a higher rate, a
 # batch of one sequence makes losses jump, and runs that differ by a rounding part.
 TILES = ["--heads", 1, "--channels", 64, "--context", 70, "--sequence", 65, "--batch", 1, "--total-batch", 65,
          "--lr", "3e-4"]
-
-
-class Emulated(Program):
-    """The program in an emulator that is set otherwise."""
-
-    def __init__(self, path, **settings):
-        super().__init__(path)
-        self.settings = {f"GPT2_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
-
-    def environment(self, threads=1):
-        return super().environment(threads) | self.settings
 
 
 @pytest.fixture(scope="session")
@@ -255,12 +242,6 @@ def test_not_even_a_batch_of_one_fits(gpu_with, data, model, tmp_path):
     gpu.fails(*training(data, tmp_path / "out"), says="not even --batch 1 fits; a smaller --sequence or model needs")
     gpu.fails("generate", "--model", model, says="are free: use a smaller model")
     assert not (tmp_path / "out").exists()
-
-
-def test_batch_too_large_for_the_cpu(each_build, tmp_path):
-    """Whatever this machine has; a batch of the whole takes terabytes."""
-    says = "the largest --batch that fits is [1-9]|not even --batch 1 fits"
-    each_build.fails("bench", "--model", "gpt2", "--sequence", 1024, "--batch", 65535, says=says)
 
 
 @emulator_alone
