@@ -18,8 +18,8 @@ with section 3 on a GPU.
 Contents
      1  utilities         errors, time, random numbers
      2  model interface   Config, the table of tensors, what a backend provides
-     3  CPU model         vector mathematics · matmul · layers forward and backward · attention, skip and depth ·
-                          classifier · AdamW · decoding
+     3  CPU model         numbers · threads · matmul · linear layers · embedding · LayerNorm · attention, skip and
+                          depth · classifier · AdamW · the model, forward, backward · decoding · the machine
      4  program           options · files · tokenizer · data loader · checkpoints · schedule · train, eval, generate,
                           describe, bench · main
 
@@ -134,11 +134,13 @@ static bool skips(const Config& c, int l, int h) {
     return c.attention == SKIP && h < c.skip_heads && l >= c.skip_distance;
 }
 
+static int skipping_heads(const Config& c, int l) { return skips(c, l, 0) ? c.skip_heads : 0; }
+
 // How many channels of layer l's keys (and values) somebody reads: its own heads that do not skip, and those that the
 // layer skip_distance above reads. The others, always the first heads, are neither computed nor cached.
 static int kv_channels(const Config& c, int l) {
     bool read_above = l + c.skip_distance < c.L;
-    return skips(c, l, 0) && !read_above ? c.C - c.skip_heads * c.head_size() : c.C;
+    return read_above ? c.C : c.C - skipping_heads(c, l) * c.head_size();
 }
 
 // The columns of qkv that have a reader: all, or queries, keys and values of some heads only.
@@ -262,18 +264,18 @@ struct AdamW {
 // The tests set it: fresh memory is NaN, so that a value used before it is written shows.
 static bool poison_memory = false;
 
-// Where time has gone since the start: a kind of work, with the operations, or bytes moved, that it cannot do without.
-struct Share {
+// A kind of work, and what it has taken since the start.
+struct Spent {
     const char* name;
     double seconds = 0, flops = 0, bytes = 0;
 };
 // Every layer function counts its time under one of these, and the operations, or the bytes read and written, that it
 // cannot do without; a function that another calls counts under that other's.
 enum Part { EMBEDDING, LAYERNORM, MATMUL, MATMUL_DX, MATMUL_DW, ATTENTION, DEPTH_MIXING, CLASSIFIER, ADAMW, PARTS };
-static Share profile[] = {{"embedding"}, {"LayerNorm"},    {"matmuls"},    {"matmuls, dx"}, {"matmuls, dw"},
+static Spent profile[] = {{"embedding"}, {"LayerNorm"},    {"matmuls"},    {"matmuls, dx"}, {"matmuls, dw"},
                           {"attention"}, {"depth mixing"}, {"classifier"}, {"AdamW"}};
 static_assert(std::size(profile) == PARTS);
-static std::vector<Share> model_profile();
+static std::vector<Spent> model_profile();
 
 struct Model;  // parameters, gradients, moments, activations, KV cache: the backend's own
 
@@ -288,7 +290,8 @@ static bool device_is_host();                  // models take of the same memory
 static double device_most_memory();            // MiB: the most that was in use at a time since the last call
 static double device_bandwidth(bool writing);  // bytes/s of reading large arrays, or reading and writing, measured now
 static double device_peak(Precision);          // FLOP/s that a loop of nothing but multiply-adds reaches, measured now
-static size_t device_peak_memory(Precision);   // bytes that this takes meanwhile
+static size_t device_bandwidth_memory();       // bytes that these two
+static size_t device_peak_memory(Precision);   // take meanwhile
 
 // What model_create will allocate, to the byte. Parameters are not initialised, gradients and moments are zero.
 static Memory model_memory(const Config&, Precision, const Workload&);
@@ -438,7 +441,7 @@ static int thread_count() {
 #endif
 }
 
-static std::vector<Share> model_profile() { return {profile, profile + PARTS}; }
+static std::vector<Spent> model_profile() { return {profile, profile + PARTS}; }
 
 struct Timed {
     static inline Timed* outermost = nullptr;
@@ -1228,7 +1231,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
 // dq, dk, dv = from do; dk, dv of type DKV; all (T, HS). With p = softmax(s), s = scale q kᵀ, o = p v:
 //     dv_j = Σ_i p_ij do_i        dp_ij = do_i·v_j
 //     ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij')     (softmax: ∂p_j'/∂s_j = p_j' (δ_jj' - p_j))
-// and Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i, so the sum over a whole row needs no second sweep. Then
+// and Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, so the sum over a whole row needs no second sweep. Then
 //     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i
 template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
@@ -1245,10 +1248,10 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
 
     for (size_t i0 = 0; i0 < T; i0 += NR) {
         size_t n = std::min<size_t>(T - i0, NR), visible = i0 + n;
-        float row_lse[NR] = {}, row_sum[NR] = {};  // row_sum: do·o. Lanes past the last query stay 0, as their rows are
+        float row_lse[NR] = {}, delta[NR] = {};  // Lanes past the last query stay 0, as their rows are
         for (size_t i = 0; i < n; i++) {
             row_lse[i] = lse[i0 + i];
-            row_sum[i] = dot(dout[i0 + i], o[i0 + i], HS);
+            delta[i] = dot(dout[i0 + i], o[i0 + i], HS);
         }
         pack<NR>(h.q_panel, along_k(q[i0], q.stride), n, HS);
         pack<NR>(h.do_panel, along_k(dout[i0], dout.stride), n, HS);
@@ -1264,7 +1267,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
                 for (int lane = 0; lane < NR; lane++) {
                     float p = exp_approx(scale * h.s[r * NR + lane] - row_lse[lane]);
                     h.p[r * NR + lane] = p;
-                    h.ds[r * NR + lane] = scale * p * (h.ds[r * NR + lane] - row_sum[lane]);
+                    h.ds[r * NR + lane] = scale * p * (h.ds[r * NR + lane] - delta[lane]);
                 }
             add_over_queries(h.dv_sum, h, h.do_rows, keys, j0, n, HS);
             for (size_t i = 0; i < keys * NR; i++) h.p[i] = h.ds[i];
@@ -2228,10 +2231,11 @@ static double device_peak(Precision precision) {
 }
 static size_t device_peak_memory(Precision) { return 0; }
 
-// Reading 512 MB as eight streams a thread with prefetch, which loads more than one stream would; or scaling them in
+// Reading 512 MiB as eight streams a thread with prefetch, which loads more than one stream would; or scaling them in
 // place.
+static size_t device_bandwidth_memory() { return 512 << 20; }
 static double device_bandwidth(bool writing) {
-    constexpr size_t N = 1 << 27, STREAMS = 8, AHEAD = 128;
+    const size_t N = device_bandwidth_memory() / sizeof(float), STREAMS = 8, AHEAD = 128;
     float* a = (float*)allocate(N * sizeof(float), true);
     size_t share = N / (size_t)thread_count(), length = share / STREAMS / LANES * LANES;
     double best = 0;
@@ -4210,7 +4214,7 @@ static double mean(const std::vector<double>& v) {
 
 // Where the time of so many steps went: each kind of work, its time a step, and its rate beside the limit that it has,
 // which is operations or memory.
-static void print_profile(const std::vector<Share>& before, const std::vector<Share>& after, double step_seconds,
+static void print_profile(const std::vector<Spent>& before, const std::vector<Spent>& after, double step_seconds,
                           double steps, double peak, double bandwidth) {
     double sum = 0;
     auto row = [&](const char* name, double s, double rate, const char* unit, double limit) {
@@ -4247,7 +4251,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
         std::vector<double> times, peaks;
-        std::vector<Share> before;
+        std::vector<Spent> before;
         for (int step = 0; step <= steps; step++) {
             peaks.push_back(device_peak(precision));
             double start = seconds();
@@ -4259,7 +4263,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
             if (step > 0) times.push_back(seconds() - start);
             else if (o.profile) before = model_profile();
         }
-        std::vector<Share> after = o.profile ? model_profile() : before;
+        std::vector<Spent> after = o.profile ? model_profile() : before;
         model_free(model);
         double time = median(times), peak = median(peaks);
         double best = *std::min_element(times.begin(), times.end());
@@ -4285,7 +4289,7 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs,
            "of reading");
     for (const Config& c : configs) {
         const Workload work = {0, 0, false, 1};
-        const Memory memory = check_memory(c, precision, work, (size_t)512 << 20);  // device_bandwidth's too
+        const Memory memory = check_memory(c, precision, work, device_bandwidth_memory());
         Model* model = model_create(c, precision, work);
         initialize_parameters(model, c, (uint64_t)o.seed);
         std::vector<double> times, bandwidths, prompt_times;
@@ -4295,14 +4299,14 @@ static void bench_decoding(const Options& o, const std::vector<Config>& configs,
             model_prompt(model, tokens.data(), prompt, logits.data());
             if (round > 0) prompt_times.push_back(seconds() - start);
         }
-        std::vector<Share> before = o.profile ? model_profile() : std::vector<Share>();
+        std::vector<Spent> before = o.profile ? model_profile() : std::vector<Spent>();
         for (int i = prompt; i < maxT; i++) {
             if ((i - prompt) % 16 == 0) bandwidths.push_back(device_bandwidth(false));
             double start = seconds();
             model_decode(model, &tokens[(size_t)i], logits.data());
             times.push_back(seconds() - start);
         }
-        std::vector<Share> after = o.profile ? model_profile() : before;
+        std::vector<Spent> after = o.profile ? model_profile() : before;
         model_free(model);
         size_t read = parameter_count(c) - (size_t)(c.maxT + c.Vp - c.V) * c.C;
         for (int l = 0; l < c.L; l++) read -= 2 * (size_t)(c.C - kv_channels(c, l)) * c.C;

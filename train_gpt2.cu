@@ -27,7 +27,7 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 #endif
 
 // ====================================================================================================================
-// The GPU model
+// 3 · The GPU model
 //
 // Every result is the same to the bit from run to run: each element is written by one thread and summed in one fixed
 // order. There are no atomic operations.
@@ -52,7 +52,7 @@ static void check(cudaError_t error, const char* call, int line) {
 }
 #define CHECK(call) check((call), #call, __LINE__)
 
-// Where all work goes. Batches come in on a stream of their own.
+// The GPU, and the streams of work: all of it goes to `stream`, but for batches, which come in on `copies`.
 struct Gpu {
     std::string name;
     int multiprocessors, major;          // major: of its compute capability
@@ -65,8 +65,9 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffff;
 
 // Rows are read and written in shares: 8 values a thread, from a row of n values that `lanes` threads share out among
-// themselves. These are 8 neighbours, in accesses of 16 bytes, where VECTORS; this takes an n and distances between
-// rows that are multiples of 8. Elsewhere they lie `lanes` apart. Past n is 0 when read, and not written.
+// themselves. Where VECTORS, these are 8 neighbours ("blocked"), in accesses of 16 bytes; this takes an n and distances
+// between rows that are multiples of 8. Elsewhere they lie `lanes` apart ("striped"). Past n is 0 when read, and not
+// written.
 constexpr int SHARE = 8;
 
 template <class X>
@@ -167,19 +168,20 @@ static unsigned head_groups_grid(size_t rows, size_t NH, int lanes) {
     return (unsigned)ceil_div(rows * NH * lanes, HEADS_BLOCK);
 }
 
-// out (n) = or += Σ over runs of partial (runs, n), in order: of up to 32 stretches of runs, a warp each, then of
-// these. A block has 32 columns. Where there is a second output, partial is (runs, 2, n).
+// out (n) = or += Σ over runs of partial (runs, n), in a fixed order: warp w of a block, of up to 32, sums up the runs
+// w, w + warps, ...; then the warps' sums are added up. A block has 32 columns. Where there is a second output, partial
+// is (runs, 2, n).
 __global__ void sum_partials_kernel(float* out, float* second, const float* partial, int runs, int n, bool accumulate) {
-    __shared__ float stretches[WARP][WARP];
+    __shared__ float sums[WARP][WARP];
     const int i = blockIdx.x * WARP + threadIdx.x;
     float sum = 0;
     for (int run = threadIdx.y; run < runs; run += blockDim.y)
         if (i < n) sum += partial[((size_t)run * gridDim.y + blockIdx.y) * n + i];
-    stretches[threadIdx.y][threadIdx.x] = sum;
+    sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || i >= n) return;
     float total = 0;
-    for (int stretch = 0; stretch < (int)blockDim.y; stretch++) total += stretches[stretch][threadIdx.x];
+    for (int w = 0; w < (int)blockDim.y; w++) total += sums[w][threadIdx.x];
     if (blockIdx.y == 1) out = second;
     out[i] = accumulate ? out[i] + total : total;
 }
@@ -227,7 +229,7 @@ static void collect_spans() {
     spans_used = 0;
 }
 
-static std::vector<Share> model_profile() {
+static std::vector<Spent> model_profile() {
     if (!std::exchange(profiling, true))
         for (Span& span : spans) {
             CHECK(cudaEventCreateWithFlags(&span.begin, cudaEventDefault));
@@ -267,6 +269,11 @@ struct Timed {
 //     backward   dx (rows, C)  = dy (rows, OC)     w (OC, C)
 //                dw (OC, C)   += dyᵀ (OC, rows)    x (rows, C)
 
+static int alignment_of(const void* p) {  // bytes, up to the 256 that cuBLASLt takes for granted unless told
+    uintptr_t low = (uintptr_t)p & 255;
+    return low ? (int)(low & -low) : 256;
+}
+
 // An operand's element (i, k) is data[i·stride + k] where k is the contiguous index, else data[k·stride + i];
 // i is a row of A or a column of B, k is what the product sums over.
 template <class X>
@@ -285,7 +292,7 @@ struct Workspace {
 };
 constexpr size_t WORKSPACE = 32 << 20;  // as NVIDIA advises for its Hopper GPUs
 
-#ifndef GPT2_EMULATED
+#ifndef GPT2_EMULATED  // the emulator has the same two
 enum class MatmulType { FP32, BF16 };
 enum class Epilogue { NONE, BIAS, GELU_AUX_BIAS, DGELU };
 
@@ -310,11 +317,6 @@ struct MatmulPlan {
     cublasLtMatmulAlgo_t algorithm;
     bool possible;  // cuBLASLt has an algorithm
 };
-
-static int alignment_of(const void* p) {  // bytes, up to 16, the widest access
-    uintptr_t low = (uintptr_t)p & 15;
-    return low ? (int)(low & -low) : 16;
-}
 
 template <class Attribute, class Value>
 static void set(cublasLtMatmulDesc_t operation, Attribute attribute, Value value) {
@@ -345,12 +347,12 @@ static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux)
     set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogues[(int)s.epilogue]);
     if (bias) {
         set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);  // its alignment counts in the choice
-        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, types[(int)s.ab_type]);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, types[(int)s.d_type]);
     }
     if (aux) {
         set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
         set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)s.ldd);
-        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, types[(int)s.ab_type]);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, types[(int)s.d_type]);
     }
     uint64_t A_rows = s.transA ? s.k : s.m, A_columns = s.transA ? s.m : s.k;
     uint64_t B_rows = s.transB ? s.n : s.k, B_columns = s.transB ? s.k : s.n;
@@ -387,8 +389,9 @@ static bool matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, con
     const MatmulShape shape = {d_type, ab_type, epilogue, transA, transB, m, n, k, lda, ldb, ldd, C != nullptr,
                                alignment_of(A), alignment_of(B), alignment_of(C ? C : D), alignment_of(D),
                                alignment_of(bias), alignment_of(aux)};
-    // A model has some twenty shapes. Those of decoding differ from prompt to prompt; the oldest make room.
-    static std::array<MatmulPlan, 256> plans;
+    // A model has some twenty shapes, or some in each layer where layers begin at odd places. Those of decoding differ
+    // from prompt to prompt; the oldest make room.
+    static std::array<MatmulPlan, 1024> plans;
     static size_t made = 0;
     MatmulPlan* plan = std::find_if(plans.data(), plans.data() + std::min(made, plans.size()),
                                     [&](const MatmulPlan& p) { return p.shape == shape; });
@@ -402,7 +405,6 @@ static bool matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, con
         *plan = plan_matmul(shape, bias, aux);
     }
     if (!plan->possible) return false;
-    Timed timed(MATMUL, 2.0 * m * n * k, 1.0 * m * k * (ab_type == MatmulType::FP32 ? 4 : 2));
     if (bias) set(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     if (aux) set(plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
     const float one = 1, beta = C ? 1 : 0;
@@ -415,12 +417,12 @@ static bool matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, con
 template <class X> constexpr MatmulType MATMUL_TYPE = std::is_same_v<X, float> ? MatmulType::FP32 : MatmulType::BF16;
 
 // What happens to the product before it is stored: y = epilogue(product + add), with a bias (N) or an aux (M, N).
-template <class X, class Y>
+template <class Y>
 struct Finish {
     const Y* add = nullptr;
     Epilogue epilogue = Epilogue::NONE;
-    const X* bias = nullptr;
-    X* aux = nullptr;
+    const Y* bias = nullptr;
+    Y* aux = nullptr;
 };
 
 static bool fuses = true;  // a test turns it off, as if cuBLASLt had the plain product alone
@@ -429,25 +431,29 @@ static bool fuses = true;  // a test turns it off, as if cuBLASLt had the plain 
 // False where cuBLASLt does not have this: it lacks some epilogues, sizes or alignments on some GPUs.
 template <class X, class Y>
 static bool try_matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
-                       Finish<X, Y> finish) {
-    if (!fuses && finish.epilogue != Epilogue::NONE) return false;
+                       Finish<Y> finish) {
+    // Some of its kernels read a bias 16 bytes at a time, wherever it lies.
+    if (finish.epilogue != Epilogue::NONE && (!fuses || alignment_of(finish.bias) < 16)) return false;
+    Timed timed(MATMUL, 0, 0);
 #ifdef GPT2_EMULATED
     (void)ws;
-    Timed timed(MATMUL, 2.0 * M * N * K, 1.0 * N * K * sizeof(X));
     if (finish.add && finish.add != y)
         CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
     CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
                           (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, finish.epilogue, finish.bias,
                           finish.aux, gpu.stream, MATMUL_TYPE<X>));
-    return true;
 #else
-    return matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N, (int)M,
-                           (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, finish.epilogue, finish.bias,
-                           finish.aux);
+    if (!matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N, (int)M,
+                         (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, finish.epilogue, finish.bias,
+                         finish.aux))
+        return false;
 #endif
+    profile[timed.part].flops += 2.0 * M * N * K;
+    profile[timed.part].bytes += (1.0 * M * K + 1.0 * N * K + 1.0 * M * N) * sizeof(X);
+    return true;
 }
 
-// y = A B, or += if add is y
+// y = A B, plus `add`, if there is one, which may be y
 template <class X, class Y>
 static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
                    const Y* add = nullptr) {
@@ -580,28 +586,37 @@ static void linear_gelu_backward_input(const Workspace& ws, X* dh, const X* h, c
     gelu_backward(dh, h, rows * C);
 }
 
+// Σ over the warps of a block, in order, of their shares of WARP_SHARE columns. A thread receives the sum of the column
+// that has its number.
+constexpr int SUM_WARPS = WARP_SHARE / WARP;
+
+template <bool VECTORS>
+__device__ inline float sum_over_warps(const float (&sum)[SHARE]) {
+    __shared__ alignas(16) float sums[SUM_WARPS][WARP_SHARE];
+    store<VECTORS>(sums[threadIdx.y], sum, threadIdx.x, WARP, WARP_SHARE);
+    __syncthreads();
+    float total = 0;
+    for (int w = 0; w < SUM_WARPS; w++) total += sums[w][threadIdx.y * WARP + threadIdx.x];
+    return total;
+}
+
 // partial (runs, OC): Σ of dy over the tokens of a run. A block has a run and 256 columns; its warps take turns with
-// the tokens, a thread has a share of the columns, and the warps' sums are added up in order.
-constexpr int BIAS_RUN = 256, BIAS_WARPS = 8;
+// the tokens, and a thread has a share of the columns.
+constexpr int BIAS_RUN = 256;
 
 template <bool VECTORS, class X>
 __global__ void bias_backward_kernel(float* partial, const X* dy, size_t rows, int OC, size_t lddy) {
-    __shared__ float sums[BIAS_WARPS][WARP_SHARE];
     const int lane = threadIdx.x, warp = threadIdx.y, column = blockIdx.y * WARP_SHARE;
     const size_t begin = (size_t)blockIdx.x * BIAS_RUN, end = min(rows, begin + BIAS_RUN);
     float sum[SHARE] = {}, share[SHARE];
-    for (size_t r = begin + warp; r < end; r += BIAS_WARPS) {
+    for (size_t r = begin + warp; r < end; r += SUM_WARPS) {
         load<VECTORS>(share, dy + r * lddy + column, lane, WARP, OC - column);
 #pragma unroll
         for (int i = 0; i < SHARE; i++) sum[i] += share[i];
     }
-    store<VECTORS>(sums[warp], sum, lane, WARP, WARP_SHARE);
-    __syncthreads();
-    int i = warp * WARP + lane;
-    if (column + i >= OC) return;
-    float total = 0;
-    for (int w = 0; w < BIAS_WARPS; w++) total += sums[w][i];
-    partial[(size_t)blockIdx.x * OC + column + i] = total;
+    const float total = sum_over_warps<VECTORS>(sum);
+    const int i = column + warp * WARP + lane;
+    if (i < OC) partial[(size_t)blockIdx.x * OC + i] = total;
 }
 
 // dw = or += dyᵀ x and, unless db is null, db = or += Σ over tokens of dy. partial (rows / BIAS_RUN, OC) is scratch.
@@ -611,11 +626,10 @@ static void linear_backward_weight(const Workspace& ws, float* dw, float* db, fl
     Timed timed(MATMUL_DW, 0, 0);
     matmul<X, float>(ws, dw, C, OC, C, rows, across_k(dy, lddy), across_k(x, C), accumulate ? dw : nullptr);
     if (!db) return;
-    static_assert(BIAS_WARPS * WARP == WARP_SHARE, "one thread for each of the columns, in the end");
     size_t runs = ceil_div(rows, BIAS_RUN);
     auto kernel = vectors(OC, lddy, elements_before(dy)) ? bias_backward_kernel<true, X>
-                                                                       : bias_backward_kernel<false, X>;
-    dim3 grid((unsigned)runs, (unsigned)ceil_div(OC, WARP_SHARE)), block(WARP, BIAS_WARPS);
+                                                         : bias_backward_kernel<false, X>;
+    dim3 grid((unsigned)runs, (unsigned)ceil_div(OC, WARP_SHARE)), block(WARP, SUM_WARPS);
     kernel<<<grid, block, 0, gpu.stream>>>(partial, dy, rows, (int)OC, lddy);
     CHECK(cudaGetLastError());
     sum_partials(db, nullptr, partial, runs, OC, accumulate);
@@ -647,7 +661,7 @@ __global__ void embedding_forward_kernel(X* x, const int* tokens, const X* wte, 
 template <class X>
 static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wpe, size_t B, size_t T, size_t C,
                               size_t first = 0) {
-    Timed timed(EMBEDDING, 0, 3.0 * B * T * C * sizeof(X));
+    Timed timed(EMBEDDING, 0, 1.0 * B * T * C * sizeof(X));  // rows that come again are in a cache
     auto kernel = vectors(C) ? embedding_forward_kernel<true, X> : embedding_forward_kernel<false, X>;
     kernel<<<(unsigned)ceil_div(B * T, ROW_WARPS), dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(
         x, tokens, wte, wpe, B * T, (int)T, (int)first, (int)C);
@@ -656,28 +670,21 @@ static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wp
 
 // dwte[token] += dx[b,t] (wte is the classifier too, whose share is there already). A block has one of the tokens in
 // use and 256 channels. Its warps take turns with the places (b, t) where the token stands: place[first[n]] up to
-// place[first[n + 1]]; their sums are added up in order.
-constexpr int TOKEN_WARPS = 8;
-
+// place[first[n + 1]].
 template <bool VECTORS, class X>
 __global__ void embedding_backward_token_kernel(float* dwte, const X* dx, const int* tokens, const int* place,
                                                 const int* first, int C) {
-    __shared__ float sums[TOKEN_WARPS][WARP_SHARE];
     const int lane = threadIdx.x, warp = threadIdx.y, c = blockIdx.y * WARP_SHARE;
     const int begin = first[blockIdx.x], end = first[blockIdx.x + 1];
     float sum[SHARE] = {}, share[SHARE];
-    for (int n = begin + warp; n < end; n += TOKEN_WARPS) {
+    for (int n = begin + warp; n < end; n += SUM_WARPS) {
         load<VECTORS>(share, dx + (size_t)place[n] * C + c, lane, WARP, C - c);
 #pragma unroll
         for (int i = 0; i < SHARE; i++) sum[i] += share[i];
     }
-    store<VECTORS>(sums[warp], sum, lane, WARP, WARP_SHARE);
-    __syncthreads();
-    int i = warp * WARP + lane;
-    if (c + i >= C) return;
-    float total = 0;
-    for (int w = 0; w < TOKEN_WARPS; w++) total += sums[w][i];
-    dwte[(size_t)tokens[place[begin]] * C + c + i] += total;
+    const float total = sum_over_warps<VECTORS>(sum);
+    const int i = c + warp * WARP + lane;
+    if (i < C) dwte[(size_t)tokens[place[begin]] * C + i] += total;
 }
 
 // dwpe[t] = or += Σ_b dx[b,t]. One warp a position
@@ -702,12 +709,11 @@ __global__ void embedding_backward_position_kernel(float* dwpe, const X* dx, int
 template <class X>
 static void embedding_backward(float* dwte, float* dwpe, const X* dx, const int* tokens, const int* place,
                                const int* first, size_t used, size_t B, size_t T, size_t C, bool accumulate) {
-    Timed timed(EMBEDDING, 0, B * T * C * (sizeof(X) + 2.0 * sizeof(float)) + 2.0 * T * C * sizeof(float));
-    static_assert(TOKEN_WARPS * WARP == WARP_SHARE, "one thread for each of the channels, in the end");
+    Timed timed(EMBEDDING, 0, 1.0 * B * T * C * sizeof(X) + 2.0 * (used + T) * C * sizeof(float));
     auto token_kernel = vectors(C) ? embedding_backward_token_kernel<true, X>
                                    : embedding_backward_token_kernel<false, X>;
     dim3 grid((unsigned)used, (unsigned)ceil_div(C, WARP_SHARE));
-    token_kernel<<<grid, dim3(WARP, TOKEN_WARPS), 0, gpu.stream>>>(dwte, dx, tokens, place, first, (int)C);
+    token_kernel<<<grid, dim3(WARP, SUM_WARPS), 0, gpu.stream>>>(dwte, dx, tokens, place, first, (int)C);
     CHECK(cudaGetLastError());
     auto position_kernel = vectors(C) ? embedding_backward_position_kernel<true, X>
                                       : embedding_backward_position_kernel<false, X>;
@@ -738,7 +744,7 @@ __global__ void layernorm_forward_kernel(X* y, float* mean, float* rstd, const X
         load<VECTORS>(share, x_r + c, lane, WARP, C - c);
 #pragma unroll
         for (int i = 0; i < SHARE; i++)
-            if (c + position<VECTORS>(i, lane, WARP) < C) variance += (share[i] - m) * (share[i] - m);
+            if (c + position<VECTORS>(VECTORS ? 0 : i, lane, WARP) < C) variance += (share[i] - m) * (share[i] - m);
     }
     const float s = 1.0f / sqrtf(sum_over(variance) / C + 1e-5f);
     if (mean && lane == 0) mean[r] = m, rstd[r] = s;  // for backward
@@ -811,7 +817,7 @@ __global__ void __launch_bounds__(LAYERNORM_BLOCK<VECTORS>)
         for (int k = 0; k < 2 * N; k++) {
             sums[k] = 0;
             for (int other = 0; other < warps; other++) sums[k] += warp_sums[buffer][k][other];
-            sums[k] /= C;
+            sums[k] *= 1.0f / C;
         }
 #pragma unroll
         for (int j = 0; j < N; j++) {
@@ -848,10 +854,11 @@ static void layernorm_backward(X* dx, float* dw, float* db, float* partial, cons
 //     dv_j = Σ_i p_ij do_i      ds_ij = p_ij (do_i·v_j - delta_i)
 //     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i
 // Sums over keys belong to a query, sums over queries to a key. So dq has a kernel and dk, dv have another, which both
-// compute s and dp: each gradient is then summed by one thread in one order, and no sum leaves the registers. delta comes
-// first: in the tiles it is the dq kernel's, else it has one of its own.
+// compute s and dp: each gradient is then summed by one thread in one order. delta comes first: in the tiles it is the
+// dq kernel's, else it has one of its own.
 //
-// There are two sets of kernels: tiles on tensor cores for bf16 and head sizes 64 and 128, plain ones for the rest.
+// There are two sets of kernels: tiles on tensor cores for bf16 and head sizes 64 and 128, plain ones for the rest and
+// for a single query.
 
 // The rows of all heads in an array: that of sequence b, head h, position t.
 template <class X>
@@ -902,8 +909,8 @@ __device__ inline float dot(const float* a, const X* b, int n) {
 // warp for training, with eight for decoding, where there are few queries. Scores, and their max, are kept unscaled.
 // Shared memory: q (HS), then for each warp o (HS), p (32), max, sum.
 template <class X>
-__global__ void attention_forward_kernel(Heads<X> o, float* lse, Heads<const X> q, KeysValues<const X> kv, int HS,
-                                         int before, float scale) {
+__global__ void attention_forward_plain_kernel(Heads<X> o, float* lse, Heads<const X> q, KeysValues<const X> kv, int HS,
+                                               int before, float scale) {
     extern __shared__ uint4 shared_memory[];
     const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, warp_size = HS + WARP + 2;
     const int i = blockIdx.x, h = blockIdx.y, b = blockIdx.z, keys = before + i + 1;
@@ -954,7 +961,7 @@ static void attention_forward_plain(Heads<X> o, float* lse, Heads<const X> q, co
                                     const AttentionShape& s, int warps) {
     dim3 grid((unsigned)s.queries, (unsigned)s.NH, (unsigned)s.B), block(WARP, (unsigned)warps);
     size_t shared = (s.HS + warps * (s.HS + WARP + 2)) * sizeof(float);
-    attention_forward_kernel<X><<<grid, block, shared, gpu.stream>>>(o, lse, q, kv, s.HS, s.before, s.scale());
+    attention_forward_plain_kernel<X><<<grid, block, shared, gpu.stream>>>(o, lse, q, kv, s.HS, s.before, s.scale());
     CHECK(cudaGetLastError());
 }
 
@@ -973,8 +980,9 @@ __global__ void attention_delta_kernel(float* delta, Heads<const X> dout, Heads<
 // dq. One warp a query: lane by lane, first a key's ds, then a channel of the sum over a tile of 32 keys.
 // Shared memory: q, do, dq (HS), ds (32).
 template <class X>
-__global__ void attention_backward_query_kernel(Heads<X> dq, Heads<const X> dout, const float* lse, const float* delta,
-                                                Heads<const X> q, KeysValues<const X> kv, int HS, float scale) {
+__global__ void attention_backward_query_plain_kernel(Heads<X> dq, Heads<const X> dout, const float* lse,
+                                                      const float* delta, Heads<const X> q, KeysValues<const X> kv,
+                                                      int HS, float scale) {
     extern __shared__ uint4 shared_memory[];
     const int lane = threadIdx.x, i = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
     const size_t row = ((size_t)b * gridDim.y + h) * gridDim.x + i;
@@ -1006,9 +1014,9 @@ __global__ void attention_backward_query_kernel(Heads<X> dq, Heads<const X> dout
 // dk, dv. One warp a key: lane by lane, first a query's p and ds, then a channel of the sums over a tile of 32 queries.
 // Shared memory: k, v, dk, dv (HS), p, ds (32).
 template <class X, class DKV>
-__global__ void attention_backward_key_kernel(KeysValues<DKV> dkv, Heads<const X> dout, const float* lse,
-                                              const float* delta, Heads<const X> q, KeysValues<const X> kv, int HS,
-                                              float scale) {
+__global__ void attention_backward_key_plain_kernel(KeysValues<DKV> dkv, Heads<const X> dout, const float* lse,
+                                                    const float* delta, Heads<const X> q, KeysValues<const X> kv,
+                                                    int HS, float scale) {
     extern __shared__ uint4 shared_memory[];
     const int lane = threadIdx.x, j = blockIdx.x, h = blockIdx.y, b = blockIdx.z, T = gridDim.x;
     const size_t rows = ((size_t)b * gridDim.y + h) * T;
@@ -1053,10 +1061,10 @@ static void attention_backward_plain(Heads<X> dq, const KeysValues<DKV>& dkv, fl
     rows.x = (unsigned)ceil_div(s.queries, ROW_WARPS);
     attention_delta_kernel<X><<<rows, dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(delta, dout, o, s.HS, s.queries);
     CHECK(cudaGetLastError());
-    attention_backward_query_kernel<X><<<grid, WARP, (3 * s.HS + WARP) * sizeof(float), gpu.stream>>>(
+    attention_backward_query_plain_kernel<X><<<grid, WARP, (3 * s.HS + WARP) * sizeof(float), gpu.stream>>>(
         dq, dout, lse, delta, q, kv, s.HS, s.scale());
     CHECK(cudaGetLastError());
-    attention_backward_key_kernel<X, DKV><<<grid, WARP, (4 * s.HS + 2 * WARP) * sizeof(float), gpu.stream>>>(
+    attention_backward_key_plain_kernel<X, DKV><<<grid, WARP, (4 * s.HS + 2 * WARP) * sizeof(float), gpu.stream>>>(
         dkv, dout, lse, delta, q, kv, s.HS, s.scale());
     CHECK(cudaGetLastError());
 }
@@ -1136,11 +1144,20 @@ __device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int f
     }
 }
 
-// Fragments, of rows r .. r+15 and channels 16k .. 16k+15 of a tile. load_A: as an A. The others: as two B of 16 × 8, in
-// b[0], b[1] and b[2], b[3], for two products side by side. A tile's row is a column of B in load_B_of_columns (a product
-// over channels, as q kᵀ), which gives B of rows r .. r+7 and r+8 .. r+15; it is a row of B in load_B_of_rows (a product
-// over rows, as p v), which gives B of channels 16k .. 16k+7 and 16k+8 .. 16k+15. r is a multiple of 8, and so
-// in_tile's share of a lane stays the same in all loops.
+// Tile number `tile` of two arrays, of keys and values or of queries and do. Two such pairs take turns in `pairs`.
+template <int HS>
+__device__ inline void copy_pair(bf16* pairs, const Heads<const bf16>& one, const Heads<const bf16>& other, int b,
+                                 int h, int tile, int end) {
+    bf16* to = pairs + tile % 2 * 2 * TILE * HS;
+    copy_tile<HS, TILE>(to, one.at(b, h, 0), one.row, tile * TILE, end);
+    copy_tile<HS, TILE>(to + TILE * HS, other.at(b, h, 0), other.row, tile * TILE, end);
+}
+
+// Fragments, of rows r .. r+15 and channels 16k .. 16k+15 of a tile. load_A: as an A. The others: as two B of 16 × 8,
+// in b[0], b[1] and b[2], b[3], for two products side by side. A tile's row is a column of B in load_B_of_columns (a
+// product over channels, as q kᵀ), which gives B of rows r .. r+7 and r+8 .. r+15; it is a row of B in load_B_of_rows
+// (a product over rows, as p v), which gives B of channels 16k .. 16k+7 and 16k+8 .. 16k+15. r is a multiple of 8, and
+// so in_tile's share of a lane stays the same in all loops.
 template <int HS>
 __device__ inline void load_A(uint32_t (&a)[4], const bf16* tile, int r, int k) {
     const int lane = threadIdx.x % WARP;
@@ -1228,6 +1245,13 @@ __device__ inline void store_row(Y* row, const float (&sums)[N][4], int half) {
     for (int d = 0; d < N; d++) store_two(row + 8 * d + 2 * c, sums[d][2 * half], sums[d][2 * half + 1]);
 }
 
+// More shared memory than 48 KB has to be asked for.
+template <class Kernel>
+static void allow_shared(Kernel kernel, size_t bytes) {
+    if (bytes > 48 << 10)
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
 // A warp has 16·M rows, queries or keys: M fragments of 16, which share the fragments of the other side, so that shared
 // memory keeps up with the tensor cores. A block has 64·M rows.
 template <int HS> constexpr int FRAGMENTS = HS == 64 ? 2 : 1;
@@ -1249,11 +1273,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     const int keys = before + min(i0 + ROWS, queries), tiles = (keys + TILE - 1) / TILE;
     const Heads<const bf16> k_rows = kv.keys(h), v_rows = kv.values(h);
     const float scale2 = scale * LOG2_E;  // powers of 2 are faster than those of e
-    auto copy_keys = [&](int j) {
-        bf16* k_tile = kv_tiles + j % 2 * 2 * TILE * HS;
-        copy_tile<HS, TILE>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, keys);
-        copy_tile<HS, TILE>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, keys);
-    };
+    auto copy_keys = [&](int j) { copy_pair<HS>(kv_tiles, k_rows, v_rows, b, h, j, keys); };
     copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, queries);
     copy_keys(0);
     cp_async_commit();
@@ -1324,14 +1344,24 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = i0 + row + 16 * m + g + 8 * half;
-            const float row_sum = sum_over(sum[m][half], 4);
+            const float row_sum = sum_over(sum[m][half], 4), of_one = 1.0f / row_sum;
             if (i >= queries) continue;
 #pragma unroll
-            for (int d = 0; d < 2 * K; d++) sums_o[m][d][2 * half] /= row_sum, sums_o[m][d][2 * half + 1] /= row_sum;
+            for (int d = 0; d < 2 * K; d++) sums_o[m][d][2 * half] *= of_one, sums_o[m][d][2 * half + 1] *= of_one;
             store_row(o.at(b, h, i), sums_o[m], half);
             if (lse && c == 0)
                 lse[((size_t)b * gridDim.y + h) * queries + i] = scale * max[m][half] + logf(row_sum);
         }
+}
+
+template <int HS>
+static void attention_forward_tiles(Heads<bf16> o, float* lse, Heads<const bf16> q, const KeysValues<const bf16>& kv,
+                                    const AttentionShape& s) {
+    dim3 grid((unsigned)ceil_div(s.queries, TILE * FRAGMENTS<HS>), (unsigned)s.NH, (unsigned)s.B);
+    auto kernel = attention_forward_tiles_kernel<HS>;
+    allow_shared(kernel, FORWARD_SHARED<HS>);
+    kernel<<<grid, TILE_BLOCK, FORWARD_SHARED<HS>, gpu.stream>>>(o, lse, q, kv, s.queries, s.before, s.scale());
+    CHECK(cudaGetLastError());
 }
 
 // dq, and delta for the kernel of dk and dv. A block has a head's 64·M queries, and goes through tiles of 64 keys, 32
@@ -1354,11 +1384,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     const Heads<const bf16> k_rows = kv.keys(h), v_rows = kv.values(h);
     const size_t rows = ((size_t)b * gridDim.y + h) * T;
     const float scale2 = scale * LOG2_E;
-    auto copy_keys = [&](int j) {
-        bf16* k_tile = kv_tiles + j % 2 * 2 * TILE * HS;
-        copy_tile<HS, TILE>(k_tile, k_rows.at(b, h, 0), k_rows.row, j * TILE, keys);
-        copy_tile<HS, TILE>(k_tile + TILE * HS, v_rows.at(b, h, 0), v_rows.row, j * TILE, keys);
-    };
+    auto copy_keys = [&](int j) { copy_pair<HS>(kv_tiles, k_rows, v_rows, b, h, j, keys); };
     copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, T);
     copy_tile<HS, ROWS>(do_tile, dout.at(b, h, 0), dout.row, i0, T);
     cp_async_commit();
@@ -1474,11 +1500,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     const Heads<const bf16> k_rows = kv.keys(h), v_rows = kv.values(h);
     const size_t rows = ((size_t)b * gridDim.y + h) * T;
     const float scale2 = scale * LOG2_E;
-    auto copy_queries = [&](int i) {
-        bf16* q_tile = q_tiles + i % 2 * 2 * TILE * HS;
-        copy_tile<HS, TILE>(q_tile, q.at(b, h, 0), q.row, i * TILE, T);
-        copy_tile<HS, TILE>(q_tile + TILE * HS, dout.at(b, h, 0), dout.row, i * TILE, T);
-    };
+    auto copy_queries = [&](int i) { copy_pair<HS>(q_tiles, q, dout, b, h, i, T); };
     // Past the end q and do are 0, and with lse = delta = 0 so is all that they give.
     auto read_statistic = [&](int tile) {
         const int i = tile * TILE + (int)threadIdx.x % TILE;
@@ -1557,23 +1579,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
 }
 
-// More shared memory than 48 KB has to be asked for.
-template <class Kernel>
-static void allow_shared(Kernel kernel, size_t bytes) {
-    if (bytes > 48 << 10)
-        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
-template <int HS>
-static void attention_forward_tiles(Heads<bf16> o, float* lse, Heads<const bf16> q, const KeysValues<const bf16>& kv,
-                                    const AttentionShape& s) {
-    dim3 grid((unsigned)ceil_div(s.queries, TILE * FRAGMENTS<HS>), (unsigned)s.NH, (unsigned)s.B);
-    auto kernel = attention_forward_tiles_kernel<HS>;
-    allow_shared(kernel, FORWARD_SHARED<HS>);
-    kernel<<<grid, TILE_BLOCK, FORWARD_SHARED<HS>, gpu.stream>>>(o, lse, q, kv, s.queries, s.before, s.scale());
-    CHECK(cudaGetLastError());
-}
-
 template <int HS, class DKV>
 static void attention_backward_tiles(Heads<bf16> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const bf16> dout,
                                      Heads<const bf16> o, const float* lse, Heads<const bf16> q,
@@ -1625,7 +1630,7 @@ static Heads<X> qkv_heads(X* qkv, int part, const Config& c, size_t T) {  // par
 template <class X>
 static KeysValues<X> qkv_keys_values(X* qkv, X* qkv_below, const Config& c, int l, size_t T) {
     return {qkv_heads(qkv, 1, c, T), qkv_heads(qkv, 2, c, T), qkv_heads(qkv_below, 1, c, T),
-            qkv_heads(qkv_below, 2, c, T), skips(c, l, 0) ? c.skip_heads : 0};
+            qkv_heads(qkv_below, 2, c, T), skipping_heads(c, l)};
 }
 
 template <class X>
@@ -1655,7 +1660,7 @@ static void attention_backward(X* dqkv, float* dkv, float* dkv_below, float* del
     auto shares = [&](float* share, int part) { return Heads<float>{share + (part - 1) * C, T * 2 * C, HS, 2 * C}; };
     if (!dkv) return heads(qkv_keys_values<X>(dqkv, dqkv, c, l, T));
     heads(KeysValues<float>{shares(dkv, 1), shares(dkv, 2), shares(dkv_below, 1), shares(dkv_below, 2),
-                            skips(c, l, 0) ? c.skip_heads : 0});
+                            skipping_heads(c, l)});
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -1690,7 +1695,7 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
     const int lanes = lanes_of_head(HS);
     auto kernel = vectors(HS) ? skip_backward_kernel<true, X> : skip_backward_kernel<false, X>;
     kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
-        dqkv, dkv, dkv_above, skips(c, l, 0) ? c.skip_heads : 0, dkv_above ? c.skip_heads : 0, rows, c.NH, (int)HS,
+        dqkv, dkv, dkv_above, skipping_heads(c, l), dkv_above ? c.skip_heads : 0, rows, c.NH, (int)HS,
         lanes);
     CHECK(cudaGetLastError());
 }
@@ -1708,9 +1713,9 @@ __device__ inline float dot(const float (&a)[SHARE], const float (&b)[SHARE], in
 // v becomes ṽ. Layer l's queries, keys and values are at q, k, v; those of layer j at `layer` times (j - l) from there.
 // a (rows, S + 1, NH), the layer itself last. Token r is position r % T of sequence r / T.
 template <bool VECTORS, class X>
-__global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, ptrdiff_t layer,
-                                     const int* sources, int S, int l, size_t rows, int T, int NH, int HS, int lanes,
-                                     float scale) {
+__global__ void depth_mix_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, ptrdiff_t layer,
+                                 const int* sources, int S, int l, size_t rows, int T, int NH, int HS, int lanes,
+                                 float scale) {
     const HeadGroup g(lanes, rows, NH);
     const int b = (int)g.r / T, t = (int)g.r % T, channels = g.inside ? HS : 0;
     float q_l[SHARE], k_j[SHARE], v_j[SHARE];
@@ -1751,7 +1756,7 @@ static void depth_mix(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, 
     size_t C = c.C, HS = c.head_size();
     Timed timed(DEPTH_MIXING, 4.0 * rows * C * (S + 1), (2.0 * S + 4) * rows * C * sizeof(X));
     const int lanes = lanes_of_head(HS);
-    auto kernel = vectors(HS, C) ? depth_forward_kernel<true, X> : depth_forward_kernel<false, X>;
+    auto kernel = vectors(HS, C) ? depth_mix_kernel<true, X> : depth_mix_kernel<false, X>;
     kernel<<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
         v, a, q, k, layer, sources, (int)S, l, rows, (int)T, c.NH, (int)HS, lanes, 1.0f / sqrtf((float)HS));
     CHECK(cudaGetLastError());
@@ -1891,9 +1896,9 @@ __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 2)
     const float warp_max = maximum_over(max), warp_sum = sum_over(scaled(sum, max, warp_max));
     if (lane == 0) maxima[warp] = warp_max, sums[warp] = warp_sum;
     __syncthreads();
-    max = -INFINITY, sum = 0;
-    for (int w = 0; w < warps; w++) max = fmaxf(max, maxima[w]);
-    for (int w = 0; w < warps; w++) sum += scaled(sums[w], maxima[w], max);
+    const float max_w = lane < warps ? maxima[lane] : -INFINITY, sum_w = lane < warps ? sums[lane] : 0;
+    max = maximum_over(max_w);  // by each warp for itself, a lane for each of the block's warps
+    sum = sum_over(scaled(sum_w, max_w, max));
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + max - logit_y;
     if (gradient_scale == 0) return;
     const float scale = gradient_scale / sum, top = LOG2_E * max;
@@ -1987,7 +1992,7 @@ __global__ void norm_kernel(Results* results, const double* partial, int runs, f
     results->gradient_scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
 }
 
-// The norm of all gradients g (n), over fixed runs, then over the runs in order; partial (runs) is scratch
+// The norm of all gradients g (n), over fixed runs, then over the runs in a fixed order; partial (runs) is scratch
 static void global_norm(Results* results, double* partial, const float* g, size_t n, float clip) {
     Timed timed(ADAMW, 0, n * sizeof(float));
     size_t runs = ceil_div(n, UPDATE_RUN);
@@ -2045,8 +2050,7 @@ static void adamw_update(X* working, float* w, float* m, float* v, const float* 
     Timed timed(ADAMW, 0, n * (7.0 * sizeof(float) + (sizeof(X) == sizeof(float) ? 0 : sizeof(X))));
     float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
     float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
-    auto kernel = vectors(n, elements_before(w)) ? adamw_update_kernel<true, X>
-                                                                   : adamw_update_kernel<false, X>;
+    auto kernel = vectors(n, elements_before(w)) ? adamw_update_kernel<true, X> : adamw_update_kernel<false, X>;
     kernel<<<(unsigned)ceil_div(n, BLOCK * SHARE), BLOCK, 0, gpu.stream>>>(working, w, m, v, gradient, n, a, decay,
                                                                           results, m_correction, v_correction);
     CHECK(cudaGetLastError());
@@ -2205,10 +2209,10 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.dmix[l], train ? BT * sources * NH : 0, activations);
     }
     take(m.cache[0], c.attention == SKIP ? 0 : m.work.sequences * L * c.maxT * 2 * C, m.memory.cache);
-    const size_t positions = m.work.sequences * (size_t)c.maxT;
+    const size_t rows = m.work.sequences * (size_t)c.maxT;  // of all sequences that are generated
     for (size_t l = 0; l < L; l++)
-        if (c.attention == SKIP) take(m.cache[l], positions * 2 * kv_channels(c, l), m.memory.cache);
-        else if (l > 0 && m.cache[0]) m.cache[l] = m.cache[0] + l * positions * 2 * C;
+        if (c.attention == SKIP) take(m.cache[l], rows * 2 * kv_channels(c, l), m.memory.cache);
+        else if (l > 0 && m.cache[0]) m.cache[l] = m.cache[0] + l * rows * 2 * C;
     take(m.lse, kept * BT * NH, activations);
     take(m.atty, kept * BT * C, activations);
     take(m.fch, kept * BT * 4 * C, activations);
@@ -2232,7 +2236,6 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.norm_partial, ceil_div(P, UPDATE_RUN), scratch);
         take(m.dx_sum, skip_slots(c) ? BT * C : 0, scratch);
     }
-    size_t rows = m.work.sequences * (size_t)c.maxT;
     take(m.new_tokens, rows, scratch);
     take(m.new_x, rows * C, scratch);
     take(m.new_ln, rows * C, scratch);
@@ -2429,9 +2432,6 @@ static void backward(ModelOf<X>& m) {
         const int i = 2 * l, below = l - c.skip_distance, above = l + c.skip_distance;
         auto w = [&](int tensor) { return m.weight(tensor, l); };
         auto d = [&](int tensor) { return m.gradient(tensor, l); };
-        auto linear_weight = [&](int dw, int db, const X* dy, const X* x, size_t width, size_t OC) {
-            linear_backward_weight(ws, d(dw), d(db), m.partial, dy, x, BT, width, OC, OC, add);
-        };
         const X *qkv = m.qkv + l * BT * 3 * C, *qkv_below = m.qkv + std::max(0, below) * BT * 3 * C;
         const X *atty = m.atty + l * BT * C, *fch = m.fch + l * BT * 4 * C;
         X *ln1 = m.ln_output(i), *ln2 = m.ln_output(i + 1), *fch_gelu = m.gelu_output(l);
@@ -2442,13 +2442,13 @@ static void backward(ModelOf<X>& m) {
 
         linear_gelu_backward_input(ws, m.dfch, fch, dx, w(FCPROJW), BT, 4 * C, C);
         gelu_again(l, fch);
-        linear_weight(FCPROJW, FCPROJB, dx, fch_gelu, 4 * C, C);
+        linear_backward_weight(ws, d(FCPROJW), d(FCPROJB), m.partial, dx, fch_gelu, BT, 4 * C, C, C, add);
         linear_backward_input(ws, m.dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
         layernorm_again(i + 1, w(LN2W), w(LN2B));
-        linear_weight(FCW, FCB, m.dfch, ln2, C, 4 * C);
+        linear_backward_weight(ws, d(FCW), d(FCB), m.partial, m.dfch, ln2, BT, C, 4 * C, 4 * C, add);
         layernorm(i + 1, d(LN2W), d(LN2B), w(LN2W), true);
         linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
-        linear_weight(ATTPROJW, ATTPROJB, dx, atty, C, C);
+        linear_backward_weight(ws, d(ATTPROJW), d(ATTPROJB), m.partial, dx, atty, BT, C, C, C, add);
         // dk and dv of a layer that no other has a share in need no fp32 sum; vanilla has no dkv at all.
         float* dkv = c.attention == SKIP && !skips(c, l, 0) && !dkv_above ? nullptr : m.dkv;
         attention_backward<X>(m.dqkv, dkv, dkv_below, m.delta, m.datty, atty, lse, qkv, qkv_below, c, l, B, T);
@@ -2592,7 +2592,7 @@ static void cached_attention(ModelOf<X>& m, int l, size_t n) {
     attention_heads_forward<X>({m.new_atty, n * C, HS, C}, nullptr, qkv_heads<const X>(m.new_qkv, 0, c, n),
                                {read_only(m.cached(l, 1, 0)), read_only(m.cached(l, 2, 0)),
                                 read_only(m.cached(below, 1, 0)), read_only(m.cached(below, 2, 0)),
-                                skips(c, l, 0) ? c.skip_heads : 0},
+                                skipping_heads(c, l)},
                                {(int)B, c.NH, (int)HS, (int)n, (int)before});
 }
 
@@ -2676,11 +2676,18 @@ static size_t device_free_memory() {
 
 static double device_most_memory() { return (double)std::exchange(gpu.most_in_use, gpu.in_use) / (1 << 20); }
 
+#ifdef GPT2_EMULATED
+constexpr double WARM_UP = 0;
+#else
+constexpr double WARM_UP = 0.3;  // s, since a GPU that was idle takes a while to reach its clock
+#endif
+
 // The best rate of some rounds, each of so many operations
 template <class F>
 static double best_rate(double operations, F round) {
+    static const double first = seconds();
     double best = 0;
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < 10 || seconds() - first < WARM_UP; i++) {
         CHECK(cudaStreamSynchronize(gpu.stream));
         double start = seconds();
         round();
@@ -2710,7 +2717,7 @@ static double matmul_peak() {
     CHECK(cudaGetLastError());
     const Workspace ws = {(char*)allocate(WORKSPACE, false), WORKSPACE};
     const bool was_profiling = std::exchange(profiling, false);  // this is no part of a step
-    const std::vector<Share> before = {profile, profile + PARTS};
+    const std::vector<Spent> before = {profile, profile + PARTS};
     double rate = best_rate(2.0 * N * N * N, [&] {
         matmul<X, X>(ws, matrices, N, N, N, N, along_k<X>(matrices + N * N, N), along_k<X>(matrices + 2 * N * N, N));
     });
@@ -2752,18 +2759,23 @@ __global__ void read_kernel(float* sums, const float* a, size_t n) {
 }
 
 // Reading 4 MiB for each multiprocessor, far more than caches hold; or scaling them in place
+constexpr size_t READ_BYTES = 4 << 20;
+constexpr unsigned READ_BLOCK = 256, READ_BLOCKS = 8;  // threads; blocks for each multiprocessor
+
 static double device_bandwidth(bool writing) {
-    constexpr unsigned BLOCK = 256;
-    const unsigned blocks = 8 * (unsigned)gpu.multiprocessors;
-    const size_t n = ((size_t)gpu.multiprocessors << 22) / sizeof(float);
+    const unsigned blocks = READ_BLOCKS * (unsigned)gpu.multiprocessors;
+    const size_t n = (size_t)gpu.multiprocessors * READ_BYTES / sizeof(float);
     float* a = (float*)allocate(n * sizeof(float), true);
-    float* sums = (float*)allocate(blocks * BLOCK * sizeof(float), false);
+    float* sums = (float*)allocate(blocks * READ_BLOCK * sizeof(float), false);
     double rate = best_rate((writing ? 2.0 : 1.0) * n * sizeof(float), [&] {
-        if (writing) scale_kernel<<<(unsigned)ceil_div(n, SHARE * BLOCK), BLOCK, 0, gpu.stream>>>(a, n);
-        else read_kernel<<<blocks, BLOCK, 0, gpu.stream>>>(sums, a, n);
+        if (writing) scale_kernel<<<(unsigned)ceil_div(n, SHARE * READ_BLOCK), READ_BLOCK, 0, gpu.stream>>>(a, n);
+        else read_kernel<<<blocks, READ_BLOCK, 0, gpu.stream>>>(sums, a, n);
         CHECK(cudaGetLastError());
     });
     CHECK(cudaFree(a));
     CHECK(cudaFree(sums));
     return rate;
+}
+static size_t device_bandwidth_memory() {
+    return (size_t)gpu.multiprocessors * (READ_BYTES + READ_BLOCKS * READ_BLOCK * sizeof(float));
 }

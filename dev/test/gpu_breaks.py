@@ -52,8 +52,7 @@ def breaks(catcher, tests, *more):
 SYNC, SYNCWARP, NOTHING = "«__syncthreads();»", "«__syncwarp();»", ";"
 breaks(RACE, VANILLA,
        ("no __syncthreads: sum_partials", f"[threadIdx.x] = sum;\n    {SYNC}", NOTHING),
-       ("no __syncthreads: bias_backward", f"{SYNC}\n    int i = warp * WARP + lane;\n    if (column", NOTHING),
-       ("no __syncthreads: embedding_backward", f"{SYNC}\n    int i = warp * WARP + lane;\n    if (c + i", NOTHING),
+       ("no __syncthreads: bias_backward, embedding_backward", f"threadIdx.x, WARP, WARP_SHARE);\n    {SYNC}", NOTHING),
        ("no __syncthreads: layernorm_backward", f"[k][warp] = sums[k];\n        }}\n        {SYNC}", NOTHING, WIDE),
        ("no __syncthreads: layernorm_backward, one buffer", "first += N, «buffer ^= 1»", "buffer ^= 0", WIDE),
        ("no __syncthreads: attention_forward, queries", f"o_w[d] = 0;\n    {SYNC}", NOTHING),
@@ -69,10 +68,10 @@ breaks(RACE, VANILLA,
        ("no __syncwarp: backward_key, p and ds", f"- delta[rows + i]));\n        }}\n        {SYNCWARP}", NOTHING),
        ("no __syncwarp: backward_key, tile", f"dv_j[d] = dv_d;\n        }}\n        {SYNCWARP}", NOTHING),
        ("+=: threads of sum_partials", "if («threadIdx.y > 0 || i >= n») return;", "i >= n", ACCUMULATE),
-       ("+=: blocks of embedding_backward_token", "dwte[«(size_t)tokens[place[begin]]» * C + c", "0"),
+       ("+=: blocks of embedding_backward_token", "dwte[«(size_t)tokens[place[begin]]» * C + i", "0"),
        ("+=: blocks of layernorm_backward", "store<VECTORS>(«partial + (size_t)blockIdx.x * 2 * C», dw", "partial"),
-       ("+=: warps of bias_backward", "store<VECTORS>(«sums[warp]», sum, lane, WARP, WARP_SHARE);\n"
-        "    __syncthreads();\n    int i = warp * WARP + lane;\n    if (column", "sums[0]"),
+       ("+=: warps of bias_backward, embedding_backward", "store<VECTORS>(«sums[threadIdx.y]», sum, threadIdx.x, WARP",
+        "sums[0]"),
        ("+=: positions of two sequences", "store<VECTORS>(«dwpe + (size_t)t * C + c», sum", "dwpe + c"))
 # Where the tile kernels' loops begin
 KEYS = "\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;\n"
@@ -125,7 +124,7 @@ breaks(RESULT, VANILLA,
        ("rescale: depth, mixed", "mixed[i] = «mixed[i] * rescale» + p", "mixed[i]", DEPTH),
        ("rescale: depth, sum", "sum = «sum * rescale» + p;", "sum", DEPTH),
        ("rescale: classifier", "«sum *= exp2_approx(LOG2_E * max - top);»", NOTHING, WIDE_VOCABULARY),
-       ("embedding: one place too many", "«n < end»; n += TOKEN_WARPS", "n <= end"),
+       ("embedding: one place too many", "«n < end»; n += SUM_WARPS", "n <= end"),
        ("padding: takes probability", "«if (v + i >= V) share[i] = -INFINITY;»", NOTHING),
        ("padding: gets a gradient",
         "continue;\n        «read(v);»", "load<true>(share, logits + v, 0, 1, SHARE);", UPDATE),
@@ -179,7 +178,7 @@ breaks(MEETING, VANILLA,
        ("mask: half a warp in maximum_over", "fmaxf(x, __shfl_xor_sync(«ALL_LANES»", "0xffffu"),
        ("divergence: lanes past the last head leave", "«load<VECTORS>(q_l, q.at(b, g.h, t), g.lane, lanes, channels);»",
         "if (!g.inside) return;", ["dumps depth_L2_NH1_C64_V61_B2_T19_s1_w0"]),
-       ("divergence: some threads leave before the barrier", "«__syncthreads();»\n    max = -INFINITY, sum = 0;",
+       ("divergence: some threads leave before the barrier", "«__syncthreads();»\n    const float max_w",
         "if (threadIdx.x > 4) return; __syncthreads();"))
 
 STREAMS = ["accumulate 0", "accumulate 1"]
