@@ -53,15 +53,15 @@ test_gpt2_amx: test_gpt2.cpp train_gpt2.cpp dev/test/amx.h .flags | found
 	$(CXX) $(CXXFLAGS) -Wno-psabi -include dev/test/amx.h $< -o $@
 
 # The same program with the model on a GPU. Machine code for A100 and H100 or H200, and PTX for what comes after them.
-NVCC := $(firstword $(wildcard $(CUDA)/bin/nvcc $(addsuffix /nvcc,$(subst :, ,$(PATH))) /usr/local/cuda/bin/nvcc))
+NVCC := $(firstword $(wildcard $(if $(CUDA),$(CUDA)/bin/nvcc,$(addsuffix /nvcc,$(subst :, ,$(PATH)) /usr/local/cuda/bin))))
 NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90] \
             -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas
 # Without nvcc, a recipe would begin with the - of -O3, and make take its failing for success.
-nvcc = $(or $(NVCC),$(error no nvcc: it is looked for in PATH and in /usr/local/cuda, or in CUDA=FOLDER))
+nvcc = $(or $(NVCC),$(error no nvcc: it is looked for in $(or $(CUDA),PATH and in /usr/local/cuda; CUDA=FOLDER names another)))
 # cuBLASLt is found where nvcc found it, whatever LD_LIBRARY_PATH says.
 CUBLASLT = -lcublasLt -Xlinker -rpath=$(abspath $(dir $(realpath $(NVCC)))../lib64)
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
-	@echo "$(or $(NVCC),no nvcc: train_gpt2cu and test_gpt2cu are left out)"
+	@echo "$(or $(NVCC),no nvcc$(CUDA:%= in %): train_gpt2cu and test_gpt2cu are left out)"
 train_gpt2cu: train_gpt2.cu train_gpt2.cpp
 	$(nvcc) $(NVCCFLAGS) $< -o $@ $(CUBLASLT)
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
