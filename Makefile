@@ -56,15 +56,16 @@ test_gpt2_amx: test_gpt2.cpp train_gpt2.cpp dev/test/amx.h .flags | found
 NVCC := $(firstword $(wildcard $(if $(CUDA),$(CUDA)/bin/nvcc,$(addsuffix /nvcc,$(subst :, ,$(PATH)) /usr/local/cuda/bin))))
 NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90] \
             -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas
+no_nvcc = no nvcc in $(or $(CUDA),PATH and /usr/local/cuda)
 # Without nvcc, a recipe would begin with the - of -O3, and make take its failing for success.
-nvcc = $(or $(NVCC),$(error no nvcc: it is looked for in $(or $(CUDA),PATH and in /usr/local/cuda; CUDA=FOLDER names another)))
+nvcc = $(or $(NVCC),$(error $(no_nvcc): CUDA=FOLDER names its folder))
 # cuBLASLt is found where nvcc found it, whatever LD_LIBRARY_PATH says.
 CUBLASLT = -lcublasLt -Xlinker -rpath=$(abspath $(dir $(realpath $(NVCC)))../lib64)
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
-	@echo "$(or $(NVCC),no nvcc$(CUDA:%= in %): train_gpt2cu and test_gpt2cu are left out)"
-train_gpt2cu: train_gpt2.cu train_gpt2.cpp
+	@echo "$(if $(NVCC),train_gpt2cu and test_gpt2cu are built by $(NVCC),$(no_nvcc): train_gpt2cu and test_gpt2cu are left out)"
+train_gpt2cu: train_gpt2.cu train_gpt2.cpp .flags_gpu
 	$(nvcc) $(NVCCFLAGS) $< -o $@ $(CUBLASLT)
-test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp
+test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
 	$(nvcc) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ $(CUBLASLT)
 # Its kernels on a CPU: launches become calls (translate.py), and the emulator's header stands for CUDA's. What goes
 # wrong shows in results; the checked build also reports races and accesses out of bounds, the sanitized one the latter.
@@ -88,16 +89,20 @@ DUMPS = $(foreach state,$(wildcard dev/reference/*.state.bin),$(state:.state.bin
 %cu_checked: %cu_checked.cpp train_gpt2.cpp .flags | found
 	$(CXX) $(CHECKED) -c $< -o $@.o
 	$(CXX) -pthread $@.o -o $@
-gpu-table: train_gpt2cu_emulated
-	@python3 dev/bench/kernels.py "$(NVCC)"
-gpu-report:
-	@python3 dev/bench/gpu_report.py "$(if $(filter emulated,$(DEVICE)),emulated,$(NVCC))"
+gpu-table: $(if $(NVCC),train_gpt2cu_emulated)
+	@python3 dev/bench/kernels.py "$(nvcc)"
+gpu-report: .venv/ready
+	@python3 dev/bench/gpu_report.py "$(if $(filter emulated,$(DEVICE)),emulated,$(nvcc))"
 
+# Advice for those who did not say OPENMP= themselves.
 found:
-	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (Debian: apt-get install libomp-dev for clang++))"
+	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread$(if $(filter file,$(origin OPENMP)), (Debian: apt-get \
+	install libomp-dev for clang++)))"
 # Other flags than at the last call build everything again.
-.flags: always
-	@echo '$(CXX) $(CXXFLAGS)' | cmp -s - $@ || echo '$(CXX) $(CXXFLAGS)' > $@
+.flags: made_by = $(CXX) $(CXXFLAGS)
+.flags_gpu: made_by = $(NVCC) $(NVCCFLAGS)
+.flags .flags_gpu: always
+	@echo '$(made_by)' | cmp -s - $@ || echo '$(made_by)' > $@
 always:
 
 # The C++ stands last, and so is also what the model is validated on.
@@ -150,7 +155,7 @@ install = python3 -m venv $(1) && $(1)/bin/python -m pip install -qq --only-bina
 
 clean:
 	rm -rf train_gpt2cu test_gpt2cu *cu_emulated* *cu_checked* *cu_sanitized*
-	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx dev/bench/ladder .flags
+	rm -rf train_gpt2 test_gpt2 train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx dev/bench/ladder .flags .flags_gpu
 help:
 	@sed -n '/^# make/s/# //p;/^# Var/,/^$$/s/# //p' Makefile
 

@@ -4033,6 +4033,10 @@ static void train(Options& o, OptionTable& table, const char* program) {
     if (batch_ready) loader_batch(run.loader, x.data(), y.data(), B);
 
     // 5. The model
+    const size_t for_peak = device_peak_memory((Precision)o.precision);
+    if (device_free_memory() < for_peak)
+        die("%s are free; measuring the peak takes %s", mebibytes(device_free_memory()).c_str(),
+            mebibytes(for_peak).c_str());
     double peak = device_peak((Precision)o.precision);
     print_start(run, memory.total() + loading, peak);
     run.model = model_create(run.c, (Precision)o.precision, work);
@@ -4156,7 +4160,8 @@ static void describe(Options& o, OptionTable& table) {
     }
     const ModelFile* from = file ? &*file : nullptr;
     Config c = configure(o, table, DESCRIBE, from, find_tokenizer(o.tokenizer, folders));
-    model_memory(c, (Precision)o.precision, {});  // refuses what this machine cannot compute, before a line is printed
+    const Workload training = {o.batch, o.sequence, true, 0, o.recompute};
+    model_memory(c, (Precision)o.precision, training);  // refuses what cannot be computed, before a line is printed
     printf("%s\n", config_text(c).c_str());
     if (file) {
         State state = read_state(*file);
@@ -4184,7 +4189,6 @@ static void describe(Options& o, OptionTable& table) {
         for (const Config& a : of) printf(" %12s", cell(a).c_str());
         printf("\n");
     };
-    const Workload training = {o.batch, o.sequence, true, 0, o.recompute};
     auto memory = [&](const Config& a) { return model_memory(a, precision, training); };
     auto decoding = [&](const Config& a) { return model_memory(a, precision, {0, 0, false, 1}); };
     for (int a : {SKIP, DEPTH}) printf("%s\n", attention_text(of[a]).c_str());
@@ -4245,10 +4249,8 @@ static void bench_training(const Options& o, const std::vector<Config>& configs)
     printf("%-12s %9s %9s %10s %9s %9s %9s\n", "attention", "ms/step", "best", "tokens/s", "GFLOP/s", "of peak", "MiB");
     const double bandwidth = o.profile ? device_bandwidth(true) : 0;
     for (const Config& c : configs) {
-        const Workload work = {B, T, true, 0, o.recompute};
         device_most_memory();
-        check_memory(c, precision, work, device_peak_memory(precision));
-        Model* model = model_create(c, precision, work);
+        Model* model = model_create(c, precision, {B, T, true, 0, o.recompute});
         initialize_parameters(model, c, (uint64_t)o.seed);
         std::vector<double> times, peaks;
         std::vector<Spent> before;
@@ -4325,9 +4327,12 @@ static void bench(Options& o, OptionTable& table) {
     std::vector<Config> configs;
     for (int a : {VANILLA, SKIP, DEPTH})
         if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, nullptr));
-    printf("%s\n%s, %s\n", config_text(shape).c_str(), precision_names[o.precision], device_name().c_str());
     int tokens = is_given(table, "tokens") ? o.tokens : shape.maxT / 16;
     if (tokens >= shape.maxT) die("--tokens %d leave no room for a prompt in a context of %d", tokens, shape.maxT);
+    const Precision precision = (Precision)o.precision;
+    for (const Config& c : configs)
+        check_memory(c, precision, {o.batch, o.sequence, true, 0, o.recompute}, device_peak_memory(precision));
+    printf("%s\n%s, %s\n", config_text(shape).c_str(), precision_names[precision], device_name().c_str());
     bench_training(o, configs);
     if (tokens > 0) bench_decoding(o, configs, tokens);
 }

@@ -117,8 +117,8 @@ __device__ inline void store(X* row, const float (&share)[SHARE], int lane, int 
     }
 }
 
-// Whether rows of such lengths and distances can be read as vectors; and the distance of a pointer from where such a
-// row may begin.
+// Whether rows of such lengths and distances can be read as vectors: all multiples of 8. So must be the place where a row
+// begins, which is the address counted in elements.
 template <class... Sizes>
 static bool vectors(Sizes... sizes) {
     return ((sizes % SHARE == 0) && ...);
@@ -143,7 +143,7 @@ __device__ inline float maximum_over(float x, int lanes = WARP) {
 
 // Where a head of a token has a group of lanes: as many (a power of two) as its HS channels need, neighbours in a warp,
 // which sum up a dot product together. All of a warp's groups take part in that to the end; for those past the last
-// head it is all zeros, and they store nothing. There are fewer than 2³² heads of tokens (create).
+// head it is all zeros, and they store nothing. Tokens · NH is less than 2³² (create).
 constexpr int HEAD_SIZE_MOST = WARP_SHARE, HEADS_BLOCK = 128;
 
 static int lanes_of_head(size_t HS) { return (int)std::bit_ceil(ceil_div(HS, SHARE)); }
@@ -869,7 +869,8 @@ struct Heads {
     __device__ X* at(int b, int h, int t) const { return data + b * batch + h * head + t * row; }
 };
 
-// Keys and values, or their gradients; those of skipping heads, the first `skipping`, are in the layer below.
+// Keys and values, or their gradients; those of skipping heads, the first `skipping`, are `below`: in layer
+// l - skip_distance.
 template <class X>
 struct KeysValues {
     Heads<X> k, v, k_below, v_below;
@@ -1703,7 +1704,7 @@ static void skip_backward(X* dqkv, const float* dkv, const float* dkv_above, con
 // --------------------------------------------------------------------------------------------------------------------
 // Depth-Attention: each value is mixed with the values of earlier layers, at one token at a time
 
-__device__ inline float dot(const float (&a)[SHARE], const float (&b)[SHARE], int lanes) {
+__device__ inline float dot_over(const float (&a)[SHARE], const float (&b)[SHARE], int lanes) {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < SHARE; i++) sum += a[i] * b[i];
@@ -1724,7 +1725,7 @@ __global__ void depth_mix_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<c
     load<VECTORS>(k_j, k.at(b, g.h, t), g.lane, lanes, channels);
     load<VECTORS>(v_j, v.at(b, g.h, t), g.lane, lanes, channels);
     // Online, as in attention: the mean so far is mixed/sum, with e^(s - max) as weights.
-    const float own = scale * dot(q_l, k_j, lanes);
+    const float own = scale * dot_over(q_l, k_j, lanes);
     float max = own, sum = 1, mixed[SHARE];
 #pragma unroll
     for (int i = 0; i < SHARE; i++) mixed[i] = v_j[i];
@@ -1733,7 +1734,7 @@ __global__ void depth_mix_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<c
         const ptrdiff_t to_j = layer * (sources[n] - l);
         load<VECTORS>(k_j, k.at(b, g.h, t) + to_j, g.lane, lanes, channels);
         load<VECTORS>(v_j, v.at(b, g.h, t) + to_j, g.lane, lanes, channels);
-        const float s = scale * dot(q_l, k_j, lanes), new_max = fmaxf(max, s);
+        const float s = scale * dot_over(q_l, k_j, lanes), new_max = fmaxf(max, s);
         const float rescale = expf(max - new_max), p = expf(s - new_max);
         if (g.inside && g.lane == 0) a_l[n * NH] = s;
         max = new_max;
@@ -1812,13 +1813,13 @@ __global__ void depth_backward_kernel(X* dqkv, const float* dkv, float* ds, cons
         const float* a_l = a + g.r * (S + 1) * NH + g.h;
         read(x, qkv + l * layer + at_v);
         read(dq, dqkv + at_q);
-        const float delta = dot(dv, x, lanes);
+        const float delta = dot_over(dv, x, lanes);
         float ds_own = 0;
 #pragma unroll 2
         for (int n = 0; n < S; n++) {
             read(x, qkv + sources[n] * layer + at_k);
             read(y, qkv + sources[n] * layer + at_v);
-            const float ds_j = a_l[n * NH] * (dot(dv, y, lanes) - delta);
+            const float ds_j = a_l[n * NH] * (dot_over(dv, y, lanes) - delta);
             if (g.inside && g.lane == 0) ds[(g.r * S + n) * NH + g.h] = ds_j;
             ds_own -= ds_j;
 #pragma unroll
@@ -2221,7 +2222,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     take(m.fch_gelu, (m.keeps_cheap() ? L : 1) * BT * 4 * C, cheap);
 
     take(m.results, 1, scratch, true);
-    // As fp32 (model_logits) there is room for half as many rows of bf16, but for one at the least.
+    // model_logits holds rows of it in fp32, which take the room of two of bf16: at the least one.
     take(m.logits, std::max<size_t>(BT ? 2 : 0, classifier_rows(BT, c.Vp)) * c.Vp, scratch);
     if (train) {
         take(m.dresidual, BT * C, scratch);

@@ -50,7 +50,8 @@ Environment                                                                     
     GPT2_EMULATOR_MEMORY=N      bytes of device memory; 16 GiB if not set
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
     GPT2_EMULATOR_LOG=FILE      no kernel, copy or product is run; FILE has a line for each allocation, launch and
-                                product. So a program tells what it would do at sizes that a CPU could not compute
+                                product. So a program tells what it would do at sizes that a CPU could not compute; what
+                                it reads back is bytes of 0xff
 
 What it cannot show: speed; bank conflicts and coalescing; registers; weaker memory orders than the one in which its
 threads run, though the checked build reports what would depend on them; protocols between running blocks, whose
@@ -1196,6 +1197,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMem
         auto bytes = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + n);
         emulator::submit_work(stream, [=] { memcpy(to, bytes->data(), n); });
     }
+    if (emulator::settings.log && !to_device) memset(to, 0xff, n);  // nobody shall take it for a result
     if (!to_device && !to_pinned) emulator::wait_for(stream);
     return cudaSuccess;
 }

@@ -252,9 +252,20 @@ def test_largest_batch_can_be_launched(gpu_with):
             "--sequence", 257, "--steps", 1, "--tokens", 0)
 
 
+@pytest.mark.parametrize("command", ["describe", "bench"])
 @pytest.mark.parametrize("shape, says", [(["--heads", 1, "--channels", 257], "heads of 257 channels"),
-                                         (["--heads", 64, "--channels", 8256], "8256 channels")])
-def test_describe_refuses_before_it_prints(gpu, shape, says):
-    status, out, err = gpu.finish("describe", *shape)
+                                         (["--heads", 64, "--channels", 8256], "8256 channels"),
+                                         (["--heads", 256, "--channels", 256, "--batch", 65535], "sequence x heads")])
+def test_refuses_before_it_prints(gpu, command, shape, says):
+    status, out, err = gpu.finish(command, *shape)
     assert out == b""
     assert_one_line(status, err.decode(), says)
+
+
+@emulator_alone
+def test_dry_run_keeps_the_checkpoint(gpu, gpu_with, data, tmp_path):
+    """Where no kernel runs there are no results, and none may be taken for one."""
+    gpu.stop(*training(data, tmp_path, *FEW, steps=200), after=2, by=signal.SIGTERM)
+    before = (tmp_path / "model.bin").read_bytes()
+    gpu_with(log="/dev/null").fails("train", "--out", tmp_path, "--resume", says="became NaN")
+    assert (tmp_path / "model.bin").read_bytes() == before
