@@ -1638,8 +1638,8 @@ struct ModelOf : Model {
     // Keys (part 1, as in qkv) or values (part 2) of head h in layer l, from position t of sequence b on. Skip may have
     // left out first heads.
     X* cached(int l, size_t b, size_t part, size_t h, size_t t) {
-        size_t HS = config.head_size(), kept = kv_channels(config, l) / HS, left_out = config.NH - kept;
-        return cache[l] + (((b * 2 + part - 1) * kept + h - left_out) * config.maxT + t) * HS;
+        size_t HS = config.head_size(), kept_heads = kv_channels(config, l) / HS, left_out = config.NH - kept_heads;
+        return cache[l] + (((b * 2 + part - 1) * kept_heads + h - left_out) * config.maxT + t) * HS;
     }
 };
 
@@ -1673,7 +1673,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     const Config& c = m.config;
     bool train = m.work.train;
     size_t L = c.L, C = c.C, NH = c.NH, P = parameter_count(c), threads = thread_count();
-    size_t BT = (size_t)m.work.B * m.work.T, kept = train ? L : 1, streams = train ? 2 * L + 1 : 2;
+    size_t BT = (size_t)m.work.B * m.work.T, kept_layers = train ? L : 1, streams = train ? 2 * L + 1 : 2;
     m.memory = {};
     auto take = [&](auto*& p, size_t n, size_t& account, bool zero = false) {
         p = nullptr;
@@ -1706,9 +1706,9 @@ static void lay_out(ModelOf<X>& m, bool dry) {
         take(m.dmix[l], train ? BT * sources * NH : 0, activations);
         take(m.cache[l], m.work.sequences * (size_t)c.maxT * 2 * kv_channels(c, l), m.memory.cache);
     }
-    take(m.lse, kept * BT * NH, activations);
-    take(m.atty, kept * BT * C, activations);
-    take(m.fch, kept * BT * 4 * C, activations);
+    take(m.lse, kept_layers * BT * NH, activations);
+    take(m.atty, kept_layers * BT * C, activations);
+    take(m.fch, kept_layers * BT * 4 * C, activations);
     take(m.losses, BT, activations);
 
     size_t& scratch = m.memory.scratch;
@@ -1793,14 +1793,14 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Config& c = m.config;
     Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
-    const bool kept = m.work.train;
-    auto residual = [&](int i) { return m.residual + (kept ? i : i % 2) * BT * C; };
-    auto mean = [&](int i) { return m.ln_mean + (kept ? i : 0) * BT; };
-    auto rstd = [&](int i) { return m.ln_rstd + (kept ? i : 0) * BT; };
+    const bool keeps_all = m.work.train;
+    auto residual = [&](int i) { return m.residual + (keeps_all ? i : i % 2) * BT * C; };
+    auto mean = [&](int i) { return m.ln_mean + (keeps_all ? i : 0) * BT; };
+    auto rstd = [&](int i) { return m.ln_rstd + (keeps_all ? i : 0) * BT; };
 
     embedding_forward(residual(0), m.x, m.weight(WTE), m.weight(WPE), B, T, C);
     for (int l = 0; l < c.L; l++) {
-        const int i = 2 * l, slot = kept ? l : 0;
+        const int i = 2 * l, slot = keeps_all ? l : 0;
         auto w = [&](int tensor) { return m.weight(tensor, l); };
         X *x = residual(i), *x2 = residual(i + 1), *x3 = residual(i + 2);  // into attention, into the MLP, out of it
         X *qkv = m.qkv[l], *atty = m.atty + slot * BT * C, *fch = m.fch + slot * BT * 4 * C;

@@ -117,8 +117,8 @@ __device__ inline void store(X* row, const float (&share)[SHARE], int lane, int 
     }
 }
 
-// Whether rows of such lengths and distances can be read as vectors: all multiples of 8. So must be the place where a row
-// begins, which is the address counted in elements.
+// Whether rows of such lengths and distances can be read as vectors: all multiples of 8. So must be the place where a
+// row begins, which is the address counted in elements.
 template <class... Sizes>
 static bool vectors(Sizes... sizes) {
     return ((sizes % SHARE == 0) && ...);
@@ -2137,9 +2137,10 @@ struct ModelOf : Model {
     // Keys (part 1, as in qkv) or values (part 2) in layer l from position t on. Skip may have left out first heads.
     Heads<X> cached(int l, size_t part, size_t t) {
         if (!cache[l]) return {};  // all heads skip, and nobody reads this layer's
-        size_t HS = config.head_size(), kept = kv_channels(config, l) / HS, left_out = config.NH - kept;
+        size_t HS = config.head_size(), kept_heads = kv_channels(config, l) / HS, left_out = config.NH - kept_heads;
         size_t head = config.maxT * HS;
-        return {cache[l] + (ptrdiff_t)(((part - 1) * kept - left_out) * head + t * HS), 2 * kept * head, head, HS};
+        return {cache[l] + (ptrdiff_t)(((part - 1) * kept_heads - left_out) * head + t * HS), 2 * kept_heads * head,
+                head, HS};
     }
 };
 
@@ -2172,7 +2173,7 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     const Config& c = m.config;
     bool train = m.work.train;
     size_t L = c.L, C = c.C, NH = c.NH, P = parameter_count(c);
-    size_t BT = (size_t)m.work.B * m.work.T, kept = train ? L : 1, streams = train ? 2 * L + 1 : 2;
+    size_t BT = (size_t)m.work.B * m.work.T, kept_layers = train ? L : 1, streams = train ? 2 * L + 1 : 2;
     m.memory = {};
     auto take = [&](auto*& p, size_t n, size_t& account, bool zero = false) {
         p = nullptr;
@@ -2214,9 +2215,9 @@ static void lay_out(ModelOf<X>& m, bool dry) {
     for (size_t l = 0; l < L; l++)
         if (c.attention == SKIP) take(m.cache[l], rows * 2 * kv_channels(c, l), m.memory.cache);
         else if (l > 0 && m.cache[0]) m.cache[l] = m.cache[0] + l * rows * 2 * C;
-    take(m.lse, kept * BT * NH, activations);
-    take(m.atty, kept * BT * C, activations);
-    take(m.fch, kept * BT * 4 * C, activations);
+    take(m.lse, kept_layers * BT * NH, activations);
+    take(m.atty, kept_layers * BT * C, activations);
+    take(m.fch, kept_layers * BT * 4 * C, activations);
     take(m.losses, BT, activations);
     take(m.ln, (m.keeps_cheap() ? streams : 1) * BT * C, cheap);
     take(m.fch_gelu, (m.keeps_cheap() ? L : 1) * BT * 4 * C, cheap);
@@ -2367,14 +2368,14 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Workspace& ws = m.ws;
     const Inputs& in = m.inputs[m.turn];
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
-    const bool kept = m.work.train, all_qkv = kept || c.attention != VANILLA;
-    auto residual = [&](int i) { return m.residual + (kept ? i : i % 2) * BT * C; };
-    auto mean = [&](int i) { return m.ln_mean + (kept ? i : 0) * BT; };
-    auto rstd = [&](int i) { return m.ln_rstd + (kept ? i : 0) * BT; };
+    const bool keeps_all = m.work.train, all_qkv = keeps_all || c.attention != VANILLA;
+    auto residual = [&](int i) { return m.residual + (keeps_all ? i : i % 2) * BT * C; };
+    auto mean = [&](int i) { return m.ln_mean + (keeps_all ? i : 0) * BT; };
+    auto rstd = [&](int i) { return m.ln_rstd + (keeps_all ? i : 0) * BT; };
 
     embedding_forward(residual(0), in.part(0, BT), m.weight(WTE), m.weight(WPE), B, T, C);
     for (int l = 0; l < c.L; l++) {
-        const int i = 2 * l, slot = kept ? l : 0;
+        const int i = 2 * l, slot = keeps_all ? l : 0;
         auto w = [&](int tensor) { return m.weight(tensor, l); };
         X *x = residual(i), *x2 = residual(i + 1), *x3 = residual(i + 2);  // into attention, into the MLP, out of it
         X *ln1 = m.ln_output(i), *ln2 = m.ln_output(i + 1), *fch_gelu = m.gelu_output(l);
@@ -2542,16 +2543,17 @@ static void model_logits(Model* m, float* out) {
 // The same layers for new tokens only: their keys and (mixed) values join the cache, their queries read all of it. Each
 // head's keys lie together, as do its values, for that is how they are read.
 
-// cache (sequences, 2, kept, maxT, HS), at positions `before` and further on = keys and values of the n new tokens of
-// each sequence in qkv (sequences, n, 3C), those of the last `kept` heads. One thread an element.
+// cache (sequences, 2, kept_heads, maxT, HS), at positions `before` and further on = keys and values of the n new tokens
+// of each sequence in qkv (sequences, n, 3C), those of the last heads. One thread an element.
 template <class X>
-__global__ void cache_kernel(X* cache, const X* qkv, int n, int before, int kept, int maxT, int C, int HS,
+__global__ void cache_kernel(X* cache, const X* qkv, int n, int before, int kept_heads, int maxT, int C, int HS,
                              size_t total) {
-    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, width = (size_t)kept * HS;
+    const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, width = (size_t)kept_heads * HS;
     if (at >= total) return;
     const size_t row = at / (2 * width), b = row / n, t = before + row % n;
     const size_t part = at / width % 2, h = at % width / HS, d = at % HS;
-    cache[(((b * 2 + part) * kept + h) * maxT + t) * HS + d] = qkv[row * 3 * C + (part + 2) * C - width + at % width];
+    cache[(((b * 2 + part) * kept_heads + h) * maxT + t) * HS + d] =
+        qkv[row * 3 * C + (part + 2) * C - width + at % width];
 }
 
 // Queries, keys and values of the new tokens, ln (rows, C), to new_qkv; these keys and values to the cache
@@ -2559,13 +2561,13 @@ template <class X>
 static void cached_qkv(ModelOf<X>& m, int l, const X* w, const X* bias, size_t n) {
     constexpr int BLOCK = 256;
     const Config& c = m.config;
-    size_t rows = m.work.sequences * n, C = c.C, kept = kv_channels(c, l), total = rows * 2 * kept;
+    size_t rows = m.work.sequences * n, C = c.C, HS = c.head_size(), kept_heads = kv_channels(c, l) / HS;
+    size_t total = rows * 2 * kept_heads * HS;
     for (auto [at, count] : m.live[l])
         linear_forward(m.ws, m.new_qkv + at, m.new_ln, w + at * C, bias + at, rows, C, count, 3 * C);
     if (total == 0) return;
     cache_kernel<X><<<(unsigned)ceil_div(total, BLOCK), BLOCK, 0, gpu.stream>>>(
-        m.cache[l], m.new_qkv, (int)n, (int)m.cache_length, (int)kept / c.head_size(), c.maxT, c.C, c.head_size(),
-        total);
+        m.cache[l], m.new_qkv, (int)n, (int)m.cache_length, (int)kept_heads, c.maxT, c.C, (int)HS, total);
     CHECK(cudaGetLastError());
 }
 
