@@ -4,9 +4,8 @@ test_gpt2.cpp: is every gradient right?
     ./test_gpt2                               the dumps in dev/reference, and all tests below
     ./test_gpt2 [-v] MODEL DEBUG_STATE ...    any pairs of files, llm.c's included; -v: a line per tensor
 
-Exit status 0 if all is well, else 1. It tests through the model interface of train_gpt2.cpp, so the same tests serve
-every backend; the CPU's own parts (matmul, attention of a head, LayerNorm, classifier, GELU, exp) are held against
-plain loops.
+Exit status 0 if all is well, else 1. The tests go through the model's interface in train_gpt2.cpp, so they are the same
+for every backend and every attention. The CPU's layers are also held against plain loops.
 */
 
 #define GPT2_NO_MAIN
@@ -23,8 +22,10 @@ constexpr bool EMULATED = false;
 #endif
 #ifdef GPT2_CUDA
 constexpr bool ON_GPU = !EMULATED;
+constexpr int SMALL_HEAD = 8;  // head size of most tests' models; on a GPU it is a multiple of 8
 #else
 constexpr bool ON_GPU = false;
+constexpr int SMALL_HEAD = 12;
 #endif
 
 // Every use of new is counted, so that a test can tell that there was none.
@@ -196,6 +197,10 @@ static void check_dump(const std::string& model_path, const std::string& state_p
     if (header[0] != DUMP_MAGIC) die("%s: not a debug state (magic %d, not %d)", name, header[0], DUMP_MAGIC);
     if (header[1] != 2) die("%s: debug state of version %d, not 2", name, header[1]);
     const Config& c = file.config;
+    if (c.head_size() % SMALL_HEAD != 0 && SMALL_HEAD == 8) {
+        printf("left out  %s: on a GPU the head size is a multiple of 8\n", model_path.c_str());
+        return;
+    }
     int B = header[2], T = header[3], steps = header[4];
     if (header[5] != 0 && header[5] != 64) die("%s: computed in float%d? 0 or 64 is known", name, header[5]);
     double factor = header[5] == 64 ? 1 : 10;  // a dump made in fp32 has rounding errors of its own
@@ -275,7 +280,7 @@ static void check_dump(const std::string& model_path, const std::string& state_p
 // --------------------------------------------------------------------------------------------------------------------
 // Models made at random, as wide as the dumps': every source's share in skip and depth counts
 
-static Config small_config(int attention, int L = 5, int NH = 3, int HS = 12) {
+static Config small_config(int attention, int L = 5, int NH = 3, int HS = SMALL_HEAD) {
     Config c;
     c.maxT = 40, c.V = 61, c.Vp = 128, c.L = L, c.NH = NH, c.C = NH * HS;
     c.attention = attention, c.skip_distance = 2, c.skip_heads = 2, c.depth_stride = 2, c.depth_window = 1;
@@ -286,7 +291,7 @@ static std::string name_of(const Config& c) {
     if (c.attention == SKIP)
         return format("skip, L %d, distance %d, %d of %d heads", c.L, c.skip_distance, c.skip_heads, c.NH);
     if (c.attention == DEPTH) return format("depth, L %d, stride %d, window %d", c.L, c.depth_stride, c.depth_window);
-    return c.L == 1 ? format("vanilla, V %d, C %d", c.V, c.C) : "vanilla";
+    return c.L == 1 ? format("vanilla, V %d, C %d", c.V, c.C) : attention_names[c.attention];
 }
 
 static std::vector<float> random_parameters(const Config& c, uint64_t seed) {
@@ -354,25 +359,26 @@ static bool same_bits(const std::vector<float>& a, const std::vector<float>& b) 
 
 // The settings that the tests below go through.
 static std::vector<Config> settings() {
-    std::vector<Config> all = {small_config(VANILLA)};
+    std::vector<Config> all;
+    for (int attention = 0; attention < ATTENTIONS; attention++) all.push_back(small_config(attention));
     for (int distance : {1, 2, 4})
         for (int heads : {1, 2, 3}) {
             Config c = small_config(SKIP);
             c.skip_distance = distance, c.skip_heads = heads;
-            all.push_back(c);
+            if (distance != 2 || heads != 2) all.push_back(c);
         }
     for (int stride : {1, 2, 3})
         for (int window : {0, 1, 2}) {
             Config c = small_config(DEPTH);
             c.depth_stride = stride, c.depth_window = window;
-            all.push_back(c);
+            if (stride != 2 || window != 1) all.push_back(c);
         }
     return all;
 }
 
 // A vocabulary, and channels, that take a GPU's blocks more rounds and more warps than one.
 static std::vector<Config> wide_settings() {
-    std::vector<Config> all = {small_config(VANILLA, 1, 3, 88), small_config(VANILLA, 1, 3, 100),
+    std::vector<Config> all = {small_config(VANILLA, 1, 3, 88), small_config(VANILLA, 1, 3, 104),
                                small_config(VANILLA, 1)};
     all[2].V = 8500, all[2].Vp = 8576;
     return all;
@@ -381,7 +387,7 @@ static std::vector<Config> wide_settings() {
 // --------------------------------------------------------------------------------------------------------------------
 // Tests through the model interface
 
-// Where skip or depth has nothing to read elsewhere, it is vanilla to the bit.
+// An attention that reaches no other layer is vanilla, to the bit.
 static void test_identities(Precision precision) {
     Config c = small_config(VANILLA), one_layer = small_config(VANILLA, 1);
     Batch batch(c, 2, 37);
@@ -390,20 +396,22 @@ static void test_identities(Precision precision) {
         return same_bits(everything(other, precision, batch), as);
     };
     std::string in = format("%s: ", precision_names[precision]);
+    for (int attention = VANILLA + 1; attention < ATTENTIONS; attention++) {
+        const char* name = attention_names[attention];
+        c.attention = one_layer.attention = attention;
+        report(same(one_layer, vanilla_1), in + name + " with one layer equals vanilla to the bit");
+        report(!same(c, vanilla), in + name + " with more layers does not equal vanilla");
+    }
     c.attention = SKIP, c.skip_heads = 0;
     report(same(c, vanilla), in + "skip with no heads equals vanilla to the bit");
     c.skip_heads = 2, c.skip_distance = c.L;
     report(same(c, vanilla), in + "skip as far as the depth equals vanilla to the bit");
-    one_layer.attention = DEPTH;
-    report(same(one_layer, vanilla_1), in + "depth with one layer equals vanilla to the bit");
-    c.skip_distance = 2;
-    report(!same(c, vanilla), in + "skip with heads does not equal vanilla");
 }
 
 static void test_threads(Precision precision) {
 #ifdef _OPENMP
     int threads = omp_get_max_threads();
-    for (int attention : {VANILLA, SKIP, DEPTH}) {
+    for (int attention = 0; attention < ATTENTIONS; attention++) {
         Config c = small_config(attention, 4, 3, 24);
         Batch batch(c, 3, 37);
         omp_set_num_threads(1);
@@ -518,13 +526,12 @@ static void test_accumulation(Precision precision, const Config& c, int B, int T
 // Head sizes and lengths around those of tiles: what bf16 gives is near what fp32 gives. A gradient's block differs by
 // its rounding errors, a hundredth of its size or so (a tenth in a model of 15 channels); a tile, a mask or a row that
 // is wrong shows as much more. Vanilla's key bias, whose gradient is 0 in theory, is left out.
-static void test_head_sizes(const std::vector<int>& attentions, const std::vector<int>& sizes,
-                            const std::vector<int>& lengths) {
-    for (int attention : attentions) {
+static void test_head_sizes(const std::vector<int>& sizes, const std::vector<int>& lengths) {
+    for (int attention = 0; attention < ATTENTIONS; attention++) {
         Worst worst;
         for (int HS : sizes)
             for (int T : lengths) {
-                const int NH = HS % 2 ? 1 : 2, B = NH;  // odd ones leave nothing at a multiple of 16 bytes
+                const int NH = HS % 2 ? 1 : 2, B = NH;  // an odd one leaves nothing at a multiple of 16 bytes
                 Config c = small_config(attention, 3, NH, HS);
                 c.maxT = T, c.skip_distance = 1, c.skip_heads = 1;
                 Batch batch(c, B, T);
@@ -674,7 +681,7 @@ static void test_decoding(Precision precision) {
         check_decoding(c, precision, {1, 2, 33, c.maxT});
     }
     // On a GPU, bf16's heads of these sizes are attended to in tiles; and one token has rounds of 256 keys.
-    for (int attention : {VANILLA, SKIP, DEPTH}) {
+    for (int attention = 0; attention < ATTENTIONS; attention++) {
         Config c = small_config(attention, 3, 2, attention == DEPTH ? 128 : 64);
         c.maxT = 280, c.skip_distance = 1, c.skip_heads = 1;
         check_decoding(c, precision, {135});
@@ -695,7 +702,7 @@ static void test_memory() {
            "KV cache: depth's as large as vanilla's, skip's smaller by its unread heads");
 #ifdef GPT2_EMULATED  // (a GPU's own allocator rounds up)
     bool equal = true;
-    for (int attention : {VANILLA, SKIP, DEPTH})
+    for (int attention = 0; attention < ATTENTIONS; attention++)
         for (int precision : {FP32, BF16})
             for (Workload work : {Workload{.B = 2, .T = 17, .train = true},
                                   {.B = 2, .T = 17, .train = true, .recompute = true}, {.B = 2, .T = 17},
@@ -716,7 +723,7 @@ static void test_memory() {
 static void test_allocations(Precision precision) {
     size_t times = 0;
     bool as_before = true;
-    for (int attention : {VANILLA, SKIP, DEPTH}) {
+    for (int attention = 0; attention < ATTENTIONS; attention++) {
         Config c = small_config(attention);
         Batch batch(c, 2, 17);
         std::vector<float> logits(c.V);
@@ -758,22 +765,25 @@ static std::vector<X> random_values(size_t n, uint64_t seed) {
 }
 
 struct TestWorkspace {
-    std::vector<float> packed, local;
+    std::vector<float> packed, local, partial, dx_sum;
     Workspace ws;
 
     TestWorkspace(size_t packed_size, size_t local_size)
-        : packed(packed_size, NAN), local(thread_count() * local_size, NAN) {
-        ws = {packed.data(), packed_size, local.data(), local_size};
+        : packed(packed_size, NAN), local(thread_count() * local_size, NAN), partial(1 << 18, NAN),
+          dx_sum(1 << 18, NAN) {
+        ws = {.packed = packed.data(), .packed_size = packed_size, .local = local.data(), .local_size = local_size,
+              .partial = partial.data(), .squares = nullptr, .dx_sum = dx_sum.data()};
     }
 };
 
-// The triple loop: what matmul must equal for either order of either operand.
+// The fast matmul equals matmul_plain for either order of either operand.
 template <class X>
 static void test_matmul(const char* type) {
     Worst worst;
     auto check = [&](size_t M, size_t N, size_t K, Workspace& ws) {
         std::vector<X> a = random_values<X>(M * K, M), b = random_values<X>(N * K, N + 1);
         std::vector<float> c(M * N);
+        std::vector<double> expected(M * N);
         for (int layout = 0; layout < 4; layout++) {
             Operand<X> A = layout & 1 ? along_k(a.data(), K) : across_k(a.data(), M);
             Operand<X> B = layout & 2 ? along_k(b.data(), K) : across_k(b.data(), N);
@@ -781,16 +791,13 @@ static void test_matmul(const char* type) {
             matmul(ws, M, N, K, A, B, [&](size_t m, size_t n, size_t count, const float* row) {
                 std::copy_n(row, count, &c[m * N + n]);
             });
+            matmul_plain(expected.data(), M, N, K, A, B);
             for (size_t m = 0; m < M; m++)
                 for (size_t n = 0; n < N; n++) {
-                    double sum = 0, absolute = 0;
-                    for (size_t k = 0; k < K; k++) {
-                        double product = (double)*A.at(m, k).data * *B.at(n, k).data;
-                        sum += product;
-                        absolute += fabs(product);
-                    }
+                    double absolute = 0;
+                    for (size_t k = 0; k < K; k++) absolute += fabs((double)*A.at(m, k).data * *B.at(n, k).data);
                     // Each product and each addition rounds by at most 2^-24 of a partial sum.
-                    if (worst.see(fabs(c[m * N + n] - sum), (K + 2.0) * 0x1p-24 * absolute + 1e-30))
+                    if (worst.see(fabs(c[m * N + n] - expected[m * N + n]), (K + 2.0) * 0x1p-24 * absolute + 1e-30))
                         worst.where = format("%zu x %zu x %zu, layout %d", M, N, K, layout);
                 }
         }
@@ -812,7 +819,7 @@ static void test_matmul(const char* type) {
     check(31, 130, 1543, large.ws);
     TestWorkspace small(3 * MR<X> * steps<X>(393), matmul_local_size<X>(393));  // three panels of A at once
     check(10 * MR<X> + 1, 40, 393, small.ws);
-    report(worst.ok(), format("matmul of %s equals the triple loop", type), worst.text());
+    report(worst.ok(), format("matmul of %s equals its three loops", type), worst.text());
 }
 
 // Holds results against what they should be: each may be off by a share of its size, of the root mean square of all,
@@ -839,7 +846,7 @@ static std::vector<std::pair<size_t, size_t>> size_pairs() {
     return pairs;
 }
 
-// softmax(causal(q kᵀ/√HS)) v and its derivatives, in double, from the definition.
+// Attention in tiles equals attention_plain in double.
 template <class X>
 static void test_attention_head(const char* type, double tolerance) {
     Worst worst;
@@ -858,30 +865,13 @@ static void test_attention_head(const char* type, double tolerance) {
         std::fill(local.begin(), local.end(), NAN);
         attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k),
                                 in(v), T, HS);
-        std::vector<double> ro(T * HS, 0.0), rdq(ro), rdk(ro), rdv(ro), rlse(T), p(T), dp(T);
+        std::vector<double> ro(T * HS), rdq(ro), rdk(ro), rdv(ro), p(T * T), rlse(T);
+        attention_plain_forward(ro.data(), p.data(), in(q), in(k), in(v), T, HS);
+        attention_plain_backward(rdq.data(), rdk.data(), rdv.data(), in(dout), p.data(), in(q), in(k), in(v), T, HS);
         for (size_t i = 0; i < T; i++) {
-            double sum = 0, weighted = 0;
-            for (size_t j = 0; j <= i; j++) {
-                double s = 0;
-                for (size_t d = 0; d < HS; d++) s += (double)q[i * ld + d] * k[j * ld + d];
-                sum += p[j] = exp(s / sqrt(HS));
-            }
-            for (size_t j = 0; j <= i; j++) {
-                p[j] /= sum;
-                dp[j] = 0;
-                for (size_t d = 0; d < HS; d++) dp[j] += (double)dout[i * ld + d] * v[j * ld + d];
-                weighted += p[j] * dp[j];
-            }
-            for (size_t d = 0; d < HS; d++) {
-                for (size_t j = 0; j <= i; j++) {
-                    double ds = p[j] * (dp[j] - weighted) / sqrt(HS);
-                    ro[i * HS + d] += p[j] * v[j * ld + d];
-                    rdv[j * HS + d] += p[j] * dout[i * ld + d];
-                    rdq[i * HS + d] += ds * k[j * ld + d];
-                    rdk[j * HS + d] += ds * q[i * ld + d];
-                }
-            }
-            rlse[i] = log(sum);
+            double score = 0;  // p_i0 = e^(score - lse)
+            for (size_t d = 0; d < HS; d++) score += (double)q[i * ld + d] * k[d];
+            rlse[i] = score / sqrt(HS) - log(p[i * T]);
             // A few positions decoded, given those before as cached
             if (i % 5 == 4) {
                 std::vector<X> one(HS), few(2 * ld);
@@ -898,7 +888,7 @@ static void test_attention_head(const char* type, double tolerance) {
         see_all(worst, dk.data(), ld, rdk, HS, tolerance, "dk" + at);
         see_all(worst, dv.data(), ld, rdv, HS, tolerance, "dv" + at);
     }
-    report(worst.ok(), format("attention in tiles equals its definition, in %s", type), worst.text());
+    report(worst.ok(), format("attention in tiles equals the plain one, in %s", type), worst.text());
 }
 
 // y = (x - mean) rstd w + b over C channels, and its derivatives, from the definition; results to be stored in X round
@@ -906,15 +896,15 @@ static void test_attention_head(const char* type, double tolerance) {
 template <class X>
 static void test_layernorm(const char* type, double tolerance) {
     Worst worst;
+    TestWorkspace space(0, 0);
     for (auto [rows, C] : size_pairs()) {
         const std::string at = format(", rows %zu, C %zu", rows, C);
         std::vector<X> x = random_values<X>(rows * C, 1), dy = random_values<X>(rows * C, 2);
         std::vector<X> w = random_values<X>(C, 3), b = random_values<X>(C, 4), y(rows * C, NAN), again(y), dx(y);
         std::vector<float> mean(rows, NAN), rstd(mean), dw(C, NAN), db(dw);
-        std::vector<float> partial(ceil_div(rows, LAYERNORM_RUN) * 2 * C, NAN);
         layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), rows, C);
         layernorm_recompute(again.data(), x.data(), w.data(), b.data(), mean.data(), rstd.data(), rows, C);
-        layernorm_backward(dx.data(), dw.data(), db.data(), partial.data(), dy.data(), x.data(), w.data(), mean.data(),
+        layernorm_backward(space.ws, dx.data(), dw.data(), db.data(), dy.data(), x.data(), w.data(), mean.data(),
                            rstd.data(), rows, C, false, false);
         auto see = [&](double ours, double expected, double tolerated, const char* what) {
             if (worst.see(fabs(ours - expected), tolerated)) worst.where = what + at;
@@ -969,9 +959,9 @@ static void test_classifier(const char* type, double tolerance) {
         std::vector<X> logits(classifier_rows(rows, Vp) * Vp, NAN);
         std::vector<int> targets = random_tokens(rows, (int)V, 5);
         for (X& w : wte) w = (float)w / sqrtf(C);  // so that logits are about 1
-        std::vector<float> losses(rows, NAN), dwte(Vp * C, NAN), dx_sum(rows * C, NAN);
-        classifier(space.ws, losses.data(), dx.data(), dwte.data(), logits.data(), dx_sum.data(), x.data(), wte.data(),
-                   targets.data(), rows, C, V, Vp, (float)gradient_scale, false);
+        std::vector<float> losses(rows, NAN), dwte(Vp * C, NAN);
+        classifier(space.ws, losses.data(), dx.data(), dwte.data(), logits.data(), x.data(), wte.data(), targets.data(),
+                   rows, C, V, Vp, (float)gradient_scale, false);
         std::vector<double> p(V), rlosses(rows), rdx(rows * C, 0.0), rdwte(V * C, 0.0);
         for (size_t r = 0; r < rows; r++) {
             double sum = 0;
@@ -1078,13 +1068,14 @@ int main(int argc, char** argv) {
         for (Precision precision : {FP32, BF16}) {
             test_identities(precision);
             test_threads(precision);
-            for (int attention : {VANILLA, SKIP, DEPTH}) test_accumulation(precision, small_config(attention), 1, 23);
+            for (int attention = 0; attention < ATTENTIONS; attention++)
+                test_accumulation(precision, small_config(attention), 1, 23);
             test_accumulation(precision, small_config(VANILLA, 1), 264, 1);  // many runs for one block to sum up
             test_update(precision);
             test_decoding(precision);
             test_allocations(precision);
         }
-        test_head_sizes({VANILLA, SKIP, DEPTH}, {15, 24, 64, 128}, {1, 17, 64, 65, 161});
+        test_head_sizes({SMALL_HEAD == 8 ? 8 : 15, 24, 64, 128}, {1, 17, 64, 65, 161});
         test_finite_differences(settings(), EMULATED ? 6 : 1);
         test_finite_differences(wide_settings());
         test_memory();

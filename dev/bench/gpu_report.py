@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""All that is to know of this program on a GPU, in one file: dev/results/DATE_DEVICE.txt. `make gpu-report` calls it.
+"""`make -C dev gpu-report`: all that is to know of this program on a GPU, in one file: dev/results/DATE_DEVICE.txt.
 
     dev/bench/gpu_report.py NVCC          builds, tests, measures on the first GPU; ten minutes
     dev/bench/gpu_report.py emulated      the same course with emulated kernels and a small model, to try this script
@@ -73,7 +73,7 @@ def beside_targets(report, said):
 
 def main():
     if len(sys.argv) != 2 or not sys.argv[1]:
-        die("no nvcc: `make gpu-report` looks for it in PATH and in /usr/local/cuda, or in CUDA=FOLDER")
+        die("no nvcc: `make -C dev gpu-report` looks for it in PATH and in /usr/local/cuda, or in CUDA=FOLDER")
     emulated = sys.argv[1] == "emulated"
     kind = "cu_emulated" if emulated else "cu"
     device, nvcc = "emulated", ""
@@ -86,7 +86,7 @@ def main():
         device = first_line(["nvidia-smi", "-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
                              f"--query-gpu={query}", "--format=csv,noheader"])
         if not device:
-            die("no GPU: nvidia-smi is missing or finds none (make gpu-report DEVICE=emulated tries this without one)")
+            die("no GPU: nvidia-smi is missing or finds none (make -C dev gpu-report DEVICE=emulated tries this without one)")
 
     report = Report()
     now = datetime.datetime.now()
@@ -99,9 +99,9 @@ def main():
     else:
         report.say(f"device {device}")
         report.say(f"nvcc {nvcc}")
-    programs = ["train_gpt2", f"train_gpt2{kind}", f"test_gpt2{kind}"]
-    built = report.step(["make", "--no-print-directory"] + ([] if emulated else [f"NVCC={sys.argv[1]}"]) + programs,
-                        lambda said: "built" if not re.search("error|warning", said) else said)
+    programs = ["train_gpt2", f"train_gpt2{kind}", f"test_gpt2{kind}", f"dev/bench/bench{kind}"]
+    make = ["make", "--no-print-directory", "-f", "dev/Makefile"] + ([] if emulated else [f"NVCC={sys.argv[1]}"])
+    built = report.step(make + programs, lambda said: "built" if not re.search("error|warning", said) else said)
     if built.returncode:
         die("it does not build")
 
@@ -112,7 +112,7 @@ def main():
         command = ["env", f"GPU_PROGRAM=train_gpt2{kind}", ".venv/bin/python", "-m", "pytest", "-q", "dev/test/test_gpu.py"]
         report.step(command, lambda said: "\n".join(re.findall("^(?:FAILED|ERROR|E ) .*|.*(?:passed|failed).*", said, re.M)))
     else:
-        report.say("\nleft out: dev/test/test_gpu.py, for lack of .venv (make .venv/ready)")
+        report.say("\nleft out: dev/test/test_gpu.py, for lack of .venv (make -C dev .venv/ready)")
 
     if emulated:
         shape = ["--layers", "2", "--heads", "2", "--channels", "128", "--context", "32", "--vocab", "257", "--batch", "1",
@@ -120,7 +120,7 @@ def main():
     else:
         shape = ["--model", "gpt2", "--vocab", "50257", "--batch", "64", "--sequence", "1024", "--steps", "10"]
     for precision in ["bf16", "fp32"]:
-        command = [f"./train_gpt2{kind}", "bench", *shape, "--precision", precision, "--profile"]
+        command = [f"dev/bench/bench{kind}", *shape, "--precision", precision, "--profile"]
         if precision == "fp32":
             command += ["--tokens", "0"]
         done = report.step(command, lambda said: "it ran; its times are left out" if emulated and "error:" not in said else said)

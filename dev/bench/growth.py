@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How a training step grows: with the sequence at equal tokens, with layers and channels, and with threads.
 
-    dev/bench/growth.py [--precision bf16] [--attention vanilla] [--steps 3]
+    make dev/bench/bench && dev/bench/growth.py [--precision bf16] [--attention vanilla] [--steps 3]
 
 Beside each figure stands what it should be in theory: the time in proportion to the operations of a step
 (6 · (V·C + 12·L·C²) + 6·L·C·T for each token), taken from the first row of its table.
@@ -10,7 +10,7 @@ Beside each figure stands what it should be in theory: the time in proportion to
 import argparse
 import os
 
-from peers import PROGRAM, parse_bench, run
+from peers import BENCH, parse_bench, run
 
 V = 50257
 
@@ -19,7 +19,7 @@ def step(T, L, C, threads, args):
     """A row of bench for GPT-2 with L layers and C channels, on 1,024 tokens."""
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    said, _ = run(PROGRAM, "bench", "--attention", args.attention, "--precision", args.precision, "--batch", 1024 // T,
+    said, _ = run(BENCH, "--attention", args.attention, "--precision", args.precision, "--batch", 1024 // T,
                   "--sequence", T, "--layers", L, "--channels", C, "--heads", C // 64, "--steps", args.steps, "--tokens", 0)
     return parse_bench(said)[0]
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Judges the GPU's kernels without a GPU: writes dev/bench/kernels.md. `make gpu-table` calls it.
+"""Judges the GPU's kernels without a GPU: writes dev/bench/kernels.md. `make -C dev gpu-table` calls it.
 
-    dev/bench/kernels.py NVCC        needs nvcc, cuobjdump, nm, c++filt and ./train_gpt2cu_emulated
+    dev/bench/kernels.py NVCC        needs nvcc, cuobjdump, nm, c++filt and the emulated programs
 
 Registers, shared memory and spills are what nvcc says; instructions are cuobjdump's; how often which kernel runs, on
-which grid, with which arguments, is what the program itself does with GPT-2 124M: the emulator's log of a step. Only the
-bytes and operations that a call needs are given here, as formulas over its arguments. Ends with status 1 where a kernel
-spills, has no formula, or lacks an instruction that it should have.
+which grid, with which arguments, is what the program itself does with GPT-2 124M: the emulator's log of a step of
+dev/bench/bench. Only the bytes and operations that a call needs are given here, as formulas over its arguments. Ends
+with status 1 where a kernel spills, has no formula, or lacks an instruction that it should have.
 """
 
 import os
@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 OUT = os.path.join(HERE, "kernels.md")
+BENCH = "dev/bench/benchcu_emulated"
 
 # GPT-2 124M, 65,536 tokens a step, bf16
 B, T, C, NH, L, V, VP = 64, 1024, 768, 12, 12, 50257, 50304
@@ -69,7 +70,7 @@ def key_tiles(kernel):
 
 
 def depth_backward(a):
-    S, R = a[6], a[8]
+    S, R = a[7], a[8]
     own = 6 if S else 0  # q, k, ṽ and dq read; dq and dṽ written
     return BT * C * (8 + X * (2 + own + 2 * S + 2 * R)) + BT * NH * 8 * (S + R), BT * C * (8 * (S + 1) + 4 * R)
 
@@ -105,13 +106,14 @@ KERNELS = {
     "adamw_update_kernel": ("AdamW, norm", lambda a: (30 * a[5], 16 * a[5]), "load store"),
     "skip_backward_kernel": ("skip", skip_backward, "load store"),
     "convert_kernel": ("skip", lambda a: (6 * a[2], 0), ""),
-    "depth_mix_kernel": ("depth", lambda a: (BT * C * X * (4 + 2 * a[6]) + BT * NH * 4 * (2 * a[6] + 1),
+    "depth_forward_kernel": ("depth", lambda a: (BT * C * X * (4 + 2 * a[6]) + BT * NH * 4 * (2 * a[6] + 1),
                                                  4 * BT * C * (a[6] + 1)), "load store"),
     "depth_backward_kernel": ("depth", depth_backward, "load store"),
     "gelu_forward_kernel": ("recomputing", lambda a: (2 * X * a[2], 10 * a[2]), "load store"),
 }
 BY_GRID = {"embedding_backward_token_kernel": 0, "sum_partials_kernel": 1, "softmax_cross_entropy_kernel": 0}
-EPILOGUES = ["", ", bias", ", bias and GELU", ", GELU's gradient"]
+EPILOGUES = ["", ", bias", ", bias and GELU", ", bias and GELU, both kept", ", GELU's gradient"]
+WITH_AUX = [3, 4]  # of these: the input of GELU is written or read too
 
 
 def needs(kernel, grid, arguments):
@@ -128,7 +130,7 @@ def needs(kernel, grid, arguments):
 
 
 def product_needs(m, n, k, d_size, size, add, epilogue):
-    values = m * n * (d_size * (1 + add) + (size if epilogue >= 2 else 0))
+    values = m * n * (d_size * (1 + add) + (size if epilogue in WITH_AUX else 0))
     return size * k * (m + n) + values, 2 * m * n * k
 
 
@@ -162,8 +164,8 @@ def plain(names):
 def compile_kernels(nvcc, folder, architecture):
     """Each kernel's registers, static shared memory, spills; the file with its machine code"""
     cubin = os.path.join(folder, f"{architecture}.cubin")
-    said = output([nvcc, "-O3", "-std=c++20", f"-arch={architecture}", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", "-cubin",
-                   "train_gpt2.cu", "-o", cubin], cwd=ROOT)
+    said = output([nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch={architecture}", "-Xcompiler", "-Wall,-Wextra",
+                   "-Xptxas", "-v", "-cubin", "train_gpt2.cu", "-o", cubin], cwd=ROOT)
     if "warning" in said:
         die(f"nvcc warns:\n{said[said.index('warning') - 100:][:1000]}")
     found, name = {}, None
@@ -231,10 +233,10 @@ SHAPE = ["--model", "gpt2", "--vocab", str(V), "--batch", str(B), "--sequence", 
 
 
 def step_log(options, folder):
-    """All allocations, launches and products of `bench`: two steps, the first one's model before them"""
+    """All allocations, launches and products of the benchmark: two steps, the first one's model before them"""
     log = os.path.join(folder, "log")
     environment = os.environ | {"GPT2_EMULATOR_LOG": log, "GPT2_EMULATOR_MEMORY": str(1 << 38)}
-    output(["./train_gpt2cu_emulated", "bench", *SHAPE, "--steps", "1", "--tokens", "0"] + options, cwd=ROOT,
+    output([BENCH, *SHAPE, "--steps", "1", "--tokens", "0"] + options, cwd=ROOT,
            env=environment)
     with open(log) as f:
         return [line.split() for line in f]
@@ -246,7 +248,7 @@ def memory_of(log, options):
     said = output(["./train_gpt2cu_emulated", "describe", *SHAPE] + options, cwd=ROOT)
     column = ["vanilla", "skip", "depth"].index(options[1])
     counted = [size(re.findall(r"([\d.]+) ([MG]iB)", re.search(row, said)[0])[column])
-               for row in [r"activations .*", r"all, with scratch .*"]]
+               for row in [r"activations .*", r"total, with scratch .*"]]
     allocated = 0
     for line in log:
         if line[0] != "allocate":
@@ -291,10 +293,10 @@ def table(rows, header):
 
 def main():
     if len(sys.argv) != 2 or not sys.argv[1]:
-        die("no nvcc: `make gpu-table` looks for it in PATH and in /usr/local/cuda, or in CUDA=FOLDER")
+        die("no nvcc: `make -C dev gpu-table` looks for it in PATH and in /usr/local/cuda, or in CUDA=FOLDER")
     nvcc = shutil.which(sys.argv[1]) or die(f"no {sys.argv[1]}")
     find_cuobjdump(nvcc)
-    names = kernels_of("train_gpt2cu_emulated")
+    names = kernels_of(BENCH)
     with tempfile.TemporaryDirectory() as folder:
         built = {a: compile_kernels(nvcc, folder, a) for a in ["sm_80", "sm_90"]}
         spills = [f"{plain([k])[k]} ({a})" for a, (found, _) in built.items() for k, of in found.items() if any(of["stack"])]
@@ -362,7 +364,7 @@ def main():
 
     text = f"""# The GPU's kernels, judged without a GPU
 
-`make gpu-table` writes this file. GPT-2 124M, bf16, B {B}, T {T}: {BT:,} tokens a step; sm_90, nvcc {version}. **No time
+`make -C dev gpu-table` writes this file. GPT-2 124M, bf16, B {B}, T {T}: {BT:,} tokens a step; sm_90, nvcc {version}. **No time
 in it is measured**: each is the least that an H200's limits allow for the bytes and operations of a call, at
 {BANDWIDTH / 1e12:.1f} TB/s, {TENSOR / 1e12:.0f} TFLOP/s for cuBLAS's products, and {100 * MMA_SYNC:.0f} % of that for the kernels of mma.sync. Of the latter, those
 that issue more than {CYCLES_OF_HMMA:.1f} instructions for each HMMA are slower by as much. Kernels, calls, grids, arguments and products
@@ -437,7 +439,7 @@ What `describe` counts, and what the program allocated before its first launch.
         wrong.append("more activations than llm.c's")
     launched = {mangled for calls in logs.values() for _, mangled, *_ in calls}
     rest = sorted(set(plain(sorted(set(compiled) - launched)).values()))
-    text += f"\nKernels that these steps do not launch (fp32, other sizes, decoding, bench):\n{', '.join(rest)}.\n"
+    text += f"\nKernels that these steps do not launch (fp32, other sizes, decoding):\n{', '.join(rest)}.\n"
     with open(OUT, "w") as f:
         f.write(text)
     print(f"{os.path.relpath(OUT)}: {len(kernels)} kernels; a step in ms: " +

@@ -1,18 +1,20 @@
 /*
 ladder.cpp: from three plain loops to the product's matmul, one idea at a time.
 
-    make bench-ladder                     GPT-2's fc layer: 1,024 rows (tokens), C = 768, OC = 3,072
+    make -C dev ladder                    GPT-2's fc layer: 1,024 rows (tokens), C = 768, OC = 3,072
     dev/bench/ladder ROWS C OC            another linear layer; multiples of 16, which spares rungs 2 to 4 their edges
 
 Every rung computes y (rows, OC) = x (rows, C) wᵀ with w (OC, C). All are first held against the definition in double;
 exit status 1 where one is off. Then they are timed, in turns with the peak of what they use: one thread or all, fp32 or
 bf16. ladder.md explains what a run shows.
 
-The upper rungs are train_gpt2.cpp's own pack, microkernel and matmul; what only leads up to them lives here.
+The first rung and the upper ones are train_gpt2.cpp's own matmul_plain, pack, microkernel and matmul; what leads from
+one to the others lives here.
 */
 
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
+#include "limits.h"
 
 // A linear layer, and room to work in. x and w are drawn with bf16's 8 bits, so either type holds the same numbers and
 // all rungs have one right answer.
@@ -31,12 +33,7 @@ struct Linear {
 
 template <class Sum>
 static void three_loops(Sum* y, const Linear& l) {
-    for (size_t m = 0; m < l.rows; m++)
-        for (size_t n = 0; n < l.OC; n++) {
-            Sum sum = 0;
-            for (size_t k = 0; k < l.C; k++) sum += (Sum)l.x[m * l.C + k] * (Sum)l.w[n * l.C + k];
-            y[m * l.OC + n] = sum;
-        }
+    matmul_plain(y, l.rows, l.OC, l.C, along_k(l.x, l.C), along_k(l.w, l.C));
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -138,8 +135,7 @@ static void packed(const Linear& l) {
 
 template <class X>
 static void product(const Linear& l, const X* x, const X* w) {
-    Workspace ws = l.ws;
-    matmul(ws, l.rows, l.OC, l.C, along_k(x, l.C), along_k(w, l.C),
+    matmul(l.ws, l.rows, l.OC, l.C, along_k(x, l.C), along_k(w, l.C),
            [&](size_t m, size_t n, size_t count, const float* y) { std::copy_n(y, count, l.y + m * l.OC + n); });
 }
 
@@ -190,7 +186,9 @@ int main(int argc, char** argv) {
     l.rows = size[0], l.C = size[1], l.OC = size[2];
     l.ws.packed_size = std::max<size_t>(1 << 22, 512 * l.C);  // as a model has them
     l.ws.local_size = matmul_local_size<float>(l.C);
-    auto take = [](auto*& p, size_t n) { p = (std::remove_reference_t<decltype(p)>)allocate(n * sizeof *p, true); };
+    auto take = [](auto*& p, size_t n) {
+        p = (std::remove_reference_t<decltype(p)>)device_allocate(n * sizeof *p, true);
+    };
     take(l.x, l.rows * l.C), take(l.x_bf16, l.rows * l.C), take(l.x_panels, round_up(l.rows, ROWS) * l.C);
     take(l.w, l.OC * l.C), take(l.w_bf16, l.OC * l.C), take(l.w_panels, round_up(l.OC, NR) * l.C);
     take(l.y, l.rows * l.OC);

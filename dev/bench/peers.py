@@ -23,8 +23,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 PROGRAM = ROOT / "train_gpt2"
+BENCH = HERE / "bench"
 PRECISIONS = ["fp32", "bf16"]
 PEERS = ["eager", "compiled", "transformers"]
 SHARD_MAGIC = 20240520
@@ -45,7 +46,7 @@ def run(*command):
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     except OSError as e:
-        fail(f"{command[0]}: {e.strerror}; run make")
+        fail(f"{command[0]}: {e.strerror}; run make -C dev bench-peers")
     with process.stdout:
         said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)  # in place of process.wait(), which tells no memory
@@ -56,7 +57,7 @@ def run(*command):
 
 
 def parse_bench(said):
-    """The training rows of `train_gpt2 bench`: the attention, COLUMNS, and as "parts" the ms of --profile's lines."""
+    """The training rows of dev/bench/bench: the attention, COLUMNS, and as "parts" the ms of --profile's lines."""
     rows = []
     for line in said.split("\ngenerating:")[0].splitlines():
         row, part = ROW.fullmatch(line), PART.fullmatch(line)
@@ -72,14 +73,14 @@ def parse_bench(said):
 
 
 def our_training(B, T, precision, steps):
-    said, _ = run(PROGRAM, "bench", "--attention", "vanilla", "--batch", B, "--sequence", T, "--steps", steps,
+    said, _ = run(BENCH, "--attention", "vanilla", "--batch", B, "--sequence", T, "--steps", steps,
                   "--precision", precision, "--tokens", 0)
     return parse_bench(said)[0]
 
 
 def run_peer(script, *options):
     """Its line of JSON; the libraries may say other things around it."""
-    said, _ = run(sys.executable, BENCH / script, *options)
+    said, _ = run(sys.executable, HERE / script, *options)
     return json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
 
 
@@ -188,10 +189,10 @@ def main():
     args = options()
     for package in ["torch"] + ["transformers"] * ("transformers" in args.peers):
         if importlib.util.find_spec(package) is None:
-            fail(f"{sys.executable} has no {package}: run make bench-peers")
+            fail(f"{sys.executable} has no {package}: run make -C dev bench-peers")
     busy = os.getloadavg()[0]
     tiny = ["--layers", 1, "--heads", 1, "--channels", 16, "--batch", 1, "--sequence", 1, "--steps", 1, "--tokens", 0]
-    threads = int(re.search(r"(\d+) threads?,", run(PROGRAM, "bench", *tiny)[0])[1])
+    threads = int(re.search(r"(\d+) threads?,", run(BENCH, *tiny)[0])[1])
     print(f"{threads} threads" + (f"; other programs keep {busy:.1f} cores busy: distrust what follows"
                                   if busy > 0.5 else ""), flush=True)
 

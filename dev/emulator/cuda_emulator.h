@@ -1697,7 +1697,7 @@ EMULATOR_OWN void cp_async_wait() {  // until at most N groups are on their way
 // 9 · Matrix products
 
 enum class MatmulType { FP32, BF16 };
-enum class Epilogue { NONE, BIAS, GELU_AUX_BIAS, DGELU };
+enum class Epilogue { NONE, BIAS, GELU_BIAS, GELU_AUX_BIAS, DGELU };
 
 namespace emulator {
 
@@ -1758,10 +1758,9 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
                     size_t at = i + j * p.ldd;
                     float x = sums[j % COLUMNS][i % ROWS];
                     if (p.accumulate) x += element(p.D, p.d_type, at);
-                    if (p.epilogue == Epilogue::BIAS || p.epilogue == Epilogue::GELU_AUX_BIAS)
-                        x += element(p.bias, p.d_type, i);
-                    if (p.epilogue == Epilogue::GELU_AUX_BIAS) {
-                        set_element(p.aux, p.d_type, at, x);
+                    if (p.epilogue != Epilogue::NONE && p.epilogue != Epilogue::DGELU) x += element(p.bias, p.d_type, i);
+                    if (p.epilogue == Epilogue::GELU_AUX_BIAS) set_element(p.aux, p.d_type, at, x);
+                    if (p.epilogue == Epilogue::GELU_BIAS || p.epilogue == Epilogue::GELU_AUX_BIAS) {
                         x = 0.5f * x * (1 + tanhf(root * (x + cubic * x * x * x)));
                     } else if (p.epilogue == Epilogue::DGELU) {
                         float y = element(p.aux, p.d_type, at), t = tanhf(root * (y + cubic * y * y * y));
@@ -1777,7 +1776,7 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
 // Sums are fp32; D and aux are rounded to d_type when they are stored, and nothing else is. A and B are of ab_type,
 // bias (m) and aux (m, n; its leading dimension ldd) of d_type. Epilogues:
 //   BIAS           D = product + bias            GELU_AUX_BIAS  aux = product + bias, D = gelu of that before rounding
-//   DGELU          D = product · gelu'(aux)
+//   DGELU          D = product · gelu'(aux)      GELU_BIAS      D = gelu(product + bias)
 inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bool transA, const void* B, bool transB,
                                    int m, int n, int k, int lda, int ldb, int ldd, bool accumulate, Epilogue epilogue,
                                    const void* bias, void* aux, cudaStream_t stream, MatmulType ab_type) {
@@ -1788,7 +1787,7 @@ inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bo
     if (m <= 0 || n <= 0 || k <= 0 || lda < rows_a || ldb < rows_b || ldd < m)
         return emulator::error(cudaErrorInvalidValue, "emulated_matmul: m %d, n %d, k %d, lda %d, ldb %d, ldd %d", m, n,
                                k, lda, ldb, ldd);
-    bool uses_bias = epilogue == Epilogue::BIAS || epilogue == Epilogue::GELU_AUX_BIAS;
+    bool uses_bias = epilogue != Epilogue::NONE && epilogue != Epilogue::DGELU;
     bool uses_aux = epilogue == Epilogue::GELU_AUX_BIAS || epilogue == Epilogue::DGELU;
     const char* outside =
         !emulator::on_device(A, extent(rows_a, columns_a, lda) * size(ab_type))         ? "A"

@@ -1,6 +1,6 @@
 // Intel's AMX in plain C++, so that its microkernel can be tested on any processor. Put in front of the program:
 //
-//     g++ -include dev/test/amx.h ... test_gpt2.cpp        (make test_gpt2_amx)
+//     g++ -include dev/test/amx.h ... test_gpt2.cpp        (make -C dev test_gpt2_amx)
 //
 // Vectors become 16 floats wide too, as on all processors that have AMX; the compiler splits them where need be.
 

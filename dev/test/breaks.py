@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Can the tests fail? Breaks the program on purpose, one line at a time, and shows which tests notice.
+"""Can the tests fail? Breaks the program on purpose, one place at a time, and shows which tests notice.
 
     dev/test/breaks.py [WORD ...]      all breaks, or those whose names contain one of the words
 
-Each break is made in a copy; `worst` is by how many times the worst of the dumps misses its tolerance.
-Exit status 1 if a break goes unnoticed or misses by less than ten times.
+Each break is made in a copy. `worst` is by how many times the worst of the dumps exceeds its tolerance.
+Exit status 1 if a break goes unnoticed or exceeds it by less than ten times.
 """
 
 import re
@@ -17,62 +17,75 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "train_gpt2.cpp"
 
-# name: (line as it is, line as broken)
+# name: (function, fragment of it, what replaces the fragment). White space in a fragment does not count.
 BREAKS = {
-    "depth: δ dropped from ds": ("(dot(dv, v_j, HS) - delta)", "(dot(dv, v_j, HS))"),
-    "depth: own ds forgotten": ("ds_own -= ds_j;", "ds_own -= 0 * ds_j;"),
-    "depth: dv not passed on to the first source": (
-        "dv[i] += a_ml * dv_m[i]", "dv[i] += (reader.n ? a_ml : 0) * dv_m[i]"),
-    "depth: dk not passed on to the last source": (
-        "dk[i] += ds_ml * q_m[i]", "dk[i] += (reader.n + 1 < reader.sources ? ds_ml : 0) * q_m[i]"),
-    "depth: mixes v, not ṽ, of the source": ("return qkv[sources[n]] + at_v;", "return qkv[sources[n]] + at_k;"),
-    "skip: the share of the layer's own heads forgotten": ("if (own && above)", "if (own && above && false)"),
-    "skip: dk, dv taken from the wrong layer": ("m.skip_dkv + l % slots", "m.skip_dkv + (l + 1) % slots"),
-    "skip: dk, dv left for the wrong layer": ("m.skip_dkv + below % slots", "m.skip_dkv + (below + 1) % slots"),
-    "skip: one head too many": ("h < c.skip_heads && l", "h <= c.skip_heads && l"),
-    "LayerNorm: mean term of backward": ("s * (g - g_mean - n * gn_mean)", "s * (g - n * gn_mean)"),
-    "LayerNorm: variance term of backward": ("s * (g - g_mean - n * gn_mean)", "s * (g - g_mean)"),
-    "GELU: derivative without its second term": ("return s + x * s * (1.0f - s) * dz;", "return s;"),
-    "GELU: derivative of x³ without the 3": ("(1.0f + 3.0f * 0.044715f", "(1.0f + 0.044715f"),
-    "embedding: its share of the tied gradient": (
-        "dwte_bt[i] += dx_bt[i];", "dwte_bt[i] += 0 * dx_bt[i];"),
+    "depth: δ dropped from ds": ("depth_backward", "- delta", ""),
+    "depth: own ds forgotten": ("depth_backward", "ds_own -= ds_j;", ""),
+    "depth: dv not passed on to the first source": ("depth_backward", "+= a_ml", "+= (n ? a_ml : 0)"),
+    "depth: dk not passed on to the last source": ("depth_backward", "+= ds_ml", "+= (n + 1 < S_m ? ds_ml : 0)"),
+    "depth: a and ds of the wrong layer": ("depth_backward", "if (m > 1)", "if (m > 2)"),
+    "depth: mixes k, not ṽ, of the source": ("depth_forward", "v_j = v_l", "v_j = k_l"),
+    "skip: the share of the layer's own heads forgotten": (
+        "skip_backward", "if (from_own && from_above)", "if (from_own && from_above && false)"),
+    "skip: dk, dv taken from the wrong layer": ("skip_attention_backward", "m.skip_dkv[l]", "m.skip_dkv[l + 1]"),
+    "skip: dk, dv left for the wrong layer": (
+        "skip_attention_backward", "m.skip_dkv[l - c.skip_distance]", "m.skip_dkv[l - c.skip_distance + 1]"),
+    "skip: one head too many": ("skips", "h < c.skip_heads", "h <= c.skip_heads"),
+    "qkv: the second piece of dx overwrites": ("qkv_backward", "i == 0", "true"),
+    "LayerNorm: mean term of backward": ("layernorm_backward", "- g_mean", ""),
+    "LayerNorm: variance term of backward": ("layernorm_backward", "- n * gn_mean", ""),
+    "GELU: derivative without its second term": ("gelu_derivative", "+ x * s * (1.0f - s) * dz", ""),
+    "GELU: derivative of x³ without the 3": ("gelu_derivative", "3.0f *", ""),
+    "embedding: its share of the tied gradient": ("embedding_backward", "dwte_bt[i] += ", "dwte_bt[i] += 0 * "),
     "classifier: a padded column takes probability": (
-        "softmax_cross_entropy(logits + i * Vp, V,",
-        "softmax_cross_entropy(logits + i * Vp, (logits[i * Vp + V] = 0, V + 1),"),
-    "AdamW: no bias correction": ("(float)(1.0 / (1.0 - pow(a.beta1, step)))", "1.0f"),
-    "AdamW: decay on a bias": ("t.decays ? a.weight_decay : 0.0f", "t.decays || t.cols == 1 ? a.weight_decay : 0.0f"),
-    "attention: last partial tile of queries, forward": (
-        "for (size_t i0 = 0; i0 < queries; i0 += NR) {", "for (size_t i0 = 0; i0 + NR <= queries; i0 += NR) {"),
-    "attention: last partial tile of queries, backward": (
-        "for (size_t i0 = 0; i0 < T; i0 += NR) {", "for (size_t i0 = 0; i0 + NR <= T; i0 += NR) {"),
+        "classifier", "(logits + i * Vp, V,", "(logits + i * Vp, (logits[i * Vp + V] = 0, V + 1),"),
+    "AdamW: no bias correction": ("adamw_update", "1.0 / (1.0 - pow(a.beta1, step))", "1.0"),
+    "AdamW: decay on a bias": ("update", "t.decays ?", "t.decays || t.cols == 1 ?"),
+    "attention: last partial tile of queries, forward": ("attention_head_forward", "i0 < queries", "i0 + NR <= queries"),
+    "attention: last partial tile of queries, backward": ("attention_head_backward", "i0 < T", "i0 + NR <= T"),
     "attention: last partial tile of keys": (
-        "size_t keys = std::min(visible - j0, KEYS<X>);\n            scores_tile(h, keys, j0, before",
-        "size_t keys = KEYS<X>;\n            if (j0 + keys > visible) break;\n"
-        "            scores_tile(h, keys, j0, before"),
-    "attention: sum not rescaled": ("sum[lane] *= rescale[lane];", "sum[lane] *= 1;"),
-    "attention: sees one key ahead": (
-        "std::min<size_t>(j0 + r - i0, NR)", "std::min<size_t>(j0 + r - i0 - (j0 + r > i0), NR)"),
-    "matmul: the last of many k forgotten": (
-        "b_block + n * S, S, false);", "b_block + n * S, K > 100 ? S - 1 : S, false);"),
+        "attention_head_forward", "keys = std::min(visible - j0, KEYS<X>);",
+        "keys = KEYS<X>; if (j0 + keys > visible) break;"),
+    "attention: sum not rescaled": ("attention_head_forward", "sum[lane] *= rescale[lane];", ""),
+    "attention: sees one key ahead": ("scores_tile", "j0 + r - i0, NR", "j0 + r - i0 - (j0 + r > i0), NR"),
+    "matmul: the last of many k forgotten": ("matmul", "n * S, S,", "n * S, K > 100 ? S - 1 : S,"),
     "decoding: the last columns of a stream forgotten": (
-        "for (size_t i = 0; i < columns; i++) {", "for (size_t i = 0; i + (i0 > 0) < columns; i++) {"),
-    "decoding: k past the last whole vector forgotten": ("if (k < K) add_products", "if (k < K && false) add_products"),
-    "decoding: the last keys forgotten": ("for (; j < keys; j++)", "for (; j + 1 < keys; j++)"),
-    "decoding: values are not mixed": ("        cached_depth(m, l, n);\n", ""),
-    "gradients: the second micro-batch overwrites": ("bool add = m.accumulated > 0;", "bool add = false;"),
-    "gradients: the second slab of tokens overwrites": ("bool add = accumulate || r > 0;", "bool add = accumulate;"),
-    "classifier: the second part of the tokens overwrites": ("V, Vp, accumulate || r > 0)", "V, Vp, accumulate)"),
-    "classifier: the second slab of the vocabulary overwrites": ("dx_sum, v == 0, v", "dx_sum, true, v"),
-    "files: the second chunk of values is lost": (
-        "model_put(model, quantity, begin, n, values.data());",
-        "if (begin == 0) model_put(model, quantity, begin, n, values.data());"),
-    "positions: gradient of the last sequence only": ("bool add = accumulate || bt >= T;", "bool add = accumulate;"),
+        "matmul_few_rows", "i < columns", "i + (i0 > 0) < columns"),
+    "decoding: k past the last whole vector forgotten": ("matmul_few_rows", "if (k < K)", "if (k < K && false)"),
+    "decoding: the last keys forgotten": ("attention_head_decode", "(; j < keys", "(; j + 1 < keys"),
+    "decoding: other values are mixed": ("depth_forward", "t = shape.before + i", "t = i"),
+    "decoding: keys overwrite the first ones": ("cache_append", "k.at(b, h, s.before + i)", "k.at(b, h, i)"),
+    "gradients: the second micro-batch overwrites": ("backward", "add = m.accumulated > 0", "add = false"),
+    "gradients: the second slab of tokens overwrites": ("linear_backward_weight", "add || r > 0", "add"),
+    "classifier: the second chunk of tokens overwrites": ("classifier", "add || r > 0", "add"),
+    "classifier: the second slab of the vocabulary overwrites": ("classifier", "v == 0", "true"),
+    "files: the second chunk of values is lost": ("read_quantity", "model_put(", "if (begin == 0) model_put("),
+    "files: gaps between layers forgotten": ("for_each_run", "l * t.stride()", "l * t.layer_size()"),
+    "positions: gradient of the last sequence only": ("embedding_backward", "add || bt >= T", "add"),
 }
 
 
+def definitions(source, function):
+    """Where the definitions of a function begin and end in a source, from its name to the closing bracket."""
+    for match in re.finditer(rf"^(?:static|template|__global__)[^\n;/]*\b{function}\(", source, re.MULTILINE):
+        depth, at = 1, match.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(source[at], 0)
+            at += 1
+        if source[at:].lstrip().startswith("{"):
+            yield match.start(), source.index("\n}", at)
+
+
+def find(source, function, fragment):
+    """Where the fragment lies in the function, whatever the white space: all places."""
+    pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|\S", fragment)))
+    return [(begin + m.start(), begin + m.end()) for begin, end in definitions(source, function)
+            for m in re.finditer(pattern, source[begin:end])]
+
+
 def stale(source, names=BREAKS):
-    """The breaks whose line is not in the source, or more than once."""
-    return [name for name in names if source.count(BREAKS[name][0]) != 1]
+    """The breaks whose fragment is not in the source, or more than once."""
+    return [name for name in names if len(find(source, *BREAKS[name][:2])) != 1]
 
 
 def main():
@@ -86,9 +99,10 @@ def main():
         words = sys.argv[1:]
         chosen = {name: b for name, b in BREAKS.items() if not words or any(word in name for word in words)}
         if stale(source, chosen):
-            sys.exit(f"error: not one line of train_gpt2.cpp: {'; '.join(stale(source, chosen))}")
-        for name, (line, broken) in chosen.items():
-            (folder / "train_gpt2.cpp").write_text(source.replace(line, broken))
+            sys.exit(f"error: not one place in train_gpt2.cpp: {'; '.join(stale(source, chosen))}")
+        for name, (function, fragment, broken) in chosen.items():
+            (begin, end), = find(source, function, fragment)
+            (folder / "train_gpt2.cpp").write_text(source[:begin] + broken + source[end:])
             build = subprocess.run(["make", "-s", "test_gpt2"], cwd=folder, capture_output=True, text=True)
             if build.returncode:
                 sys.exit(f"error: {name}: does not build\n{build.stderr}")

@@ -3,7 +3,7 @@
 # what make was told, the number of warnings and test_gpt2's last line. Exit status 1 where one does not build, warns or
 # fails. What is not installed, or needs another processor, is left out with a line.
 #
-#     make test-builds
+#     make -C dev test-builds
 #
 # Debian has all of it: apt-get install clang libomp-dev g++-aarch64-linux-gnu qemu-user
 set -uo pipefail
@@ -22,7 +22,7 @@ line() {  # line WHAT RESULT EXPECTED: prints the first two, and counts a result
 }
 
 builds() {  # builds WHAT TARGETS VARIABLE...: whether they can be built; sets `warnings`
-    make $2 "${@:3}" >log 2>&1 || { line "$1" "does not build: $(grep -m 1 error log)" ""; return 1; }
+    make -f dev/Makefile $2 "${@:3}" >log 2>&1 || { line "$1" "does not build: $(grep -m 1 error log)" ""; return 1; }
     warnings=$(grep -c 'warning:' log) || true  # grep's status: whether there are any
 }
 

@@ -57,7 +57,7 @@ def gpt2_bpe(test_data, tmp_path_factory):
 
 def find_program(name):
     if not (ROOT / name).is_file():
-        pytest.fail(f"there is no {name}: run make")
+        pytest.fail(f"there is no {name}: run make -C dev {name}")
     return Program(ROOT / name)
 
 
@@ -70,6 +70,19 @@ def program():
 def each_build(request):
     """For quick tests: the program, and the one that watches its own memory and arithmetic, where that is built."""
     return find_program(request.param)
+
+
+@pytest.fixture(scope="session")
+def bench():
+    return find_program("dev/bench/bench")
+
+
+@pytest.fixture(scope="session")
+def gpu_bench():
+    name = GPU_PROGRAM.replace("train_gpt2", "dev/bench/bench")
+    if not (ROOT / name).is_file():
+        pytest.skip(f"there is no {name}: make -C dev {name}")
+    return Program(ROOT / name)
 
 
 @pytest.fixture(scope="session")

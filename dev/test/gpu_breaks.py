@@ -31,169 +31,183 @@ BOUNDS = {"sanitized": "AddressSanitizer|runtime error", "checked": "emulator: .
 STOPS = {build: "emulator: kernel .* its source is not in device memory" for build in PROGRAMS}
 MEETING = {build: "emulator: kernel .* (waits for|has mask)" for build in PROGRAMS}
 
-# What runs: words for the driver below. Pairs of files in dev/reference; attention, head size and length of bf16.
+# What runs: words for the driver below. Pairs of files in dev/reference; head size and length of bf16.
 VANILLA, SKIP = ["dumps vanilla_L2_NH5_C40_V150_B2_T37"], ["dumps skip_L3_NH3_C24_V61_B2_T37_nl2_nh1"]
-DEPTH = ["dumps depth_L5_NH2_C16_V61_B2_T37_s3_w0"]
-ODD, SCALARS = ["dumps skip_L4_NH3_C24_V61_B1_T67_nl1_nh2"], ["dumps skip_L2_NH3_C36_V61_B3_T13_nl1_nh1"]
-TILES = ["heads 0 64 130", "heads 0 128 130"]
+DEPTH, ODD = ["dumps depth_L5_NH2_C16_V61_B2_T37_s3_w0"], ["dumps skip_L4_NH3_C24_V61_B1_T67_nl1_nh2"]
+# Its arrays fill their slots, so what lies past the end of a slot is another one or not allocated.
+FULL = ["dumps depth_L2_NH1_C64_V61_B2_T19_s1_w0"]
+TILES = ["heads 64 130", "heads 128 130"]
 ACCUMULATE, UPDATE, DECODE, LONG = ["accumulate 0"], ["update 0"], ["decode 0"], ["long"]
 WIDE, WIDE_VOCABULARY = ["wide 0"], ["wide 2"]
 
-# name: (place with what is broken between « and », what then stands there, which tests run, who must notice)
+# name: (function, fragment of it with the part that is broken between « and », what then stands there, which tests run,
+# who must notice). White space in a fragment does not count. One without « and » is all broken.
 BREAKS = {}
 
 
 def breaks(catcher, tests, *more):
-    for name, place, broken, *own in more:
+    for name, function, fragment, broken, *own in more:
         assert name not in BREAKS
-        BREAKS[name] = (place, broken, own[0] if own else tests, catcher)
+        BREAKS[name] = (function, fragment, broken, own[0] if own else tests, catcher)
 
 
 SYNC, SYNCWARP, NOTHING = "«__syncthreads();»", "«__syncwarp();»", ";"
+FORWARD_PLAIN, QUERY_PLAIN = "attention_forward_plain_kernel", "attention_backward_query_plain_kernel"
+KEY_PLAIN, CROSS_ENTROPY = "attention_backward_key_plain_kernel", "softmax_cross_entropy_kernel"
+FORWARD_TILES, QUERY_TILES = "attention_forward_tiles_kernel", "attention_backward_query_tiles_kernel"
+KEY_TILES = "attention_backward_key_tiles_kernel"
 breaks(RACE, VANILLA,
-       ("no __syncthreads: sum_partials", f"[threadIdx.x] = sum;\n    {SYNC}", NOTHING),
-       ("no __syncthreads: bias_backward, embedding_backward", f"threadIdx.x, WARP, WARP_SHARE);\n    {SYNC}", NOTHING),
-       ("no __syncthreads: layernorm_backward", f"[k][warp] = sums[k];\n        }}\n        {SYNC}", NOTHING, WIDE),
-       ("no __syncthreads: layernorm_backward, one buffer", "first += N, «buffer ^= 1»", "buffer ^= 0", WIDE),
-       ("no __syncthreads: attention_forward, queries", f"o_w[d] = 0;\n    {SYNC}", NOTHING),
-       ("no __syncthreads: attention_forward, end", f"p_w[WARP + 1] = sum;\n    {SYNC}", NOTHING),
-       ("no __syncthreads: softmax_cross_entropy", f"sums[warp] = warp_sum;\n    {SYNC}", NOTHING),
-       ("no __syncthreads: block_sum", f"half /= 2) {{\n        {SYNC}", NOTHING, UPDATE),
-       ("no __syncwarp: attention_forward, p", f"(float)(X)p;\n        {SYNCWARP}", NOTHING),
-       ("no __syncwarp: attention_forward, tile", f"o_w[d] = o_d;\n        }}\n        {SYNCWARP}", NOTHING),
-       ("no __syncwarp: backward_query, rows", f"dq_i[d] = 0;\n    }}\n    {SYNCWARP}", NOTHING),
-       ("no __syncwarp: backward_query, ds", f"- delta[row]));\n        }}\n        {SYNCWARP}", NOTHING),
-       ("no __syncwarp: backward_query, tile", f"dq_i[d] = dq_d;\n        }}\n        {SYNCWARP}", NOTHING),
-       ("no __syncwarp: backward_key, rows", f"dv_j[d] = 0;\n    }}\n    {SYNCWARP}", NOTHING),
-       ("no __syncwarp: backward_key, p and ds", f"- delta[rows + i]));\n        }}\n        {SYNCWARP}", NOTHING),
-       ("no __syncwarp: backward_key, tile", f"dv_j[d] = dv_d;\n        }}\n        {SYNCWARP}", NOTHING),
-       ("+=: threads of sum_partials", "if («threadIdx.y > 0 || i >= n») return;", "i >= n", ACCUMULATE),
-       ("+=: blocks of embedding_backward_token", "dwte[«(size_t)tokens[place[begin]]» * C + i", "0"),
-       ("+=: blocks of layernorm_backward", "store<VECTORS>(«partial + (size_t)blockIdx.x * 2 * C», dw", "partial"),
-       ("+=: warps of bias_backward, embedding_backward", "store<VECTORS>(«sums[threadIdx.y]», sum, threadIdx.x, WARP",
-        "sums[0]"),
-       ("+=: positions of two sequences", "store<VECTORS>(«dwpe + (size_t)t * C + c», sum", "dwpe + c"))
-# Where the tile kernels' loops begin
-KEYS = "\n        const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;\n"
-FORWARD, QUERY, KEY = KEYS + "        if (j == 0)", KEYS + "#pragma", "\n        const bf16 *q_tile = q_tiles + i % 2"
-ROWS = "\n\n    uint32_t q_A[M][HELD]"
-COME = f"cp_async_wait<1>();\n        {SYNC}"
-WAIT = "«cp_async_wait<1>();»\n        __syncthreads();"
-COMMIT = "«cp_async_commit();»\n        cp_async_wait<1>();\n        __syncthreads();"
-LAST = f"\n        }}\n        {SYNC}"
+       ("no __syncthreads: sum_partials", "sum_partials_kernel", SYNC, NOTHING),
+       ("no __syncthreads: bias_backward, embedding_backward", "sum_over_warps", SYNC, NOTHING),
+       ("no __syncthreads: layernorm_backward", "layernorm_backward_kernel", SYNC, NOTHING, WIDE),
+       ("no __syncthreads: layernorm_backward, one buffer", "layernorm_backward_kernel", "buffer ^= 1", "buffer ^= 0",
+        WIDE),
+       ("no __syncthreads: attention_forward, queries", FORWARD_PLAIN, "o_w[d] = 0; " + SYNC, NOTHING),
+       ("no __syncthreads: attention_forward, end", FORWARD_PLAIN, "= sum; " + SYNC, NOTHING),
+       ("no __syncthreads: softmax_cross_entropy", CROSS_ENTROPY, SYNC, NOTHING),
+       ("no __syncthreads: block_sum", "block_sum", SYNC, NOTHING, UPDATE),
+       ("no __syncwarp: attention_forward, p", FORWARD_PLAIN, "(float)(X)p; " + SYNCWARP, NOTHING),
+       ("no __syncwarp: attention_forward, tile", FORWARD_PLAIN, "} " + SYNCWARP, NOTHING),
+       ("no __syncwarp: backward_query, rows", QUERY_PLAIN, "= 0; } " + SYNCWARP, NOTHING),
+       ("no __syncwarp: backward_query, ds", QUERY_PLAIN, "delta[row])); } " + SYNCWARP, NOTHING),
+       ("no __syncwarp: backward_query, tile", QUERY_PLAIN, "= dq_d; } " + SYNCWARP, NOTHING),
+       ("no __syncwarp: backward_key, rows", KEY_PLAIN, "= 0; } " + SYNCWARP, NOTHING),
+       ("no __syncwarp: backward_key, p and ds", KEY_PLAIN, "delta[rows + i])); } " + SYNCWARP, NOTHING),
+       ("no __syncwarp: backward_key, tile", KEY_PLAIN, "= dv_d; } " + SYNCWARP, NOTHING),
+       ("+=: threads of sum_partials", "sum_partials_kernel", "threadIdx.y > 0 || i >= n", "i >= n", ACCUMULATE),
+       ("+=: blocks of embedding_backward_token", "embedding_backward_token_kernel", "(size_t)tokens[place[begin]]",
+        "0"),
+       ("+=: blocks of layernorm_backward", "layernorm_backward_kernel",
+        "store(«partial + (size_t)blockIdx.x * 2 * C», dw", "partial"),
+       ("+=: warps of bias_backward, embedding_backward", "sum_over_warps", "store(«sums[threadIdx.y]»", "sums[0]"),
+       ("+=: positions of two sequences", "embedding_backward_position_kernel", "store(«dwpe + (size_t)t * C + c»",
+        "dwpe + c"),
+       ("+=: depth's ds, a source too many", "depth_backward_kernel", "n < S", "n <= S", DEPTH))
+WAIT, LOOP_WAIT = "«cp_async_wait<1>();»", "«cp_async_wait<1>();» __syncthreads(); const bf16"
+LOOP_SYNC = "cp_async_wait<1>(); «__syncthreads();» const bf16"
 breaks(RACE, TILES,
-       ("no __syncthreads: forward tiles, begin", COME + FORWARD, NOTHING),
-       ("no __syncthreads: forward tiles, overwritten early", "// o += p v" + LAST, NOTHING),
-       ("no __syncthreads: backward query tiles, rows", f"cp_async_wait<1>();\n    {SYNC}" + ROWS, NOTHING),
-       ("no __syncthreads: backward query tiles, begin", COME + QUERY, NOTHING),
-       ("no __syncthreads: backward query tiles, overwritten early", "// dq += ds k" + LAST, NOTHING),
-       ("no __syncthreads: backward key tiles, begin", COME + KEY, NOTHING),
-       ("no __syncthreads: backward key tiles, overwritten early", f"= next_statistic;\n        {SYNC}", NOTHING))
+       ("no __syncthreads: forward tiles, begin", FORWARD_TILES, LOOP_SYNC, NOTHING),
+       ("no __syncthreads: forward tiles, overwritten early", FORWARD_TILES, "} " + SYNC, NOTHING),
+       ("no __syncthreads: backward query tiles, rows", QUERY_TILES, SYNC + " uint32_t", NOTHING),
+       ("no __syncthreads: backward query tiles, begin", QUERY_TILES, LOOP_SYNC, NOTHING),
+       ("no __syncthreads: backward query tiles, overwritten early", QUERY_TILES, "} " + SYNC, NOTHING),
+       ("no __syncthreads: backward key tiles, begin", KEY_TILES, LOOP_SYNC, NOTHING),
+       ("no __syncthreads: backward key tiles, overwritten early", KEY_TILES, "next_statistic; " + SYNC, NOTHING))
 breaks(RESULT, TILES,
-       ("no cp.async wait: forward tiles", WAIT + FORWARD, NOTHING),
-       ("no cp.async wait: backward query tiles, rows", "«cp_async_wait<1>();»\n    __syncthreads();" + ROWS, NOTHING),
-       ("no cp.async wait: backward query tiles", WAIT + QUERY, NOTHING),
-       ("no cp.async wait: backward key tiles", WAIT + KEY, NOTHING),
-       ("cp.async: forward tiles, one group too many", WAIT + FORWARD, "cp_async_wait<2>();"),
-       ("cp.async: forward tiles, no commit", COMMIT + FORWARD, NOTHING),
-       ("mask: forward tiles, none at the diagonal", "if («j * TILE + TILE > first_position + 1»)", "false"),
-       ("mask: forward tiles, one ahead", "key > «first_position» + query", "first_position + 1"),
-       ("mask: second half as the first", "hidden(16 * m + g + «e / 2 * 8»", "0"),
-       ("mask: backward query tiles", "(int query, int key) { return first_key + key > «first_query»", "first_query + 1"),
-       ("mask: backward key tiles", "(int key, int query) { return first_key + key > «first_query»", "first_query + 1"),
-       ("rescale: forward tiles, sum", "«sum[m][half] *= rescale;»", NOTHING),
-       ("rescale: forward tiles, o", "«sums_o[m][d][2 * half + 1] *= rescale;»", NOTHING),
-       ("tiles: statistics of the tile before", "statistics[«(i + 1) % 2» * 2 * TILE + threadIdx.x] = next", "i % 2"),
-       ("tiles: rows past the end are not 0", "* row : head, «valid»)", "true"),
-       ("tiles: dk, dv of skipping heads go to their own layer", "store_row(«dkv.values(h)».at(b, h, j)", "dkv.v",
-        ["heads 1 64 130"]))
+       ("no cp.async wait: forward tiles", FORWARD_TILES, WAIT, NOTHING),
+       ("no cp.async wait: backward query tiles, rows", QUERY_TILES, WAIT + " __syncthreads(); uint32_t", NOTHING),
+       ("no cp.async wait: backward query tiles", QUERY_TILES, LOOP_WAIT, NOTHING),
+       ("no cp.async wait: backward key tiles", KEY_TILES, WAIT, NOTHING),
+       ("cp.async: forward tiles, one group too many", FORWARD_TILES, WAIT, "cp_async_wait<2>();"),
+       ("cp.async: forward tiles, no commit", FORWARD_TILES, "«cp_async_commit();» cp_async_wait", NOTHING),
+       ("mask: forward tiles, none at the diagonal", FORWARD_TILES, "j * TILE + TILE > first_position + 1", "false"),
+       ("mask: forward tiles, one ahead", FORWARD_TILES, "key > «first_position»", "first_position + 1"),
+       ("mask: second half as the first", "mask", "e / 2 * 8", "0"),
+       ("mask: backward query tiles", QUERY_TILES, "first_key + key > «first_query»", "first_query + 1"),
+       ("mask: backward key tiles", KEY_TILES, "first_key + key > «first_query»", "first_query + 1"),
+       ("rescale: forward tiles, sum", FORWARD_TILES, "sum[m][half] *= rescale;", NOTHING),
+       ("rescale: forward tiles, o", FORWARD_TILES, "sums_o[m][d][2 * half + 1] *= rescale;", NOTHING),
+       ("tiles: statistics of the tile before", KEY_TILES, "statistics[«(i + 1) % 2»", "i % 2"),
+       ("tiles: rows past the end are not 0", "copy_tile", ": head, «valid»", "true"),
+       ("tiles: dk, dv of skipping heads go to their own layer", KEY_TILES, "dkv.values(h)", "dkv.v",
+        ["heads 64 130"]))
 
-breaks(STOPS, TILES, ("past the end: rows of a tile", "valid = «first + r + below < end»;", "first + r + below <= end"))
+breaks(STOPS, TILES, ("past the end: rows of a tile", "copy_tile", "first + r + below < end",
+                      "first + r + below <= end"))
 
 breaks(RESULT, VANILLA,
-       ("shared memory before written: attention_forward", "«o_w[d] = 0;»", NOTHING),
-       ("shared memory before written: backward_query", "«dq_i[d] = 0;»", NOTHING),
-       ("shared memory before written: backward_key", "«dk_j[d] = dv_j[d] = 0;»", "dv_j[d] = 0;"),
-       ("shared memory before written: classifier", "if («lane == 0») maxima[warp]", "threadIdx.x == 0",
+       ("shared memory before written: attention_forward", FORWARD_PLAIN, "o_w[d] = 0;", NOTHING),
+       ("shared memory before written: backward_query", QUERY_PLAIN, "dq_i[d] = 0;", NOTHING),
+       ("shared memory before written: backward_key", KEY_PLAIN, "dk_j[d] = dv_j[d] = 0;", "dv_j[d] = 0;"),
+       ("shared memory before written: classifier", CROSS_ENTROPY, "(«lane == 0») maxima", "threadIdx.x == 0",
         WIDE_VOCABULARY),
-       ("mask: attention_forward, one ahead", "keys = «before + i + 1»;", "before + i + 1 + (i + 1 < (int)gridDim.x)"),
-       ("rescale: attention_forward, sum", "sum = «sum * rescale» + sum_over(p);", "sum"),
-       ("rescale: attention_forward, o", "float o_d = «o_w[d] * rescale»;", "o_w[d]"),
-       ("rescale: attention_forward, warps", "o_d += of_w[d] * «expf(scale * (of_w[HS + WARP] - all_max))»", "1.0f",
-        DECODE),
-       ("rescale: depth, mixed", "mixed[i] = «mixed[i] * rescale» + p", "mixed[i]", DEPTH),
-       ("rescale: depth, sum", "sum = «sum * rescale» + p;", "sum", DEPTH),
-       ("rescale: classifier", "«sum *= exp2_approx(LOG2_E * max - top);»", NOTHING, WIDE_VOCABULARY),
-       ("embedding: one place too many", "«n < end»; n += SUM_WARPS", "n <= end"),
-       ("padding: takes probability", "«if (v + i >= V) share[i] = -INFINITY;»", NOTHING),
-       ("padding: gets a gradient",
-        "continue;\n        «read(v);»", "load<true>(share, logits + v, 0, 1, SHARE);", UPDATE),
-       ("depth: gathers all but the last source", "«j < R»; j++", "j < R - 1", DEPTH),
-       ("depth: gathers all but the first source", "for (int j = «0»; j < R", "1", DEPTH),
-       ("depth: mixes all but the last source", "«n < S»; n++) {\n        const ptrdiff_t", "n < S - 1", DEPTH),
-       ("depth: own ds forgotten", "«ds_own -= ds_j;»", NOTHING, DEPTH),
-       ("depth: dv not scaled by the layer's own weight", "«dv[i] *= a_own;»", NOTHING, DEPTH),
-       ("skip: the share from above forgotten",
-        "«if (above) load<VECTORS>(more, dkv_above + at, g.lane, lanes, HS);»", NOTHING, SKIP),
-       ("accumulate: sum_partials", "out[i] = «accumulate» ? out[i]", "false", ACCUMULATE),
-       ("accumulate: weights", "«accumulate» ? dw : nullptr", "false", ACCUMULATE),
-       ("accumulate: positions", "if («accumulate») load<VECTORS>(sum, dwpe", "false", ACCUMULATE),
-       ("accumulate: classifier", "Vp, Vp, «accumulate || r > 0»);", "false", ACCUMULATE),
-       ("accumulate: losses", "loss_sum = «accumulate» ?", "false", ACCUMULATE),
-       ("accumulate: LayerNorm's dx", "if («accumulate_dx») load", "false"),
-       ("accumulate: not begun anew", "«m->accumulated = 0;»", NOTHING, ACCUMULATE),
-       ("accumulate: pieces of dqkv", "«first» ? nullptr : dx_sum", "true", SKIP),
-       ("sum_partials: more than 32 runs", "run < runs; run += «blockDim.y»", "runs", LONG),
-       ("LayerNorm: channels past 256", "«c < C»; c += WARP_SHARE) {\n        float w_c", "c < 256", WIDE),
-       ("LayerNorm: an odd last token counts twice", "if («first + j < end») dw[i]", "true", ODD),
-       ("AdamW: decay forgotten", "«decay * w_i[i]»", "0", UPDATE),
-       ("clipping forgotten", "«g[i] *= gradient_scale;»", NOTHING, UPDATE),
-       ("bf16: working copy not updated", "«store<VECTORS>(working + at, w_i, 0, 1, left);»", NOTHING, ["update 1"]),
-       ("position: one further", "«first + r % T»", "first + r % T + (r % T + 1 < (size_t)T)"),
-       ("cache: one position further", "«before + row % n»", "(before + row % n + 1) % maxT", DECODE),
-       ("cache: first instead of last heads", "(part + 2) * C - «width» + at", "C", DECODE),
-       ("GELU: derivative", "dh[i] * «gelu_derivative((float)h[i])»", "gelu((float)h[i])"))
+       ("mask: attention_forward, one ahead", FORWARD_PLAIN, "«before + i + 1»;",
+        "before + i + 1 + (i + 1 < (int)gridDim.x)"),
+       ("rescale: attention_forward, sum", FORWARD_PLAIN, "sum * rescale", "sum"),
+       ("rescale: attention_forward, o", FORWARD_PLAIN, "o_w[d] * rescale", "o_w[d]"),
+       ("rescale: attention_forward, warps", FORWARD_PLAIN, "of_w[d] * «expf(scale * (of_w[HS + WARP] - all_max))»",
+        "1.0f", DECODE),
+       ("rescale: depth, mixed", "depth_forward_kernel", "mixed[i] * rescale", "mixed[i]", DEPTH),
+       ("rescale: depth, sum", "depth_forward_kernel", "sum * rescale", "sum", DEPTH),
+       ("rescale: classifier", CROSS_ENTROPY, "sum *= exp2_approx(LOG2_E * max - top);", NOTHING, WIDE_VOCABULARY),
+       ("embedding: one place too many", "embedding_backward_token_kernel", "n < end", "n <= end"),
+       ("padding: takes probability", CROSS_ENTROPY, "if (v + i >= V) x[i] = -INFINITY;", NOTHING),
+       ("padding: gets a gradient", CROSS_ENTROPY, "continue; «read(v);»", "load(x, logits + v);", UPDATE),
+       ("depth: gathers all but the last reader", "depth_backward_kernel", "m <= l + R", "m < l + R", DEPTH),
+       ("depth: gathers all but the first reader", "depth_backward_kernel", "m = «l + 1»", "l + 2", DEPTH),
+       ("depth: layer 0 has a and ds", "depth_backward_kernel", "m > 1", "true", DEPTH),
+       ("depth: layer 1 has no a and ds", "depth_backward_kernel", "m > 1", "m > 2", DEPTH),
+       ("depth: a is as wide as ds", "depth_backward_kernel", "previous + 1", "previous", DEPTH),
+       ("depth: all layers as wide as the first", "depth_backward_kernel", "previous = «S_m»", "previous", DEPTH),
+       ("depth: place among the reader's sources", "depth_backward_kernel", "of_m.index(l)", "0", DEPTH),
+       ("depth: mixes all but the last source", "depth_forward_kernel", "«n < S»; n++) { const ptrdiff_t", "n < S - 1",
+        DEPTH),
+       ("depth: own ds forgotten", "depth_backward_kernel", "ds_own -= ds_j;", NOTHING, DEPTH),
+       ("depth: dv not scaled by the layer's own weight", "depth_backward_kernel", "dv[i] *= a_own;", NOTHING, DEPTH),
+       ("skip: the share from above forgotten", "skip_backward_kernel",
+        "if (from_above) load(more, above + at, g.lane, HS);", NOTHING, SKIP),
+       ("add: sum_partials", "sum_partials_kernel", "= «add» ?", "false", ACCUMULATE),
+       ("add: weights", "linear_backward_weight", "«add» ? dw", "false", ACCUMULATE),
+       ("add: positions", "embedding_backward_position_kernel", "if («add»)", "false", ACCUMULATE),
+       ("add: classifier", "classifier", "add || r > 0", "false", ACCUMULATE),
+       ("add: losses", "sum_losses_kernel", "= «add» ?", "false", ACCUMULATE),
+       ("add: LayerNorm's dx", "layernorm_backward_kernel", "if («add_dx»)", "false"),
+       ("add: pieces of dqkv", "linear_backward_input", "«first» ? nullptr", "true", SKIP),
+       ("sum_partials: more than 32 chunks", "sum_partials_kernel", "chunk += «blockDim.y»", "chunks", LONG),
+       ("LayerNorm: channels past 256", "layernorm_forward_kernel", "«c < C»; c += WARP_VALUES) { float w_i", "c < 256",
+        WIDE),
+       ("LayerNorm: an odd last token counts twice", "layernorm_backward_kernel", "(«first + j < end») dw", "true", ODD),
+       ("AdamW: decay forgotten", "adamw_update_kernel", "decay * w_i[i]", "0", UPDATE),
+       ("clipping forgotten", "adamw_update_kernel", "g[i] *= gradient_scale;", NOTHING, UPDATE),
+       ("results: an old loss", "sum_losses", "results.fresh = false;", NOTHING, WIDE),
+       ("bf16: working copy not updated", "adamw_update_kernel", "store(working + at, w_i);", NOTHING, ["update 1"]),
+       ("position: one further", "embedding_forward_kernel", "r % T", "(r % T + (r % T + 1 < (size_t)T))"),
+       ("cache: keys at the first new position", "cache_append_kernel", "k.at(b, h, «before + i»)", "before", DECODE),
+       ("cache: values at the first new position", "cache_append_kernel", "v.at(b, h, «before + i»)", "before", DECODE),
+       ("cache: keys for values", "cache_append_kernel", "«new_v».at", "new_k", DECODE),
+       ("cache: first instead of last heads", "cache_append_kernel", "h = «first_head»", "0", DECODE),
+       ("logits: of the first sequence alone", "logits_forward", "i * Vp", "0 * Vp", DECODE),
+       ("GELU: none in decoding", "linear_gelu_forward", "Epilogue::GELU_BIAS", "Epilogue::BIAS", ["update 1"]),
+       ("GELU: derivative", "gelu_backward_kernel", "gelu_derivative(x[i])", "gelu(x[i])"))
 
 breaks(BOUNDS, VANILLA,
-       ("past the end: load", "share[i] = «at < n» ?", "at <= n", SCALARS),
-       ("past the end: load of vectors", "if («lane * SHARE >= n») {", "lane * SHARE > n", ["heads 2 64 17"]),
-       ("past the end: store", "if («at < n») row[at]", "at <= n", SCALARS),
-       ("past the end: convert", "if («i < n») to[i]", "i <= n", ["heads 1 24 17"]),
-       ("past the end: skip's layer below", "return «h < skipping» ? v_below", "h <= skipping", SKIP),
-       ("past the end: depth's sources", "«n < S»; n++) {\n            read", "n <= S", DEPTH),
-       ("past the end: depth's readers", "«j < R»; j++", "j <= R", DEPTH),
-       ("past the end: LayerNorm's tokens",
-        "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X* x_r", "r > rows"),
-       ("past the end: attention's keys", "const float s = «lane < n» ?", "lane <= n"),
-       ("past the end: attention's tile", "n = «min(keys - j0, WARP)»;", "min(keys - j0, WARP) + 1"),
-       ("past the end: heads", "at = «min(group, last)»;", "group", DEPTH),
-       ("past the end: positions", "if («t >= T») return;\n    for", "t > T"),
-       ("past the end: partial sums", "int run = threadIdx.y; «run < runs»;", "run <= runs"),
-       ("past the end: logits", "if («v >= Vp») continue;", "v > Vp", WIDE_VOCABULARY),
-       ("past the end: tokens",
-        "if («r >= rows») return;\n    const int lane = threadIdx.x;\n    const X *token", "r > rows", DECODE))
+       ("past the end: load", "load", "lane * VECTOR < n", "lane * VECTOR <= n", ["heads 64 17"]),
+       ("past the end: store", "store", "lane * VECTOR < n", "lane * VECTOR <= n", ["heads 64 17"]),
+       ("past the end: convert", "convert_kernel", "i < n", "i <= n", ["heads 24 17"]),
+       ("past the end: GELU", "gelu_forward_kernel", "at >= n", "at > n", FULL),
+       ("past the end: depth's readers", "depth_backward_kernel", "m <= l + R", "m <= l + R + 1", DEPTH),
+       ("past the end: LayerNorm's tokens", "layernorm_forward_kernel", "r >= rows", "r > rows", FULL),
+       ("past the end: attention's keys", FORWARD_PLAIN, "lane < n", "lane <= n", FULL),
+       ("past the end: attention's tile", FORWARD_PLAIN, "min(keys - j0, WARP)", "min(keys - j0, WARP) + 1"),
+       ("past the end: heads", "HeadGroup", "min(group, last)", "group", DEPTH),
+       ("past the end: positions", "embedding_backward_position_kernel", "t >= T", "t > T"),
+       ("past the end: partial sums", "sum_partials_kernel", "chunk < chunks", "chunk <= chunks"),
+       ("past the end: logits", CROSS_ENTROPY, "v >= Vp", "v > Vp", WIDE_VOCABULARY),
+       ("past the end: cache", "cache_append_kernel", "at >= vectors", "at > vectors", DECODE),
+       ("past the end: tokens", "embedding_forward_kernel", "r >= rows", "r > rows", DECODE))
 
 breaks(MEETING, VANILLA,
-       ("mask: half a warp in sum_over", "x += __shfl_xor_sync(«ALL_LANES»", "0xffffu"),
-       ("mask: half a warp in maximum_over", "fmaxf(x, __shfl_xor_sync(«ALL_LANES»", "0xffffu"),
-       ("divergence: lanes past the last head leave", "«load<VECTORS>(q_l, q.at(b, g.h, t), g.lane, lanes, channels);»",
-        "if (!g.inside) return;", ["dumps depth_L2_NH1_C64_V61_B2_T19_s1_w0"]),
-       ("divergence: some threads leave before the barrier", "«__syncthreads();»\n    const float max_w",
+       ("mask: half a warp in sum_over", "sum_over", "ALL_LANES", "0xffffu"),
+       ("mask: half a warp in maximum_over", "maximum_over", "ALL_LANES", "0xffffu"),
+       ("divergence: lanes past the last head leave", "depth_forward_kernel", "load(q_l, q_at, g.lane, channels);",
+        "if (!g.inside) return;", FULL),
+       ("divergence: some threads leave before the barrier", CROSS_ENTROPY, SYNC,
         "if (threadIdx.x > 4) return; __syncthreads();"))
 
 STREAMS = ["accumulate 0", "accumulate 1"]
 breaks(RESULT, STREAMS,
-       ("streams: a step does not wait for its batch",
-        "«CHECK(cudaStreamWaitEvent(gpu.stream, in.copied, 0));»", NOTHING),
-       ("streams: a batch does not wait for the step before",
-        "«CHECK(cudaStreamWaitEvent(gpu.copies, in.done, 0));»", NOTHING),
-       ("streams: a pinned batch overwritten early", "«CHECK(cudaEventSynchronize(in.copied));»", NOTHING),
-       ("streams: a batch before memory is filled", "«CHECK(cudaStreamSynchronize(gpu.stream));»  // batches", NOTHING,
-        ["rounding vanilla_L2_NH5_C40_V150_B2_T37"]),
-       ("streams: results read early", "CHECK(cudaMemcpyAsync(to, from, bytes, kind, gpu.stream));\n    "
-        "«CHECK(cudaStreamSynchronize(gpu.stream));»", NOTHING),
-       ("streams: `done` is not recorded", "«CHECK(cudaEventRecord(m->inputs[m->turn].done, gpu.stream));»", NOTHING),
-       ("streams: a kernel on the default stream", "block, 0, «gpu.stream»>>>(out, second", "nullptr"))
+       ("streams: a step does not wait for its batch", "set_inputs",
+        "CHECK(cudaStreamWaitEvent(gpu.stream, buffer.copied, 0));", NOTHING),
+       ("streams: a batch does not wait for the step before", "set_inputs",
+        "CHECK(cudaStreamWaitEvent(gpu.copies, buffer.done, 0));", NOTHING),
+       ("streams: a pinned batch overwritten early", "set_inputs", "CHECK(cudaEventSynchronize(buffer.copied));",
+        NOTHING),
+       ("streams: a batch before memory is filled", "backend_create", "CHECK(cudaStreamSynchronize(gpu.stream));",
+        NOTHING, ["rounding vanilla_L2_NH5_C40_V150_B2_T37"]),
+       ("streams: results read early", "copy_to_host", "CHECK(cudaStreamSynchronize(gpu.stream));", NOTHING),
+       ("streams: `done` is not recorded", "set_inputs",
+        "CHECK(cudaEventRecord(inputs.buffers[inputs.turn].done, gpu.stream));", NOTHING),
+       ("streams: a kernel on the default stream", "sum_partials", "gpu.stream", "nullptr"))
 
 DRIVER = r"""
 #include <stdlib.h>
@@ -210,7 +224,7 @@ int main(int argc, char** argv) {
     auto number = [&](int i) { return i < argc ? atoi(argv[i]) : 0; };
     if (what == "dumps") check_dump(path + ".model.bin", path + ".state.bin", false, NEVER);
     if (what == "rounding") check_dump(path + ".model.bin", path + ".state.bin", false, MUST);
-    if (what == "heads") test_head_sizes({number(2)}, {number(3)}, {number(4)});
+    if (what == "heads") test_head_sizes({number(2)}, {number(3)});
     if (what == "accumulate") test_accumulation((Precision)number(2), small_config(VANILLA), 1, 23);
     if (what == "update") test_update((Precision)number(2));
     if (what == "wide") test_finite_differences({wide_settings()[number(2)]});
@@ -226,24 +240,45 @@ int main(int argc, char** argv) {
 """
 
 
-def parts(place):
-    """Of a place: its text, and from where to where what is broken stands in it."""
-    begin, end = place.index("«"), place.index("»")
-    return place[:begin] + place[begin + 1:end] + place[end + 1:], begin, end - 1
+def closing(source, at):
+    """Where the bracket is closed that opens at `at`."""
+    depth = 0
+    for match in re.finditer(r"[(){}]", source[at:]):
+        depth += 1 if match[0] in "({" else -1
+        if depth == 0:
+            return at + match.start()
+
+
+def definitions(source, function):
+    """Where the definitions of a function begin and end."""
+    for match in re.finditer(rf"\b{function}(?=\()", source):
+        body = re.compile(r"\)\s*\{").match(source, closing(source, match.end()))
+        if body:
+            yield match.start(), closing(source, body.end() - 1)
+
+
+def pattern(text):
+    return r"\s*".join(map(re.escape, re.findall(r"\w+|\S", text)))
+
+
+def find(source, function, fragment):
+    """All places, from where to where, of what is broken in a fragment of a function."""
+    before, broken, after = re.split("[«»]", fragment) if "«" in fragment else ("", fragment, "")
+    whole = re.compile(rf"{pattern(before)}\s*(?P<broken>{pattern(broken)})\s*{pattern(after)}")
+    return [match.span("broken") for begin, end in definitions(source, function)
+            for match in whole.finditer(source, begin, end)]
 
 
 def stale(source, names=BREAKS):
     """The breaks whose place is not in the source, or more than once."""
-    return [name for name in names if source.count(parts(BREAKS[name][0])[0]) != 1]
+    return [name for name in names if len(find(source, *BREAKS[name][:2])) != 1]
 
 
 def with_switches(source):
     """The source with all breaks in it, of which broken(i) chooses the i-th."""
     spans = {}
-    for i, (place, broken, _, _) in enumerate(BREAKS.values()):
-        text, begin, end = parts(place)
-        at = source.index(text)
-        spans.setdefault((at + begin, at + end), []).append((i, broken))
+    for i, (function, fragment, broken, _, _) in enumerate(BREAKS.values()):
+        spans.setdefault(find(source, function, fragment)[0], []).append((i, broken))
     ordered = sorted(spans)
     for a, b in zip(ordered, ordered[1:]):
         assert a[1] <= b[0], f"two breaks overlap: {source[a[0]:a[1]]}, {source[b[0]:b[1]]}"
@@ -260,14 +295,15 @@ def with_switches(source):
 
 def build(folder):
     """The three builds, in a copy of what they take."""
-    for name in "train_gpt2.cpp", "Makefile":
-        shutil.copy(ROOT / name, folder)
     for name in "dev/emulator", "dev/reference":
         shutil.copytree(ROOT / name, folder / name)
+    for name in "train_gpt2.cpp", "Makefile", "dev/Makefile":
+        shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "test_gpt2.cpp", folder / "all_tests.cpp")
     (folder / "test_gpt2.cpp").write_text(DRIVER)
     (folder / "train_gpt2.cu").write_text(with_switches(SOURCE.read_text()))
-    done = subprocess.run(["make", "-s", *PROGRAMS.values()], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(["make", "-s", "-f", "dev/Makefile", *PROGRAMS.values()], cwd=folder, capture_output=True,
+                          text=True)
     if done.returncode:
         sys.exit(f"error: does not build\n{done.stderr}")
 
@@ -296,14 +332,14 @@ def main():
     words = sys.argv[1:]
     chosen = {name: b for name, b in BREAKS.items() if not words or any(word in name for word in words)}
     if stale(SOURCE.read_text()):
-        sys.exit(f"error: not one place of train_gpt2.cu: {'; '.join(stale(SOURCE.read_text()))}")
+        sys.exit(f"error: not one place in train_gpt2.cu: {'; '.join(stale(SOURCE.read_text()))}")
     numbers = {name: i for i, name in enumerate(BREAKS)}
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         build(folder)
         pool = ThreadPoolExecutor(CORES)
-        tests = sorted({test for _, _, tests, _ in chosen.values() for test in tests})
+        tests = sorted({test for _, _, _, tests, _ in chosen.values() for test in tests})
         right = [(program, test) for program in PROGRAMS for test in tests]
         for (program, test), message in zip(right, pool.map(lambda r: run(folder, r[0], [r[1]], -1, 1), right)):
             if message:
@@ -311,7 +347,7 @@ def main():
 
         def shown(item):
             """Whether a break is caught as it should be, and the lines about it."""
-            name, (_, _, tests, catcher) = item
+            name, (_, _, _, tests, catcher) = item
             said = {}
             for program in PROGRAMS:
                 if program not in catcher and any(said.values()):

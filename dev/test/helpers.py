@@ -4,6 +4,7 @@ import array
 import contextlib
 import fcntl
 import os
+import pathlib
 import random
 import re
 import struct
@@ -32,7 +33,8 @@ PARAMETERS = ((PADDED_VOCABULARY + CONTEXT) * CHANNELS
               + LAYERS * (12 * CHANNELS**2 + 9 * CHANNELS + 4 * CHANNELS) + 2 * CHANNELS)
 WEIGHTS_END = HEADER_BYTES + 4 * PARAMETERS  # in a model's file
 
-ATTENTIONS = ["vanilla", "skip", "depth"]
+SOURCE = pathlib.Path(__file__).resolve().parents[2] / "train_gpt2.cpp"
+ATTENTIONS = re.findall(r'"(\w+)"', re.search(r"attention_names\[\w*\] = {(.*?)}", SOURCE.read_text())[1])
 BYTES_AND_END_OF_TEXT = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
 
 

@@ -1,5 +1,6 @@
 """What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's tests;
-then pytest over dev/test. Its last line adds their counts. With --peers (`make test-peers`) only what needs PyTorch."""
+then pytest over dev/test. Its last line adds their counts. With --peers (`make -C dev test-peers`) only what needs
+PyTorch."""
 
 import os
 import subprocess

@@ -1,15 +1,14 @@
-"""dev/reference.py against its own formulas written a second time, and the programs against fresh dumps of it."""
+"""Holds dev/reference.py against its formulas written a second time, and the programs against fresh dumps."""
 
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: make test-peers")
+torch = pytest.importorskip("torch", reason="needs PyTorch: make -C dev test-peers")
 
 import numpy as np  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -17,9 +16,9 @@ import torch.nn.functional as F  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "dev"))
 import reference  # noqa: E402
-from reference import Config  # noqa: E402
+from reference import GPT2, Config, RoundedGPT2  # noqa: E402
 
-torch.set_num_threads(1)  # all is small
+torch.set_num_threads(1)  # the models are small
 ADAMW = list(reference.ADAMW.values())
 TINY = [  # maxT, V, L, NH, C
     Config(9, 11, 2, 2, 6),
@@ -37,7 +36,7 @@ def label(c):
 
 def random_case(c, B, T, seed):
     rng = np.random.default_rng(seed)
-    p = reference.promote(reference.random_parameters(c, rng))
+    p = reference.trainable(reference.random_parameters(c, rng))
     return p, torch.tensor(rng.integers(0, c.V, (B, T))), torch.tensor(rng.integers(0, c.V, (B, T)))
 
 
@@ -46,7 +45,7 @@ def random_case(c, B, T, seed):
 
 
 def slow_logits(c, p, tokens):
-    """One token, layer and head after the other, with a KV cache, in plain numbers."""
+    """Computed one token, layer and head at a time, with a KV cache, in NumPy."""
     p = {name: t.detach().numpy() for name, t in p.items()}
     HS = c.C // c.NH
     key, value, rows = {}, {}, []  # key[l, h, t], value[l, h, t]: (HS,)
@@ -87,7 +86,7 @@ def slow_logits(c, p, tokens):
 @pytest.mark.parametrize("c", TINY, ids=label)
 def test_logits_token_by_token(c):
     p, x, _ = random_case(c, 2, 9, seed=1)
-    logits = reference.forward(c, p, x).detach().numpy()
+    logits = GPT2(c, p).forward(x).detach().numpy()
     for b in range(2):
         assert np.abs(logits[b] - slow_logits(c, p, x[b].tolist())).max() < 1e-12
 
@@ -100,35 +99,47 @@ def test_gradients_by_finite_differences(c):
         direction, h = torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(3)), 2e-6
         with torch.no_grad():
             here = t.clone()
-            up = reference.cross_entropy(reference.forward(c, {**p, name: here + h * direction}, x), y)
-            down = reference.cross_entropy(reference.forward(c, {**p, name: here - h * direction}, x), y)
+            up, down = (GPT2(c, {**p, name: here + step * direction}) for step in (h, -h))
+            up, down = (m.loss(m.forward(x), y) for m in (up, down))
         expected = (result[f"d{name}"] * direction).sum()
         assert abs((up - down) / (2 * h) - expected) <= 1e-7 * max(1, abs(expected)), name
 
 
-def test_vanilla_from_pytorch_layers(monkeypatch):
-    c = Config(9, 11, 2, 2, 6)
+class FromPyTorch(GPT2):
+    """GPT2 with PyTorch's own layers."""
+
+    def attention(self, q, k, v): return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def layernorm(self, x, w, b): return F.layer_norm(x, w.shape, w, b)
+    def gelu(self, x): return F.gelu(x, approximate="tanh")
+    def loss(self, logits, targets): return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def assert_same_results(c, model, other):
     p, x, y = random_case(c, 2, 9, seed=4)
-    ours = reference.compute(c, p, x, y, ADAMW, 0)
-    for name, theirs in {
-        "causal_attention": lambda q, k, v, r: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        "layernorm": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
-        "gelu": lambda x: F.gelu(x, approximate="tanh"),
-        "cross_entropy": lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()),
-    }.items():
-        monkeypatch.setattr(reference, name, theirs)
+    ours = reference.compute(c, p, x, y, model=model)
     for t in p.values():
         t.grad = None
-    theirs = reference.compute(c, p, x, y, ADAMW, 0)
+    theirs = reference.compute(c, p, x, y, model=other)
     for name in ours:
         assert (ours[name] - theirs[name]).abs().max() < 1e-12, name
 
 
-def test_what_equals_vanilla():
+@pytest.mark.parametrize("c", TINY, ids=label)
+def test_pytorch_layers(c):
+    assert_same_results(c, GPT2, FromPyTorch)
+
+
+@pytest.mark.parametrize("c", TINY, ids=label)
+def test_rounded_model_without_its_rounding(c, monkeypatch):
+    monkeypatch.setattr(reference, "bf16", lambda x: x)
+    assert_same_results(c, GPT2, RoundedGPT2)
+
+
+def test_configurations_that_equal_vanilla():
     for L, variant in [(3, ("skip", 1, 0)), (3, ("skip", 3, 2)), (1, ("depth", None, None, 1, 2))]:
         p, x, _ = random_case(Config(9, 11, L, 2, 6), 2, 9, seed=5)
-        vanilla = reference.forward(Config(9, 11, L, 2, 6), p, x)
-        assert (reference.forward(Config(9, 11, L, 2, 6, *variant), p, x) - vanilla).abs().max() < 1e-13
+        vanilla = GPT2(Config(9, 11, L, 2, 6), p).forward(x)
+        assert (GPT2(Config(9, 11, L, 2, 6, *variant), p).forward(x) - vanilla).abs().max() < 1e-13
 
 
 def test_adamw_from_its_formula():
@@ -139,7 +150,7 @@ def test_adamw_from_its_formula():
     lr, beta1, beta2, eps, decay = ADAMW
     losses = []
     for step in range(1, 5):
-        loss = reference.cross_entropy(reference.forward(c, w, x), y)
+        loss = GPT2(c, w).loss(GPT2(c, w).forward(x), y)
         losses.append(loss.item())
         for name, g in zip(w, torch.autograd.grad(loss, list(w.values()))):
             m[name] = beta1 * m[name] + (1 - beta1) * g
@@ -151,19 +162,48 @@ def test_adamw_from_its_formula():
     assert not w["wte"][c.V :].any() and not p["wte"][c.V :].any()
 
 
-def test_kept_dumps():
-    kept = ROOT / "dev" / "reference"
-    names = reference.DUMPS.split()
-    assert {f.name for f in kept.iterdir()} >= {f"{n}.{kind}.bin" for n in names for kind in ("model", "state")}
-    for n in names:
-        reference.check(SimpleNamespace(model=kept / f"{n}.model.bin", state=kept / f"{n}.state.bin"))
-    assert sum(f.stat().st_size for f in kept.iterdir()) <= 6e6
+KEPT = ROOT / "dev" / "reference"
+DUMPS = reference.DUMPS.split()
+
+
+def test_kept_files_are_those_that_make_reference_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "NEARBY", 1)  # test_kept_rounding_errors compares the contents of .bf16.txt
+    reference.write_all(tmp_path)
+    assert {f.name for f in KEPT.iterdir()} == {f.name for f in tmp_path.iterdir()}
+    for f in tmp_path.glob("*.model.bin"):
+        assert f.read_bytes() == (KEPT / f.name).read_bytes(), f.name
+    assert sum(f.stat().st_size for f in KEPT.iterdir()) <= 6e6
+
+
+@pytest.mark.parametrize("name", DUMPS)
+def test_kept_dump(name):
+    reference.check(KEPT / f"{name}.model.bin", KEPT / f"{name}.state.bin")
+
+
+def test_kept_dumps_of_all_cases_have_head_sizes_for_a_gpu():  # multiples of 8
+    def case(name):  # all but NH and C
+        return re.sub(r"_NH\d+_C\d+", "", name)
+
+    on_gpu = {name for name in DUMPS if reference.parse_name(name)[0].HS % 8 == 0}
+    assert {case(name) for name in on_gpu} == {case(name) for name in DUMPS}
+
+
+@pytest.mark.parametrize("name", {n.split("_")[0]: n for n in DUMPS}.values())  # the last of each
+def test_kept_rounding_errors(name, tmp_path):
+    state = tmp_path / f"{name}.state.bin"
+    state.write_bytes((KEPT / state.name).read_bytes())
+    reference.write_rounding(str(KEPT / f"{name}.model.bin"), str(state))
+
+    def errors(folder):
+        return {n: float(e) for n, e in (line.split() for line in (folder / f"{name}.bf16.txt").open())}
+
+    assert errors(tmp_path) == pytest.approx(errors(KEPT), rel=2e-3, abs=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The programs against fresh dumps
 
-FRESH = [  # seeds and shapes that no kept dump has
+FRESH = [  # shapes that no kept dump has; for the CPU, so some head sizes are no multiple of 8
     "--attention vanilla --layers 3 --heads 2 --channels 128 --vocab 200 --sequence 70 --context 71 --seed 91",
     "--attention skip --layers 4 --heads 2 --channels 128 --vocab 200 --batch 1 --sequence 70 --context 71 --seed 92 "
     "--skip-distance 1 --skip-heads 1",
@@ -183,7 +223,7 @@ SMALL = {
 
 def run(program, *args):
     path = ROOT / program
-    assert path.exists(), f"{path} is missing: run make"
+    assert path.exists(), f"{path} is missing: run make -C dev {program}"
     return subprocess.run([path, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
 
 
@@ -202,7 +242,8 @@ def test_fresh_dump_passes(options, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-# For the GPU's kernels: one token, a tile, a token more, several tiles. T, head size, whether bf16 is tried as well
+# T, head size, whether bf16 is tested too. A GPU's head sizes are multiples of 8. T is one token, part of a tile of 64, a
+# whole tile, one token more, several tiles.
 EMULATED = [(1, 64, False), (17, 128, False), (64, 64, False), (65, 24, False), (65, 64, True), (161, 64, False)]
 
 
@@ -210,11 +251,11 @@ EMULATED = [(1, 64, False), (17, 128, False), (64, 64, False), (65, 24, False), 
 @pytest.mark.parametrize("attention", SMALL)
 def test_fresh_dump_passes_under_the_emulator(attention, T, HS, bf16, tmp_path, monkeypatch):
     variant = {"vanilla": "", "skip": "--skip-distance 1 --skip-heads 1", "depth": "--depth-stride 1"}[attention]
-    # So wide a model learns these few tokens at once; at a lower rate its losses stay well above 0.
+    # A model this wide fits so few tokens in one step, so a lower learning rate keeps the losses well above 0.
     model, state = make_dump(tmp_path / "fresh", f"--attention {attention} {variant} --layers 3 --heads 2 --channels "
                              f"{2 * HS} --vocab 150 --batch 1 --sequence {T} --context {T} --seed {T + HS} --lr 1e-4")
     if bf16:
-        monkeypatch.setattr(reference, "NEARBY", 64)  # half as many as usual, to be quick
+        monkeypatch.setattr(reference, "NEARBY", 64)  # half as many as usual, to save time
         reference.write_rounding(model, state)
     result = run("test_gpt2cu_emulated", model, state)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -225,13 +266,13 @@ def test_fresh_dump_passes_under_the_emulator(attention, T, HS, bf16, tmp_path, 
 @pytest.mark.parametrize("change", [0.01, math.nan])
 def test_one_changed_gradient_is_named(attention, change, tmp_path):
     model, state = make_dump(tmp_path / "fresh", f"--attention {attention} {SMALL[attention]} --seed 96")
-    c, _ = reference.read_model(model, {})
+    c, _ = reference.read_model(model)
     header, data = reference.read(state, reference.STATE_MAGIC)
     content = Path(state).read_bytes()
     broken = tmp_path / "broken.state.bin"
     rng = np.random.default_rng(97)
     for name, gradient in reference.cut(state, data, reference.state_shapes(c, *header[2:5]), exact=True).items():
-        if name[1:] not in c.shapes():
+        if name[1:] not in reference.tensor_shapes(c):
             continue
         entry = rng.integers(gradient.size)
         value = np.float32(gradient.flat[entry] + change * np.abs(gradient).max())
@@ -243,13 +284,13 @@ def test_one_changed_gradient_is_named(attention, change, tmp_path):
 
 
 def assert_same_text(model, count, *options, prompt=(1, 2, 3)):
-    """Greedy text, up to where the reference's best two logits are too close to tell. Returns how much was compared."""
+    """Compares greedy text, up to where the reference's two best logits nearly tie. Returns the number of tokens."""
     result = run("train_gpt2", "generate", "--model", model, "--prompt-tokens", ",".join(map(str, prompt)),
                  "--tokens", count, "--temperature", 0, *options)
     assert result.returncode == 0, result.stderr
     ours = [int(t) for t in re.findall(r"\d+", result.stdout)][-count:]
     assert len(ours) == count, result.stdout
-    c, p = reference.read_model(model, dict(zip([o[2:].replace("-", "_") for o in options[::2]], options[1::2])))
+    c, p = reference.read_model(model, **dict(zip([o[2:].replace("-", "_") for o in options[::2]], options[1::2])))
     compared = 0
     for token, lead in reference.greedy(c, p, prompt, count):
         if lead < 1e-4:

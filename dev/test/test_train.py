@@ -155,7 +155,7 @@ def test_killed_at_any_instant_keeps_a_checkpoint(program, data, tmp_path):
     assert_same_run(out, tmp_path / "other")
 
 
-def test_stopped_in_validation_ends_as_if_never_stopped(program, data, tmp_path):
+def test_stopped_in_validation_completes_it(program, data, tmp_path):
     val = tmp_path / "val.bin"
     write_shard(val, made_up_tokens(100_000))
 
@@ -169,11 +169,31 @@ def test_stopped_in_validation_ends_as_if_never_stopped(program, data, tmp_path)
         read_to_step(process, 1)
         wait_until(lambda: is_open(process, val), process)
         process.send_signal(signal.SIGTERM)
-        status, _, err = ended(process)
+        status, said, err = ended(process)
     assert (status, err) == (0, "")
-    assert [row[0] for row in metrics(out)] == ["step", "1"]  # step 2 is done, but its row needs the validation
+    assert "stopped after step 2 of 3" in said
+    assert metrics(out) == metrics(tmp_path / "other")[:3]  # step 2 has its validation loss
+    assert metrics(out)[2][2]
     program.run("train", "--out", out, "--resume")
     assert_same_run(out, tmp_path / "other")
+
+
+def test_second_ctrl_c_in_validation_ends_at_once(program, data, tmp_path):
+    """In a validation of a hundred million tokens, which nobody waits for."""
+    val = tmp_path / "val.bin"
+    write_shard(val, made_up_tokens(100_000) * 1000)
+    arguments = training(data, tmp_path / "out", "--val", val, "--val-every", 1, "--val-batches", 0, "--tokenizer",
+                         data / "tokenizer.bin")
+    with program.start(*arguments) as process:
+        wait_until(lambda: signal_mask(process, "SigCgt", signal.SIGINT) and is_open(process, val), process)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: not signal_mask(process, "ShdPnd", signal.SIGINT), process)
+        time.sleep(0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        status, said, _ = ended(process)
+    assert status == 128 + signal.SIGINT
+    assert "step 1/" not in said
 
 
 def test_second_ctrl_c_ends_at_once(program, data, tmp_path):
