@@ -24,8 +24,9 @@ MATH = -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd
 CXXFLAGS = -std=c++20 -O3 $(ARCH) $(MATH) -Wall -Wextra -pthread $(OPENMP)
 
 all: train_gpt2 test_gpt2
-train_gpt2 test_gpt2 dev/bench/bench: %: %.cpp train_gpt2.cpp dev/bench/limits.h .flags | found
+train_gpt2 test_gpt2 dev/bench/bench: %: %.cpp train_gpt2.cpp .flags | found
 	$(CXX) $(CXXFLAGS) $< -o $@
+dev/bench/bench: dev/bench/limits.h
 found:
 	@echo "$(CXX): $(if $(OPENMP),OpenMP found,no OpenMP: one thread (clang++ on Debian: apt-get install libomp-dev))"
 
@@ -50,7 +51,6 @@ test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
 .flags .flags_gpu: always
 	@echo '$(made_by)' | cmp -s - $@ || echo '$(made_by)' > $@
 
-# The validation shard is the end of the text, C++.
 TEXT = $(wildcard data_prep/*.py dev/*.py dev/test/*.py) train_gpt2.cpp test_gpt2.cpp
 # 0.45 million parameters, 2 million tokens. A short context trains fastest, because each position comes up more often.
 run: train_gpt2
