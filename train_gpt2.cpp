@@ -8,37 +8,39 @@ attentions that share the same sixteen parameter tensors:
     skip      in some heads, queries attend to the keys and values of an earlier layer           arXiv 2406.11274
     depth     each value is first mixed with the values of earlier layers at the same token      arXiv 2606.05014
 
-It is not a framework: there is no automatic differentiation, no tensor class, and no dependency but OpenMP. Text
-becomes tokens in data_prep/prepare.py. train_gpt2.cu is the same program on a GPU: it includes this file and replaces
-section 4.
+It is not a framework: there is no automatic differentiation, no class for arrays with shapes, and no dependency but
+OpenMP. data_prep/prepare.py turns text into tokens. train_gpt2.cu is the same program on a GPU: it includes this file
+and replaces section 4.
 
     make && ./train_gpt2 --help
     ./train_gpt2 train --train 'data/train_*.bin' --val 'data/val_*.bin' --out run
 
-How to read it. These functions, in this order, are GPT-2 and its training:
-     1  forward                             the whole model: a transformer block is eight calls
-     2  backward                            the same calls in reverse, each with the forward line that it inverts
-     3  linear_forward, linear_backward_*   y = x wᵀ + b and its three gradients, over matmul_plain's three loops
-     4  layernorm_backward                  a gradient through a mean and a variance
-     5  attention_plain_forward, _backward  softmax(q kᵀ) v in four passes, and the gradient of a softmax
-     6  skip_attention_backward             gradients when two layers attend to the same keys and values
-     7  depth_forward, depth_backward       an attention over layers instead of positions
-     8  classifier                          cross-entropy, without ever holding all logits
-     9  adamw_update                        the optimizer
-    10  train_steps                         the training loop
-What comes after the banner "What makes the layers fast" only makes 3 and 5 faster.
+How to read it. These functions, in this order, are GPT-2 and its training. § is the section that they are in.
+     1  forward                                    §2   the whole model: a transformer block is seven calls
+     2  backward                                   §2   the same calls in reverse, each under the formula it inverts
+     3  linear_forward, linear_backward_*          §4   y = x wᵀ + b and its three gradients, over matmul_plain
+     4  layernorm_backward                         §4   a gradient through a mean and a variance
+     5  attention_plain_forward, _backward         §4   softmax(q kᵀ/√HS) v in four passes; the gradient of a softmax
+     6  skip_attention_backward, skip_backward     §2   gradients where two layers attend to the same keys and values
+     7  depth_forward, depth_backward              §4   an attention over layers instead of positions; formulas in §2
+     8  classifier                                 §4   cross-entropy and its gradient, without holding all logits
+     9  adamw_update                               §4   the optimizer
+    10  train_steps                                §3   the training loop
+Under the two banners "What makes the layers fast" stand the matmul and the attention that the program really uses. They
+compute the same as matmul_plain and attention_plain.
 
 Contents
-     1  utilities     errors, time, random numbers
-     2  the model     config and tensors · what a backend supplies · forward · backward · attention: vanilla, skip,
-                      depth · decoding · memory · the interface for program and tests
-     3  the program   options · files · tokenizer · data · checkpoints · training · the other commands · main
-     4  the layers on a CPU
+     1  utilities
+     2  the model     config, tensors · what a backend supplies · what a model holds · forward · backward · attention:
+                      vanilla, skip, depth · decoding · memory · the interface for the program and the tests
+     3  the program   options · files · tokenizer · data · checkpoints · generation · training · main
+     4  the layers    on a CPU, in the order of a step; what makes them fast; the machine
 
-Dimensions have the same letters everywhere:
+Dimensions have these letters. In a linear layer, C is the number of its input channels.
     B batch   T time (tokens in a sequence)   C channels   NH heads   HS = C/NH head size   L layers
     OC output channels   V vocabulary   Vp = V padded to a multiple of 128   maxT context, the longest sequence
-A comment like (B, T, C) is the shape of a row-major array. A leading d means gradient: dx is dloss/dx.
+A comment like (B, T, C) is the shape of a row-major array. A leading d means gradient: dx is dloss/dx (do, a keyword of
+C++, is called dout).
 */
 
 #include <algorithm>
@@ -118,7 +120,9 @@ struct Random {
 // ====================================================================================================================
 // 2 · The model
 //
-// It is written once for both backends, as templates over X, the type of weights and activations: float or bf16.
+// It is written once for both backends, as templates over X, the type of weights and activations: float or bf16. A
+// template may call functions that are defined further down; so forward and backward come first, and what they call
+// follows.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Config and tensors
@@ -184,7 +188,7 @@ constexpr bool ALWAYS_RECOMPUTES = true;  // on a CPU, computing LayerNorm and G
 struct Inputs {
     int *x, *y;  // (B, T) tokens and targets
 };
-using Results = StepResults;
+using Results = StepResults;  // (a GPU has them in its own memory until read_results)
 
 // Scratch memory of the layers
 struct Workspace {
@@ -258,7 +262,7 @@ static size_t parameter_count(const Config& c) {
 // is written (=) unless `add` is true: then it is added to (+=). Weight gradients are float, all other arrays are X,
 // where not stated otherwise. Pointers are to the device's memory; calls may be asynchronous, in order.
 
-// The rows, of HS channels, of all heads in an array: at(b, h, t) is that of sequence b, head h, position t.
+// Where an array has the HS channels of each head: at(b, h, t) points to those of sequence b, head h, position t.
 template <class X>
 struct Heads {
     X* data;
@@ -317,8 +321,8 @@ template <class X> static void linear_residual_forward(const Workspace&, X* y, c
 // h = x wᵀ + b, unless h is null; y = gelu(x wᵀ + b)
 template <class X> static void linear_gelu_forward(const Workspace&, X* y, X* h, const X* x, const X* w, const X* b,
                                                    size_t rows, size_t C, size_t OC);
-// dx (rows, C) = dy (rows, OC) w. Rows of dy begin lddy elements apart. If dy and w come in pieces of OC, the first
-// call begins a sum in fp32 and the last one writes it to dx.
+// dx (rows, C) = dy (rows, OC) w. Rows of dy begin lddy elements apart. If dy and w come piece by piece, each
+// a range of the OC columns of dy, the first call begins a sum in fp32 and the last one writes it to dx.
 template <class X> static void linear_backward_input(const Workspace&, X* dx, const X* dy, const X* w, size_t rows,
                                                      size_t C, size_t OC, size_t lddy, bool first = true,
                                                      bool last = true);
@@ -332,24 +336,27 @@ template <class X> static void linear_backward_weight(const Workspace&, float* d
 // o = softmax(causal(q kᵀ/√HS)) v in each head; lse (B, NH, queries): float, the scores' log-sum-exp, or null
 template <class X> static void attention_forward(const Workspace&, Heads<X> o, float* lse, Heads<const X> q,
                                                  const KeysValues<const X>&, const AttentionShape&);
-// dq, dk, dv =. DKV, the type of dk and dv, is X or float. `before` is 0.
+// dq, dk, dv =. DKV, the type of dk and dv, is X or float. dk and dv of skipping heads go to the layer below's.
+// `before` is 0.
 template <class X, class DKV> static void attention_backward(const Workspace&, Heads<X> dq, const KeysValues<DKV>&,
                                                              Heads<const X> dout, Heads<const X> o, const float* lse,
                                                              Heads<const X> q, const KeysValues<const X>&,
                                                              const AttentionShape&);
-// dk, dv of layer l in dqkv (rows, 3C) = the sum of the gradients that two layers left in fp32, each (rows, 2C): `own`
-// is layer l's, in the heads that do not skip; `above` is layer l + n_l's, in the heads that skip, or null
+// dk, dv of layer l in dqkv (rows, 3C) = the sum of the shares of two layers, float (rows, 2C) each. own: layer l's, in
+// the heads that do not skip in layer l. above: layer l + n_l's, in heads h < n_h, or null. Heads without a share are
+// not written.
 template <class X> static void skip_backward(X* dqkv, const float* own, const float* above, const Config&, int l,
                                              size_t rows);
-// v = ṽ, in place; a (B, queries, |S|+1, NH): float =. Layer j's keys and values lie (j - l)·layer elements from layer
-// l's, which are k and v.
+// v = ṽ, in place; a (B, queries, |S|+1, NH): float =. v and k are layer l's; those of layer j lie (j - l)·layer_stride
+// elements from them.
 template <class X> static void depth_forward(const Workspace&, Heads<X> v, float* a, Heads<const X> q,
-                                             Heads<const X> k, ptrdiff_t layer, const DepthSources&,
+                                             Heads<const X> k, ptrdiff_t layer_stride, const DepthSources&,
                                              const AttentionShape&);
-// dqkv (rows, 3C): dq +=, dk and dv =. dkv (rows, 2C), float, holds attention_backward's dk and dṽ. qkv is layer l's;
-// layer j's lies (j - l)·layer elements from it. ds (rows, |S|, NH) =. a and ds are layer l's; layer l+1's follow.
+// dqkv (rows, 3C): dq +=, dk and dv =. dkv (rows, 2C), float: the dk and dṽ that attention_backward left. qkv is layer
+// l's, and dṽ_l takes the place of ṽ_l in it; layer j's lies (j - l)·layer_stride elements from it. ds (rows, |S|, NH)
+// =. a and ds are layer l's, and layer l+1's lie behind them; layer 0 has none, so for l = 0 they are layer 1's.
 template <class X> static void depth_backward(const Workspace&, X* dqkv, const float* dkv, float* ds, const float* a,
-                                              X* qkv, ptrdiff_t layer, const Config&, int l, size_t rows);
+                                              X* qkv, ptrdiff_t layer_stride, const Config&, int l, size_t rows);
 // k, v of the new positions in the cache = new_k, new_v (B, queries), for heads from first_head on
 template <class X> static void cache_append(Heads<X> k, Heads<X> v, Heads<const X> new_k, Heads<const X> new_v,
                                             int first_head, const AttentionShape&);
@@ -367,14 +374,14 @@ template <class X> static void logits_forward(const Workspace&, float* logits, c
 static void sum_losses(Results&, const float* losses, size_t n, bool add);
 // norm of g (n) and gradient_scale = min(1, clip/norm), or 1 if clip is 0
 static void global_norm(const Workspace&, Results&, const float* g, size_t n, float clip);
-// w, m, v (n) after step `step` (1 is the first) on gradient_scale · g, and working = w rounded to X
+// One AdamW step (step 1 is the first) of w, m, v (n) with gradients gradient_scale · g; then working = w rounded to X
 template <class X> static void adamw_update(X* working, float* w, float* m, float* v, const float* g, size_t n,
                                             const AdamW&, float decay, const Results&, int step);
 template <class X> static void round_weights(X* working, const float* w, size_t n);  // working = w rounded to X
 static StepResults read_results(Results&);                                           // synchronizes
 
-// The device. device_init is called first. It exits if the machine lacks what this binary was built for. If `computes`
-// is false, nothing but model_memory will be asked for.
+// The device. device_init is called first, and exits if there is no device that this binary can use. (A CPU's
+// instruction set is checked even before main.) If `computes` is false, only model_memory will be used.
 struct Allocator;
 static void device_init(char** argv, bool computes = true);
 static std::string device_name();               // "2 threads, AVX-512"
@@ -395,14 +402,7 @@ static void backend_free(Inputs&, Results&);
 static void set_inputs(Inputs&, const int* x, const int* y, size_t BT, size_t V);
 
 // --------------------------------------------------------------------------------------------------------------------
-// The model: forward
-//
-// Pre-LayerNorm GPT-2. x is the residual stream, (B, T, C):
-//     x = wte[token] + wpe[t]
-//     in each block:
-//         x += attention(LayerNorm(x)) attprojwᵀ + attprojb
-//         x += gelu(LayerNorm(x) fcwᵀ + fcb) fcprojwᵀ + fcprojb
-//     logits = LayerNorm(x) wteᵀ
+// What a model holds
 
 // An array with a slot for each layer. If there are fewer slots than layers, layers take turns.
 template <class X>
@@ -439,7 +439,7 @@ struct Allocator {
     }
 };
 
-// What does not depend on the type of weights and activations
+// The part of a model that does not depend on the type of weights and activations
 struct Model {
     Config config;
     Precision precision;
@@ -452,9 +452,9 @@ struct Model {
     float *parameters, *gradients, *moment1, *moment2;  // where tensors[i].place says
     int accumulated;              // backward passes since the last update
     size_t loss_count;            // tokens in results.loss_sum
-    Slots<float> ln_mean, ln_rstd;  // (2L+1, B, T) of LayerNorm 2l and 2l+1, before attention and MLP, and the last one
+    Slots<float> ln_mean, ln_rstd;  // (2L+1, B, T) LayerNorm 2l is before layer l's attention, 2l+1 before its MLP
     Slots<float> lse;             // (L, B, NH, T) attention's log-sum-exp
-    float *a, *ds;                // depth: (B, T, |S_l|+1, NH) and (B, T, |S_l|, NH) of each layer (depth_place)
+    float *a, *ds;                // depth: (B, T, |S_l|+1, NH) and (B, T, |S_l|, NH), |S_l| sources, by depth_place
     float* losses;                // (B, T)
     float* dkv;                   // skip, depth: (B, T, 2C) dk, dv of a layer before other layers' are added
     Slots<float> skip_dkv;        // (skip_slots, B, T, 2C) ring buffer of dk, dv passed down to lower layers
@@ -466,7 +466,8 @@ struct Model {
     bool recomputes() const { return ALWAYS_RECOMPUTES || work.recompute; }
 };
 
-// X is float or bf16. Training keeps the activations of all layers.
+// X is float or bf16. Training keeps the activations of all layers, except ln and fch_gelu if the model recomputes()
+// these: then they have one slot, which backward fills again.
 template <class X>
 struct ModelOf : Model {
     X* weights;                   // the working copy of the parameters; the parameters themselves if X is float
@@ -487,8 +488,19 @@ struct ModelOf : Model {
     }
 };
 
-// Loss of the batch in m.inputs. With `train`, each token's loss counts loss_scale/(B·T) in what backward
-// differentiates.
+// --------------------------------------------------------------------------------------------------------------------
+// The model: forward
+//
+// Pre-LayerNorm GPT-2. x is the residual stream, (B, T, C):
+//     x = wte[token] + wpe[t]
+//     in each block:
+//         x += attention(LayerNorm(x)) attprojwᵀ + attprojb
+//         x += gelu(LayerNorm(x) fcwᵀ + fcb) fcprojwᵀ + fcprojb
+//     logits = LayerNorm(x) wteᵀ
+//
+// Adds the losses of the batch in m.inputs to m.results. With `train` this also begins the backward pass, since the
+// classifier never holds all logits: it computes the gradients of its input, m.dln, and of wte along with the loss, for
+// loss_scale · (mean loss of the batch).
 template <class X>
 static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Config& c = m.config;
@@ -498,7 +510,7 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     embedding_forward(m.residual[0], m.inputs.x, m.weight(WTE), m.weight(WPE), B, T, C);
     for (int l = 0; l < c.L; l++) {
         auto w = [&](int tensor) { return m.weight(tensor, l); };
-        const int i = 2 * l, j = i + 1;
+        const int i = 2 * l, j = i + 1;  // LayerNorm and residual stream before attention, before the MLP
         X *x = m.residual[i], *x2 = m.residual[j], *x3 = m.residual[j + 1], *ln1 = m.ln[i], *ln2 = m.ln[j];
         X *qkv = m.qkv[l], *atty = m.atty[l], *fch = m.fch[l], *fch_gelu = m.fch_gelu[l];
 
@@ -522,15 +534,16 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
 // --------------------------------------------------------------------------------------------------------------------
 // The model: backward
 //
-// The chain rule, from the loss down: forward's calls in reverse. dx is the gradient of the residual stream. A block
-// computes x2 = x + f(x), so dx = dx2 + (gradient through f): what flows past a branch stays in dx, and the branch's
+// The chain rule, from the loss down: forward's calls in reverse. A block computes x2 = x + f(x), so dx = dx2 + (the
+// gradient through f). One array holds dx3, dx2 and dx in turn: what flows past a branch stays there, and the branch's
 // LayerNorm adds to it. The classifier has left the gradient of its input in dln.
 template <class X>
 static void backward(ModelOf<X>& m) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
-    const bool add = m.accumulated > 0, again = m.recomputes();  // add: to the gradients of earlier micro-batches
+    const bool add = m.accumulated > 0;  // to the gradients of earlier micro-batches
+    const bool again = m.recomputes();   // fch_gelu, ln2 and ln1 were not kept: compute each again before its use
     const int last = 2 * c.L;
     X *dx = m.dresidual, *dln = m.dln;
 
@@ -550,7 +563,7 @@ static void backward(ModelOf<X>& m) {
         if (again) layernorm_recompute(ln2, x2, w(LN2W), w(LN2B), m.ln_mean[j], m.ln_rstd[j], BT, C);
         linear_backward_input(ws, dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
         linear_backward_weight(ws, d(FCW), d(FCB), m.dfch, ln2, BT, C, 4 * C, 4 * C, add);
-        // ln2 = layernorm(x2)
+        // ln2 = layernorm(x2); dx3 becomes dx2
         layernorm_backward(ws, dx, d(LN2W), d(LN2B), dln, x2, w(LN2W), m.ln_mean[j], m.ln_rstd[j], BT, C, true, add);
         // x2 = x + atty attprojwᵀ + attprojb
         linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
@@ -560,7 +573,7 @@ static void backward(ModelOf<X>& m) {
         // qkv = ln1 qkvwᵀ + qkvb
         if (again) layernorm_recompute(ln1, x, w(LN1W), w(LN1B), m.ln_mean[i], m.ln_rstd[i], BT, C);
         qkv_backward(m, l, ln1, add);
-        // ln1 = layernorm(x)
+        // ln1 = layernorm(x); dx2 becomes dx
         layernorm_backward(ws, dx, d(LN1W), d(LN1B), dln, x, w(LN1W), m.ln_mean[i], m.ln_rstd[i], BT, C, true, add);
     }
     embedding_backward(m.gradient(WTE), m.gradient(WPE), dx, m.inputs, B, T, C, add);
@@ -571,7 +584,7 @@ static void backward(ModelOf<X>& m) {
 template <class X>
 static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
     const Tensor& last = m.tensors[TENSORS - 1];
-    global_norm(m.ws, m.results, m.gradients, last.place + last.stride(), clip);  // between slots, gradients are 0
+    global_norm(m.ws, m.results, m.gradients, last.place + last.stride(), clip);  // gaps between layers hold 0
     for (const Tensor& t : m.tensors)
         adamw_update(m.weights + t.place, m.parameters + t.place, m.moment1 + t.place, m.moment2 + t.place,
                      m.gradients + t.place, t.layers * t.stride(), a, t.decays ? a.weight_decay : 0.0f, m.results,
@@ -585,6 +598,30 @@ static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
 // All of them project qkv = ln1 qkvwᵀ + qkvb, and end in o = softmax(causal(q kᵀ/√HS)) v in each head. They differ in
 // which k and v stand there. Training finds k and v in qkv, decoding in the cache; attend() serves both.
 
+// qkv (rows, 3C) = x qkvwᵀ + qkvb, in the columns that some layer needs: all but for skip (live_columns)
+template <class X>
+static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
+    const size_t C = m.config.C;
+    const X *w = m.weight(QKVW, l), *b = m.weight(QKVB, l);
+    for (auto [at, count] : live_columns(m.config, l))
+        linear_forward(m.ws, qkv + at, x, w + at * C, b + at, rows, C, count, 3 * C);
+}
+
+// m.dln = dqkv qkvw; the gradients of qkvw and qkvb = or +=. x is what qkv_forward was given. Rows of qkvw and qkvb
+// whose columns are not live (only skip has such) keep gradient 0.
+template <class X>
+static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
+    const size_t C = m.config.C, BT = (size_t)m.work.B * m.work.T;
+    const auto live = live_columns(m.config, l);
+    for (int i = 0; i < live.n; i++) {
+        const auto [at, count] = live.ranges[i];
+        linear_backward_input(m.ws, m.dln, m.dqkv + at, m.weight(QKVW, l) + at * C, BT, C, count, 3 * C, i == 0,
+                              i + 1 == live.n);
+        linear_backward_weight(m.ws, m.gradient(QKVW, l) + at * C, m.gradient(QKVB, l) + at, m.dqkv + at, x, BT, C,
+                               count, 3 * C, add);
+    }
+}
+
 // Part 0, 1 or 2 of an array (B, T, parts, C): for qkv, these are queries, keys and values
 template <class X>
 static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
@@ -597,15 +634,15 @@ static KeysValues<X> own_keys_values(X* qkv, const Config& c, size_t T) {
     return {heads(qkv, 1, 3, c, T), heads(qkv, 2, 3, c, T)};
 }
 
-// o (B, queries, C) = attention of layer l with queries q. kv_of(j) are the keys and values of layer j, in the order of
-// layers `layer` elements apart (depth alone uses that). a: see depth_forward.
+// o (B, queries, C) = attention of layer l with queries q. kv_of(j) gives the keys and values of layer j; depth needs
+// them layer_stride elements apart from layer to layer. a is depth_forward's.
 template <class X, class KeysValuesOf>
-static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q, KeysValuesOf kv_of, ptrdiff_t layer,
-                   const AttentionShape& s) {
+static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q, KeysValuesOf kv_of,
+                   ptrdiff_t layer_stride, const AttentionShape& s) {
     const Config& c = m.config;
     KeysValues<X> kv = kv_of(l);
     if (c.attention == SKIP) kv = skip_keys_values(c, l, kv_of);
-    if (c.attention == DEPTH) mix_values(m, l, a, q, kv, layer, s);
+    if (c.attention == DEPTH) mix_values(m, l, a, q, kv, layer_stride, s);
     attention_forward<X>(m.ws, heads(o, 0, 1, c, s.queries), lse, q, kv, s);
 }
 
@@ -617,7 +654,7 @@ static void attend_forward(ModelOf<X>& m, int l, X* o) {
            [&](int j) { return own_keys_values(m.qkv[j], c, T); }, m.qkv.stride, {m.work.B, c.NH, c.head_size(), T, 0});
 }
 
-// dq, dk, dv in m.dqkv, from do in m.datty. dkv: where dk and dv go
+// From do in m.datty: dq, written to m.dqkv, and dk and dv, written to dkv. kv is what layer l attended to.
 template <class X, class DKV>
 static void attention_gradients(ModelOf<X>& m, int l, const KeysValues<DKV>& dkv, const KeysValues<X>& kv) {
     const Config& c = m.config;
@@ -650,9 +687,9 @@ static void attend_backward(ModelOf<X>& m, int l) {
 //     layer 0        q ──► k v◄          q ──► k v         k and v of layers 0 and 1 have two: layers l and l + n_l
 //
 // Backward. A head's k and v get a gradient from each layer that attends to them. Backward goes down, so layer l + n_l
-// comes first: it leaves dk and dv for layer l, in fp32, in the ring buffer skip_dkv, whose slot l mod skip_slots
-// belongs to layer l until layer l has used it. When backward reaches layer l, all shares are there: its own heads
-// h ≥ n_h (all heads, if l < n_l) go to dkv, and skip_backward adds the two.
+// comes first: it writes its dk and dv of heads h < n_h, in fp32, to the ring buffer skip_dkv, whose slot
+// l mod skip_slots belongs to layer l until layer l has used it. When backward reaches layer l, it writes the dk and dv
+// of the heads that attend to layer l itself (h ≥ n_h; all heads, if l < n_l) to dkv, and skip_backward adds the two.
 
 // Does head h of layer l skip?
 static bool skips(const Config& c, int l, int h) {
@@ -665,12 +702,13 @@ static bool is_skipped_to(const Config& c, int l) {  // by layer l + n_l
     return c.attention == SKIP && c.skip_heads > 0 && l + c.skip_distance < c.L;
 }
 
-// Size of the ring buffer: from layer l - n_l, just written, to layer l; but at most the layers that are skipped to
+// Slots of the ring buffer. Layer l writes to layer l - n_l's slot before it reads its own, and the layers in between
+// still wait for theirs: n_l + 1. But no more than L - n_l layers are skipped to.
 static size_t skip_slots(const Config& c) {
     return is_skipped_to(c, 0) ? std::min(c.skip_distance + 1, c.L - c.skip_distance) : 0;
 }
 
-// First head whose keys and values some layer attends to. The heads before it are neither projected nor cached.
+// First head whose keys and values some layer attends to
 static int first_live_head(const Config& c, int l) { return is_skipped_to(c, l) ? 0 : skipping_heads(c, l); }
 
 static size_t kv_channels(const Config& c, int l) { return c.C - first_live_head(c, l) * c.head_size(); }
@@ -691,29 +729,6 @@ static LiveColumns live_columns(const Config& c, int l) {
     return {{{0, C}, {2 * C - kvC, kvC}, {3 * C - kvC, kvC}}, kvC > 0 ? 3 : 1};
 }
 
-// qkv (rows, 3C) = x qkvwᵀ + qkvb, in the live columns
-template <class X>
-static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
-    const size_t C = m.config.C;
-    const X *w = m.weight(QKVW, l), *b = m.weight(QKVB, l);
-    for (auto [at, count] : live_columns(m.config, l))
-        linear_forward(m.ws, qkv + at, x, w + at * C, b + at, rows, C, count, 3 * C);
-}
-
-// dln = dqkv qkvw; dqkvw, dqkvb; x was qkv_forward's. Rows of weights that are not live keep gradient 0.
-template <class X>
-static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
-    const size_t C = m.config.C, BT = (size_t)m.work.B * m.work.T;
-    const LiveColumns live = live_columns(m.config, l);
-    for (int i = 0; i < live.n; i++) {
-        const auto [at, count] = live.ranges[i];
-        linear_backward_input(m.ws, m.dln, m.dqkv + at, m.weight(QKVW, l) + at * C, BT, C, count, 3 * C, i == 0,
-                              i + 1 == live.n);
-        linear_backward_weight(m.ws, m.gradient(QKVW, l) + at * C, m.gradient(QKVB, l) + at, m.dqkv + at, x, BT, C,
-                               count, 3 * C, add);
-    }
-}
-
 // The keys and values that layer l attends to, from those of each layer j, kv_of(j)
 template <class KeysValuesOf>
 static auto skip_keys_values(const Config& c, int l, KeysValuesOf kv_of) {
@@ -726,17 +741,19 @@ static auto skip_keys_values(const Config& c, int l, KeysValuesOf kv_of) {
     return kv;
 }
 
+// dk and dv of a head are the sum of up to two layers' shares. If there is only the layer's own, it goes straight to
+// m.dqkv.
 template <class X>
 static void skip_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     const int T = m.work.T, skipping = skipping_heads(c, l);
     auto kv_of = [&](int j) { return own_keys_values(m.qkv[j], c, T); };
-    auto shares = [&](float* dkv, int part) { return heads(dkv, part, 2, c, T); };
+    auto shares = [&](float* dkv, int part) { return heads(dkv, part, 2, c, T); };  // of keys (0) or values (1)
     const KeysValues<X> kv = skip_keys_values(c, l, kv_of);
     if (!is_skipped_to(c, l) && skipping == 0)  // no other layer has a share in dk and dv
         return attention_gradients(m, l, own_keys_values(m.dqkv, c, T), kv);
     KeysValues<float> dkv = {shares(m.dkv, 0), shares(m.dkv, 1)};
-    if (skipping > 0) {
+    if (skipping > 0) {  // heads h < n_h: dk and dv belong to layer l - n_l
         float* below = m.skip_dkv[l - c.skip_distance];
         dkv = {dkv.k, dkv.v, shares(below, 0), shares(below, 1), skipping};
     }
@@ -760,14 +777,15 @@ static void skip_attention_backward(ModelOf<X>& m, int l) {
 //                                     │
 //     layer 0        q ──► k v ───────┘
 //
-// Backward, given dṽ_l. ṽ_l is a softmax-weighted mean of x_j = ṽ_j (j < l) and x_l = v_l, so, as in attention,
+// Backward, given dṽ_l. ṽ_l is a softmax-weighted mean of x_j = ṽ_j (j in S_l) and x_l = v_l. As for attention's
+// softmax (derived in section 4, attention_plain_backward), with j over S_l and l,
 //     da_j = dṽ_l·x_j       ds_j = a_j (da_j - δ)       δ = Σ_j a_j da_j = dṽ_l·ṽ_l
 //     dq_l += Σ_j ds_j k_j/√HS       dk_j += ds_j q_l/√HS       dṽ_j += a_j dṽ_l       dv_l = a_l dṽ_l
-// Since Σ_j a_j (da_j - δ) = 0, the layer's own ds_l = -Σ_{j in S_l} ds_j: v_l, which ṽ_l has overwritten, is not
-// needed. dṽ_l comes from layer l's attention and from every layer m above with l in S_m. Instead of scattering, layer
-// l gathers when its turn comes:
+// The layer's own ds_l would take v_l, which ṽ_l has overwritten; but Σ_j ds_j = 0, so ds_l = -Σ_{j in S_l} ds_j.
+// dṽ_l comes from layer l's attention and from every layer m above with l in S_m. Instead of scattering, layer l
+// gathers when its turn comes:
 //     dk_l += Σ_m ds_{m,l} q_m/√HS       dṽ_l += Σ_m a_{m,l} dṽ_m
-// from what each layer m left behind: a, ds, q_m, and dṽ_m in the place of ṽ_m, which no layer below m attends to.
+// from what each layer m has left: a, ds, q_m, and dṽ_m, in qkv in the place of ṽ_m, which no lower layer needs.
 
 // S_l in increasing order: 0, s, 2s, ... below `near`, then near, near+1, ..., l-1
 struct DepthSources {
@@ -799,11 +817,11 @@ static size_t depth_place(const Model& m, int l, int own) {
     return place;
 }
 
-// v of layer l becomes ṽ; of layer 0 it is ṽ.
+// In place, v_l becomes ṽ_l. Layer 0 has no sources: ṽ_0 = v_0.
 template <class X>
-static void mix_values(ModelOf<X>& m, int l, float* a, Heads<X> q, const KeysValues<X>& kv, ptrdiff_t layer,
+static void mix_values(ModelOf<X>& m, int l, float* a, Heads<X> q, const KeysValues<X>& kv, ptrdiff_t layer_stride,
                        const AttentionShape& s) {
-    if (l > 0) depth_forward<X>(m.ws, kv.v, a, q, kv.k, layer, depth_sources(m.config, l), s);
+    if (l > 0) depth_forward<X>(m.ws, kv.v, a, q, kv.k, layer_stride, depth_sources(m.config, l), s);
 }
 
 template <class X>
@@ -822,12 +840,13 @@ static void depth_attention_backward(ModelOf<X>& m, int l) {
 // The same layers, for new tokens alone: their keys and (mixed) values join the cache, their queries attend to all of
 // it. In the cache each head's keys lie together, as do its values, since attention reads them so.
 
-// The keys and values of layer j in the cache, from position t on. Heads that are not cached have no place there.
+// The keys and values of layer j in the cache, which begin with the first live head's. So k points before the layer's
+// part of the cache if heads before that are not cached.
 template <class X>
-static KeysValues<X> cached_keys_values(const ModelOf<X>& m, int j, size_t t) {
+static KeysValues<X> cached_keys_values(const ModelOf<X>& m, int j) {
     const Config& c = m.config;
     const size_t HS = c.head_size(), head = c.maxT * HS, first = first_live_head(c, j), kept = c.NH - first;
-    X* k = m.cache + m.cache_place[j] - first * head + t * HS;
+    X* k = m.cache + m.cache_place[j] - first * head;
     return {{k, 2 * kept * head, head, HS}, {k + kept * head, 2 * kept * head, head, HS}};
 }
 
@@ -839,18 +858,18 @@ static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
     const size_t B = m.work.sequences, rows = B * n, C = c.C, before = m.cache_length;
     const AttentionShape s = {(int)B, c.NH, c.head_size(), n, (int)before};
     X *x = m.new_x, *ln = m.new_ln, *qkv = m.new_qkv, *atty = m.new_atty, *fch = m.new_fch;
-    const ptrdiff_t layer = c.L > 1 ? m.cache_place[1] : 0;  // from layer to layer in the cache, for depth
+    const ptrdiff_t layer_stride = c.L > 1 ? m.cache_place[1] : 0;  // of the cache, for depth
 
     copy_to_device(m.new_tokens, tokens, rows * sizeof(int));
     embedding_forward(x, m.new_tokens, m.weight(WTE), m.weight(WPE) + before * C, B, n, C);
     for (int l = 0; l < c.L; l++) {
         auto w = [&](int tensor) { return m.weight(tensor, l); };
-        const KeysValues<X> kv = cached_keys_values(m, l, 0), new_kv = own_keys_values(qkv, c, n);
+        const KeysValues<X> kv = cached_keys_values(m, l), new_kv = own_keys_values(qkv, c, n);
         layernorm_forward(ln, nullptr, nullptr, x, w(LN1W), w(LN1B), rows, C);
         qkv_forward(m, l, qkv, ln, rows);
         cache_append<X>(kv.k, kv.v, new_kv.k, new_kv.v, first_live_head(c, l), s);
         attend(m, l, atty, nullptr, m.new_a, heads(qkv, 0, 3, c, n),
-               [&](int j) { return cached_keys_values(m, j, 0); }, layer, s);
+               [&](int j) { return cached_keys_values(m, j); }, layer_stride, s);
         linear_residual_forward(ws, x, x, atty, w(ATTPROJW), w(ATTPROJB), rows, C, C);
         layernorm_forward(ln, nullptr, nullptr, x, w(LN2W), w(LN2B), rows, C);
         linear_gelu_forward<X>(ws, fch, nullptr, ln, w(FCW), w(FCB), rows, C, 4 * C);
@@ -936,7 +955,7 @@ static void lay_out(ModelOf<X>& m) {
     backend_create<X>(all, m.ws, m.inputs, m.results, c, m.work);
 }
 
-// Calls f with the model as what it is.
+// Calls f with the model as the ModelOf<bf16> or ModelOf<float> that it is.
 template <class F>
 static void with_type(Model* m, F f) {
     if (m->precision == BF16) f(*(ModelOf<bf16>*)m);
@@ -1055,6 +1074,7 @@ static void model_prompt(Model* m, const int* tokens, int n, float* logits) {
 }
 static void model_decode(Model* m, const int* tokens, float* logits) { model_prompt(m, tokens, 1, logits); }
 static void model_reset_cache(Model* m) { m->cache_length = 0; }
+
 // ====================================================================================================================
 // 3 · The program
 //
@@ -1144,17 +1164,17 @@ struct Setting {
     const char* help;
 };
 static const Setting config_settings[] = {
-    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "shape of a model without a file, like the next four"},
+    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "layers; this and the next four shape a model without a file"},
     {"heads", &Config::NH, SHAPE, 1, 65536, 5, nullptr, "heads per layer; channels must be a multiple of it"},
     {"channels", &Config::C, SHAPE, 1, 65536, 6, nullptr, "width of the residual stream"},
     {"context", &Config::maxT, SHAPE, 1, 1 << 20, 2, nullptr, "longest sequence"},
     {"vocab", &Config::V, SHAPE, 1, 65536, 3, nullptr, "vocabulary size [the tokenizer's, or 50257 without one]"},
     {"skip-distance", &Config::skip_distance, SKIP, 1, 65536, 9,
-     [](const Config& c) { return std::max(1, 3 * c.L / 4); }, "skipping heads read the layer N below [3/4 of all]"},
+     [](const Config& c) { return std::max(1, 3 * c.L / 4); }, "skipping heads read layer l - N [3/4 of all layers]"},
     {"skip-heads", &Config::skip_heads, SKIP, 0, 65536, 10,
-     [](const Config& c) { return std::max(1, 3 * c.NH / 4); }, "number of heads that skip [3/4 of all]"},
+     [](const Config& c) { return std::max(1, 3 * c.NH / 4); }, "number of heads that skip [3/4 of all heads]"},
     {"depth-stride", &Config::depth_stride, DEPTH, 1, 65536, 11,
-     [](const Config& c) { return std::max(1, c.L / 2); }, "mix in values of every N-th layer [1/2 of all]"},
+     [](const Config& c) { return std::max(1, c.L / 2); }, "mix in values of every N-th layer [1/2 of all layers]"},
     {"depth-window", &Config::depth_window, DEPTH, 0, 65536, 12,
      [](const Config&) { return 0; }, "... and of the N layers just below [0]"},
 };
@@ -1218,7 +1238,7 @@ struct Option {
 };
 using OptionTable = std::vector<Option>;
 
-[[maybe_unused]] [[maybe_unused]] static OptionTable option_table(Options& o) {
+[[maybe_unused]] static OptionTable option_table(Options& o) {
     const int most = INT_MAX;
     OptionTable table = {
         {"train", o.train, "GLOB", TRAIN, CHANGEABLE, "shards to train on, like 'data/train_*.bin' (quoted)"},
@@ -1228,7 +1248,7 @@ using OptionTable = std::vector<Option>;
         {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
         {"batch", o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE, FIXED, "sequences computed at a time"},
         {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [context, up to 1024]"},
-        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per step, a multiple of batch x sequence [that]"},
+        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per step [batch x sequence, or a multiple]"},
         {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: save memory, compute cheap activations twice"},
         {"steps", o.steps, 1, most, TRAIN, FIXED, "number of updates [one pass over the training tokens]"},
         {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
@@ -1243,7 +1263,7 @@ using OptionTable = std::vector<Option>;
         {"val-batches", o.val_batches, 0, most, TRAIN | EVAL, CHANGEABLE, "batches in each; 0: all [20, in eval all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: only at the end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "keep each checkpoint, also as DIR/model_STEP.bin"},
+        {"keep", o.keep, TRAIN, CHANGEABLE, "keep every checkpoint, as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", GENERATE, TRANSIENT, "text to continue [end-of-text, or else a newline]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", GENERATE, TRANSIENT, "the prompt as token numbers, like 1,2,3"},
         {"tokens", o.tokens, 0, most, GENERATE, TRANSIENT, "number of tokens to add, unless end-of-text comes first"},
@@ -1251,8 +1271,8 @@ using OptionTable = std::vector<Option>;
         {"top-k", o.top_k, 0, 65536, GENERATE, TRANSIENT, "sample from the k likeliest tokens; 0: all"},
         {"top-p", o.top_p, 0, 1, GENERATE, TRANSIENT, "... and from the likeliest that together reach probability p"},
         {"model", o.model, "NAME|FILE", EVERY, FIXED, "weights, or a shape: gpt2, or gpt2-medium, -large, -xl [gpt2]"},
-        {"attention", o.attention, attention_names, EVERY, FIXED, "any model runs with any [its file's, or vanilla]"},
-        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "[tokenizer.bin beside the shards or the model]"},
+        {"attention", o.attention, attention_names, EVERY, FIXED, "any runs any model [the file's, or vanilla]"},
+        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "[tokenizer.bin beside shards or model]"},
         {"precision", o.precision, precision_names, EVERY, FIXED, "number format of the computation"},
         {"seed", o.seed, 0, most, EVERY, FIXED, "of initial weights, order of the data, and samples"},
     };
@@ -1866,14 +1886,14 @@ static void read_window(const std::vector<Shard>& shards, size_t i, int* x, int*
 // --------------------------------------------------------------------------------------------------------------------
 // Models and checkpoints
 //
-//     header    256 int32: [0] magic, [1] version, [7] Vp, [8] attention, the settings at their indices (see there);
+//     header    256 int32: [0] magic, [1] version, [7] Vp, [8] attention, the config_settings at their indices;
 //               [255] is 1 if a trailer ends the file. Versions 3 (fp32) and 5 (bf16) are llm.c's, for vanilla; other
 //               attentions have 1003 and 1005, so that llm.c refuses them instead of running them as vanilla
 //     tensors   in the order of tensor_table
 //     state     checkpoints only: uint64 n; n bytes of "name\0value\0" pairs; AdamW's moments m, then v, fp32
 //     trailer   uint32 magic, CRC-32 of header and tensors, CRC-32 of the state; uint64 length of the whole file
 //
-// Weights and state share one file, so they cannot disagree. A buffer spares the memory for a second copy of a model.
+// Weights and state share one file, so they cannot disagree. Values are copied chunk by chunk.
 
 static size_t chunk_values = 1 << 20;  // values copied at a time; the tests set it lower
 constexpr size_t TRAILER_BYTES = 20;
@@ -2385,7 +2405,8 @@ static int start_token(const Tokenizer& t, int V) {
 // The learning rate of step 1, 2, ...: rises to lr in `warmup` steps, then falls to min_lr at the last (or stays).
 static double learning_rate(const Options& o, int step) {
     if (step <= o.warmup) return o.lr * step / o.warmup;
-    int start = o.schedule == WSD ? std::max(o.warmup, o.steps - o.steps / 5) : o.warmup;  // of the fall
+    // The step after which the rate falls
+    int start = o.schedule == WSD ? std::max(o.warmup, o.steps - o.steps / 5) : o.warmup;
     double progress = step <= start ? 0 : (double)(step - start) / (o.steps - start);
     double share = o.schedule == CONSTANT ? 1
                  : o.schedule == LINEAR ? 1 - progress
@@ -2594,7 +2615,7 @@ static State run_state(const Run& run) {
     return state;
 }
 
-// Opens DIR/metrics.csv to append to it. Rows after the checkpoint's step, of a run that was killed, are cut.
+// Opens DIR/metrics.csv to append to it. Cuts the rows that a killed run wrote after its last checkpoint.
 static FILE* open_metrics(const Run& run) {
     const std::string path = run.path("metrics.csv");
     std::string kept = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n";
@@ -2963,42 +2984,19 @@ int main(int argc, char** argv) {
 #include <omp.h>
 #endif
 #include <sys/mman.h>
+
 // ====================================================================================================================
 // 4 · The layers on a CPU
 //
 // Arithmetic is in float, whatever X is: a bf16 is converted when it is read and rounded when it is written.
 //
-// Every result is the same to the bit for any number of threads: threads share out output elements, never the terms of
-// a sum, so each element is summed in one fixed order.
+// Every result is the same to the bit for any number of threads: threads share out output elements, or chunks of fixed
+// size whose sums are then added in order. So each element is summed in one order, whatever the number of threads.
 
 // --------------------------------------------------------------------------------------------------------------------
-// Numbers, vectors, threads
+// Numbers and threads
 
-// A register of floats. GCC's and Clang's vector extension works lane by lane. The matmul's microkernel keeps ROWS × NV
-// vectors of sums in registers: with NV vectors of B and one broadcast element of A they fill the register file, and
-// ROWS·NV is more than latency times throughput of a fused multiply-add.
-#if defined(__AVX512F__)                     // 32 registers of 16 floats
-constexpr int LANES = 16, ROWS = 14, NV = 2;
-#elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
-constexpr int LANES = 8, ROWS = 6, NV = 2;
-#elif defined(__ARM_NEON)                    // 32 registers of 4
-constexpr int LANES = 4, ROWS = 8, NV = 3;
-#else                                        // x86-64 at its plainest: 16 registers of 4
-constexpr int LANES = 4, ROWS = 4, NV = 2;
-#endif
-constexpr size_t CACHE_LINE = 16;            // floats
-typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
-typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t bits_vec __attribute__((vector_size(LANES * 4)));
-typedef uint16_t half_vec __attribute__((vector_size(LANES * 2)));
-
-static inline vec load(const float* p) { return *(const unaligned_vec*)p; }
-static inline vec load(const bf16* p) {
-    half_vec halves;
-    memcpy(&halves, p, sizeof halves);
-    return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
-}
-static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
+constexpr size_t CACHE_LINE = 16;  // floats
 
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r, in plain arithmetic that compilers
 // vectorise. Relative error below 2^-23 for -87 ≤ x ≤ 88; 0 below, the value at 88 above; NaN stays NaN.
@@ -3020,7 +3018,7 @@ static inline float exp_approx(float x) {
 
 template <class X>
 static float maximum(const X* x, size_t n) {
-    constexpr size_t SEVERAL = 32;  // running maxima: few compilers make vectors of a single one
+    constexpr size_t SEVERAL = 32;  // running maxima: few compilers vectorize a single one
     float maxima[SEVERAL], max = -INFINITY;
     std::fill_n(maxima, SEVERAL, -INFINITY);
     size_t i = 0;
@@ -3261,7 +3259,8 @@ static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const 
     for (size_t r = 0; r < rows; r++) layernorm_normalize(y + r * C, x + r * C, w, b, mean[r], rstd[r], C);
 }
 
-// With g = dy w, the gradient of n: n depends on x directly, through the mean, and through rstd,
+// Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd (δ_ij: 1 if i =
+// j, else 0):
 //     ∂n_j/∂x_i = rstd (δ_ij - 1/C - n_i n_j/C),
 // since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (variance + eps)^-½). Summed over j with
 // g_j:
@@ -3327,7 +3326,8 @@ static Rows<X> rows_of(const Heads<X>& heads, size_t b, size_t h) {
     return {heads.at(b, h, 0), heads.row};
 }
 
-// The plain version, in four passes over the keys j ≤ i of each query i. o (T, HS), p (T, T)
+// The plain version, which the tests hold the fast ones against: four passes over the keys j ≤ i of each query i.
+// o (T, HS) and p (T, T) =; p_ij with j > i is neither written nor read.
 template <class Sum, class X>
 static void attention_plain_forward(Sum* o, Sum* p, Rows<const X> q, Rows<const X> k, Rows<const X> v, size_t T,
                                     size_t HS) {
@@ -3450,7 +3450,7 @@ static void skip_backward(X* dqkv, const float* own, const float* above, const C
 
 template <class X>
 static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const X> q, Heads<const X> k,
-                          ptrdiff_t layer, const DepthSources& sources, const AttentionShape& shape) {
+                          ptrdiff_t layer_stride, const DepthSources& sources, const AttentionShape& shape) {
     const size_t NH = shape.NH, HS = shape.HS, queries = shape.queries, rows = shape.B * queries, S = sources.count();
     const float scale = 1.0f / sqrtf(HS);
 #pragma omp parallel for schedule(static) if (rows > 1)
@@ -3463,14 +3463,14 @@ static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const
             float* a_l = a + r * (S + 1) * NH + h;     // (S + 1), NH apart; of the layer itself last
             float max = a_l[S * NH] = scale * dot(q_l, k_l, HS), sum = 0;
             for (size_t n = 0; n < S; n++) {
-                a_l[n * NH] = scale * dot(q_l, k_l + layer * (sources[n] - sources.l), HS);
+                a_l[n * NH] = scale * dot(q_l, k_l + layer_stride * (sources[n] - sources.l), HS);
                 max = std::max(max, a_l[n * NH]);
             }
             for (size_t n = 0; n <= S; n++) sum += a_l[n * NH] = exp_approx(a_l[n * NH] - max);
             for (size_t n = 0; n <= S; n++) a_l[n * NH] /= sum;
             for (size_t d = 0; d < HS; d++) mixed[d] = a_l[S * NH] * v_l[d];
             for (size_t n = 0; n < S; n++) {
-                const X* v_j = v_l + layer * (sources[n] - sources.l);
+                const X* v_j = v_l + layer_stride * (sources[n] - sources.l);
                 const float a_j = a_l[n * NH];
                 for (size_t d = 0; d < HS; d++) mixed[d] += a_j * v_j[d];
             }
@@ -3481,7 +3481,7 @@ static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const
 
 template <class X>
 static void depth_backward(const Workspace& ws, X* dqkv, const float* dkv, float* ds, const float* a, X* qkv,
-                           ptrdiff_t layer, const Config& c, int l, size_t rows) {
+                           ptrdiff_t layer_stride, const Config& c, int l, size_t rows) {
     const size_t C = c.C, NH = c.NH, HS = c.head_size();
     const DepthSources sources = depth_sources(c, l);
     const size_t S = sources.count();
@@ -3495,14 +3495,15 @@ static void depth_backward(const Workspace& ws, X* dqkv, const float* dkv, float
             const float *a_m = a, *ds_m = ds;
             std::copy_n(dkv + r * 2 * C + h * HS, HS, dk);
             std::copy_n(dkv + r * 2 * C + C + h * HS, HS, dv);
-            // Gather: dk_l += Σ_m ds_{m,l} q_m/√HS, dṽ_l += Σ_m a_{m,l} dṽ_m
+            // Gather: dk_l += Σ_m ds_{m,l} q_m/√HS, dṽ_l += Σ_m a_{m,l} dṽ_m. Layer m's a and ds follow layer
+            // m-1's; layer 0 has none.
             for (int m = l + 1, previous = S; m <= last; m++) {
                 const DepthSources of_m = depth_sources(c, m);
                 const size_t n = of_m.index(l), S_m = of_m.count();
                 if (m > 1) a_m += depth_slot(rows, previous + 1, NH), ds_m += depth_slot(rows, previous, NH);
                 previous = S_m;
                 const float a_ml = a_m[(r * (S_m + 1) + n) * NH + h], ds_ml = scale * ds_m[(r * S_m + n) * NH + h];
-                const X *q_m = qkv + layer * (m - l) + at_q, *dv_m = qkv + layer * (m - l) + at_v;
+                const X *q_m = qkv + layer_stride * (m - l) + at_q, *dv_m = qkv + layer_stride * (m - l) + at_v;
                 for (size_t i = 0; i < HS; i++) dk[i] += ds_ml * q_m[i];
                 for (size_t i = 0; i < HS; i++) dv[i] += a_ml * dv_m[i];
             }
@@ -3516,7 +3517,7 @@ static void depth_backward(const Workspace& ws, X* dqkv, const float* dkv, float
                 float ds_own = 0;
                 std::copy_n(dqkv + at_q, HS, dq);
                 for (size_t n = 0; n < S; n++) {
-                    const X *k_j = qkv + layer * (sources[n] - l) + at_k, *v_j = k_j + C;
+                    const X *k_j = qkv + layer_stride * (sources[n] - l) + at_k, *v_j = k_j + C;
                     const float ds_j = a_l[n * NH] * (dot(dv, v_j, HS) - delta);
                     ds[(r * S + n) * NH + h] = ds_j;
                     ds_own -= ds_j;
@@ -3551,8 +3552,8 @@ static void cache_append(Heads<X> k, Heads<X> v, Heads<const X> new_k, Heads<con
 // Classifier: logits = x wteᵀ, loss = -log softmax(logits)[target]
 //
 // A few hundred tokens at a time (classifier_rows) go all the way to the gradients of x and wte, so logits for all B·T
-// tokens never exist at once. With p = softmax(logits), loss = log Σ e^logit - logit_target, so dlogits = p -
-// 1[target]. Columns from V to Vp are never computed: they get no probability, and their rows of wte no gradient.
+// tokens never exist at once. With p = softmax(logits), loss = log Σ e^logit - logit_target, so dlogits = p, less 1 at
+// the target. Columns from V to Vp are never computed: they get no probability, and their rows of wte no gradient.
 
 // One token: returns its loss; with gradient_scale ≠ 0, logits (V) become gradient_scale · dlogits.
 template <class X>
@@ -3621,8 +3622,9 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
     results.gradient_scale = clip > 0 && results.norm > clip ? (float)(clip / results.norm) : 1.0f;
 }
 
-// m = β1 m + (1-β1) g, v = β2 v + (1-β2) g²: means of g and g², but for a factor 1-β^step, since both start at 0. With
-// it divided out, w -= lr (m̂/(√v̂ + eps) + decay w)   (Loshchilov and Hutter, arXiv 1711.05101).
+// g is the clipped gradient. m = β1 m + (1-β1) g and v = β2 v + (1-β2) g² are moving averages of g and g². As both
+// start at 0, they are too small by the factors 1-β1^step and 1-β2^step; m̂ and v̂ are m and v divided by these. Then w
+// -= lr (m̂/(√v̂ + eps) + decay w)   (Loshchilov and Hutter, arXiv 1711.05101).
 template <class X>
 static void adamw_update(X* working, float* w, float* m, float* v, const float* gradient, size_t n, const AdamW& a,
                          float decay, const Results& results, int step) {
@@ -3660,9 +3662,34 @@ static StepResults read_results(Results& results) { return results; }
 //       up MR × NR of C in registers, over all of K.
 //     - The finished MR rows of the block go through `store_row` while in L1: bias, GELU, residual and the like cost no
 //       pass over memory.
-// The books also block K, so that B's panels fit a cache however long K is. Here K is never long enough for this to
-// pay: sums of C would go in and out of registers once a block, and need room in L2.
+// Both also block K, so that B's panels fit a cache however long K is. Here K is never long enough for this to pay: for
+// each block of K, the sums of C would be read and written once more, and need room in L2.
 // Each element is summed over k in one order, which depends on the sizes alone, never on the number of threads.
+
+// A register of floats. GCC's and Clang's vector extension works lane by lane. The matmul's microkernel keeps ROWS × NV
+// vectors of sums in registers: with NV vectors of B and one broadcast element of A they fill the register file, and
+// ROWS·NV is more than latency times throughput of a fused multiply-add.
+#if defined(__AVX512F__)                     // 32 registers of 16 floats
+constexpr int LANES = 16, ROWS = 14, NV = 2;
+#elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
+constexpr int LANES = 8, ROWS = 6, NV = 2;
+#elif defined(__ARM_NEON)                    // 32 registers of 4
+constexpr int LANES = 4, ROWS = 8, NV = 3;
+#else                                        // x86-64 at its plainest: 16 registers of 4
+constexpr int LANES = 4, ROWS = 4, NV = 2;
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
+typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t bits_vec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t half_vec __attribute__((vector_size(LANES * 2)));
+
+static inline vec load(const float* p) { return *(const unaligned_vec*)p; }
+static inline vec load(const bf16* p) {
+    half_vec halves;
+    memcpy(&halves, p, sizeof halves);
+    return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
+}
+static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
 
 // A cell is four bytes of a packed panel, what the microkernel multiplies in one step: a float, or two neighbours along
 // k if the processor multiplies pairs of bf16. On other processors bf16 is converted to float when it is packed.
@@ -4016,8 +4043,10 @@ static size_t matmul_local_size(size_t K) {
 // A new tile may raise max to max'. As e^(s - max') = e^(s - max) e^(max - max'), sum and o are first scaled by
 // e^(max - max'), as if max' had been used from the start; then the tile's own terms are added. At the end softmax(s) v
 // is o/sum, and the log-sum-exp lse = max + log(sum) is all that backward needs: p_j = e^(s_j - lse).
+// In the code s is q·k alone: the factor scale = 1/√HS enters at the exponential, p_j = e^(scale·s_j - lse), and in
+// backward is already part of ds.
 
-template <class X> constexpr size_t KEYS = 8 * MR<X>;
+template <class X> constexpr size_t KEYS = 8 * MR<X>;  // a tile of scores is 8 panels of keys high
 
 // A thread's scratch memory for one head of T keys, laid out from `local` on. Panels are operands of the microkernel:
 // A operands lie in panels of MR rows, B operands in panels of NR columns.
@@ -4025,14 +4054,14 @@ template <class X>
 struct HeadScratch {
     Cell<X>*k_panels, *vT_panels;           // A: k (T, HS), vᵀ (HS, T)
     Cell<X>* q_panel;                       // B: qᵀ (HS, NR queries)
-    float* s;                               // sᵀ (KEYS, NR)
+    float* s;                               // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
     X* p;                                   // pᵀ or dsᵀ (KEYS, NR), rounded to X for a product ...
     Cell<X>* p_rows;                        // ... and packed as B, for a sum over keys
     float* oT;                              // (HS, NR)
     // In backward, also
     Cell<X>*v_panels, *kT_panels;           // A: v (T, HS), kᵀ (HS, T)
     Cell<X>*do_panel, *q_rows, *do_rows;    // B: doᵀ (HS, NR queries); q, do (NR queries, HS)
-    float* ds;                              // (KEYS, NR)
+    float* ds;                              // dpᵀ, then scale·dsᵀ (KEYS, NR)
     Cell<X>* p_panels;                      // p packed as A, for a sum over queries
     float *dqT, *dk_sum, *dv_sum;           // (HS, NR); (T, HS), rows of round_up(HS, NR)
     size_t size = 0;                        // floats in all
@@ -4159,7 +4188,8 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
     }
 }
 
-// Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, so the sum over a whole row takes no second pass.
+// Tile by tile, p is computed again from lse. The sum in ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij') runs over a whole
+// row, but equals do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, which is known before.
 template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
                                     Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
@@ -4175,7 +4205,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
 
     for (size_t i0 = 0; i0 < T; i0 += NR) {
         size_t n = std::min<size_t>(T - i0, NR), visible = i0 + n;
-        float row_lse[NR] = {}, delta[NR] = {};  // lanes past the last query stay 0, like their rows of q and do
+        float row_lse[NR] = {}, delta[NR] = {};  // past the last query p is 1, but q and do are 0 there
         for (size_t i = 0; i < n; i++) {
             row_lse[i] = lse[i0 + i];
             delta[i] = dot(dout[i0 + i], o[i0 + i], HS);
