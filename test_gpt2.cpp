@@ -134,7 +134,7 @@ static void check_rounding(const std::string& path, const Config& c, int B, int 
     Model* models[2];
     std::vector<float> result[2], near(P);
     for (int p : {FP32, BF16}) {
-        models[p] = model_create(c, (Precision)p, {.B = B, .T = T, .train = true});
+        models[p] = model_create(c, p, {.B = B, .T = T, .train = true});
         model_set_inputs(models[p], x.data(), y.data());
         result[p].resize(results);
     }
@@ -291,7 +291,8 @@ static std::string name_of(const Config& c) {
     if (c.attention == SKIP)
         return format("skip, L %d, distance %d, %d of %d heads", c.L, c.skip_distance, c.skip_heads, c.NH);
     if (c.attention == DEPTH) return format("depth, L %d, stride %d, window %d", c.L, c.depth_stride, c.depth_window);
-    return c.L == 1 ? format("vanilla, V %d, C %d", c.V, c.C) : attention_names[c.attention];
+    const char* name = attention_names[c.attention];
+    return c.L == 1 ? format("%s, V %d, C %d", name, c.V, c.C) : name;
 }
 
 static std::vector<float> random_parameters(const Config& c, uint64_t seed) {
@@ -320,7 +321,7 @@ struct Batch {
         : B(b), T(t), x(random_tokens(b * t, c.V, 1)), y(random_tokens(b * t, c.V, 2)) {}
 };
 
-static Model* random_model(const Config& c, Precision precision, const Workload& work) {
+static Model* random_model(const Config& c, int precision, const Workload& work) {
     Model* m = model_create(c, precision, work);
     std::vector<float> p = random_parameters(c, 3);
     model_put(m, PARAMETERS, 0, p.size(), p.data());
@@ -347,8 +348,8 @@ static std::vector<float> everything(const Config& c, Precision precision, const
     }
     for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, tensors + q * P);
     std::vector<int> tokens = random_tokens(sequences * prompt, c.V, 4);
-    model_prompt(m, tokens.data(), prompt, logits);
-    for (int i = 1; i <= decoded; i++) model_decode(m, tokens.data() + i, logits + i * sequences * c.V);
+    model_prefill(m, tokens.data(), prompt, logits);
+    for (int i = 1; i <= decoded; i++) model_prefill(m, tokens.data() + i, 1, logits + i * sequences * c.V);
     model_free(m);
     return all;
 }
@@ -539,7 +540,7 @@ static void test_head_sizes(const std::vector<int>& sizes, const std::vector<int
                 std::vector<float> gradients[2];
                 for (int p : {BF16, FP32}) {
                     gradients[p].resize(P);
-                    Model* m = random_model(c, (Precision)p, {.B = B, .T = T, .train = true});
+                    Model* m = random_model(c, p, {.B = B, .T = T, .train = true});
                     model_set_inputs(m, batch.x.data(), batch.y.data());
                     model_forward(m, true, 1);
                     model_backward(m);
@@ -658,8 +659,7 @@ static void check_decoding(const Config& c, Precision precision, const std::vect
         for (int t = 0, n; t < (piece == 1 ? T : std::min(T, 3 * piece + 10)); t += n) {
             n = t < 3 * piece && t + piece <= T ? piece : 1;
             for (int b = 0; b < 2; b++) std::copy_n(batch.x.data() + b * T + t, n, tokens.data() + b * n);
-            if (n == 1) model_decode(m, tokens.data(), last.data());
-            else model_prompt(m, tokens.data(), n, last.data());
+            model_prefill(m, tokens.data(), n, last.data());
             for (size_t b = 0; b < 2; b++)
                 for (size_t v = 0, at = (b * T + t + n - 1) * V; v < V; v++, at++) {
                     double difference = last[b * V + v] - expected[at];
@@ -709,9 +709,9 @@ static void test_memory() {
                                   {.B = 1, .T = 5, .train = true, .sequences = 1}, {.sequences = 3}}) {
                 Config small = small_config(attention);
                 size_t before = device_free_memory();
-                Model* m = model_create(small, (Precision)precision, work);
+                Model* m = model_create(small, precision, work);
                 size_t taken = before - device_free_memory();
-                equal = equal && taken == model_memory(small, (Precision)precision, work).total();
+                equal = equal && taken == model_memory(small, precision, work).total();
                 model_free(m);
                 equal = equal && device_free_memory() == before;
             }
@@ -737,8 +737,8 @@ static void test_allocations(Precision precision) {
             model_forward(m, true, 1);
             model_backward(m);
             model_update(m, test_adamw, 1, 1);
-            model_prompt(m, batch.x.data(), 17, logits.data());
-            model_decode(m, batch.x.data(), logits.data());
+            model_prefill(m, batch.x.data(), 17, logits.data());
+            model_prefill(m, batch.x.data(), 1, logits.data());
             times += allocations;
             steady = steady || device_free_memory() == free_before;
         }
@@ -960,8 +960,13 @@ static void test_classifier(const char* type, double tolerance) {
         std::vector<int> targets = random_tokens(rows, (int)V, 5);
         for (X& w : wte) w = (float)w / sqrtf(C);  // so that logits are about 1
         std::vector<float> losses(rows, NAN), dwte(Vp * C, NAN);
-        classifier(space.ws, losses.data(), dx.data(), dwte.data(), logits.data(), x.data(), wte.data(), targets.data(),
-                   rows, C, V, Vp, (float)gradient_scale, false);
+        ModelOf<X> m = {};  // as much of it as the classifier uses; wte is its only tensor
+        m.config = {.V = (int)V, .Vp = (int)Vp, .C = (int)C};
+        m.work = {.B = (int)rows, .T = 1, .train = true};
+        m.ws = space.ws;
+        m.inputs.y = targets.data(), m.weights = wte.data(), m.gradients = dwte.data();
+        m.losses = losses.data(), m.dln = dx.data(), m.logits = logits.data();
+        classifier(m, x.data(), (float)gradient_scale);
         std::vector<double> p(V), rlosses(rows), rdx(rows * C, 0.0), rdwte(V * C, 0.0);
         for (size_t r = 0; r < rows; r++) {
             double sum = 0;
@@ -970,7 +975,10 @@ static void test_classifier(const char* type, double tolerance) {
                 for (size_t i = 0; i < C; i++) p[v] += (double)x[r * C + i] * wte[v * C + i];
             }
             double logit_y = p[targets[r]];
-            for (double& e : p) sum += e = exp(e);
+            for (double& e : p) {
+                e = exp(e);
+                sum += e;
+            }
             rlosses[r] = log(sum) - logit_y;
             for (double& e : p) e /= sum;
             p[targets[r]] -= 1;
@@ -1048,7 +1056,7 @@ int main(int argc, char** argv) {
 #ifdef GPT2_CUDA
         fuses = false;
 #else
-        token_slab = 16, vocabulary_slab = 32;
+        token_chunk = 16, vocabulary_chunk = 32;
 #endif
         check_all(NEVER);
 #ifdef GPT2_CUDA
@@ -1075,7 +1083,7 @@ int main(int argc, char** argv) {
             test_decoding(precision);
             test_allocations(precision);
         }
-        test_head_sizes({SMALL_HEAD == 8 ? 8 : 15, 24, 64, 128}, {1, 17, 64, 65, 161});
+        test_head_sizes({SMALL_HEAD == 8 ? 8 : 15, 24, 64, 128, 200}, {1, 17, 64, 65, 161});
         test_finite_differences(settings(), EMULATED ? 6 : 1);
         test_finite_differences(wide_settings());
         test_memory();

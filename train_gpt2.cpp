@@ -8,12 +8,9 @@ attentions that share the same sixteen parameter tensors:
     skip      in some heads, queries attend to the keys and values of an earlier layer           arXiv 2406.11274
     depth     each value is first mixed with the values of earlier layers at the same token      arXiv 2606.05014
 
-It is not a framework: there is no automatic differentiation, no class for arrays with shapes, and no dependency but
+It is not a framework: it has no automatic differentiation, no class for arrays with shapes, and no dependency but
 OpenMP. data_prep/prepare.py turns text into tokens. train_gpt2.cu is the same program on a GPU: it includes this file
-and replaces section 4.
-
-    make && ./train_gpt2 --help
-    ./train_gpt2 train --train 'data/train_*.bin' --val 'data/val_*.bin' --out run
+and replaces section 4. `make && ./train_gpt2 --help` shows what it can do.
 
 How to read it. These functions, in this order, are GPT-2 and its training. § is the section that they are in.
      1  forward                                    §2   the whole model: a transformer block is seven calls
@@ -26,8 +23,7 @@ How to read it. These functions, in this order, are GPT-2 and its training. § i
      8  classifier                                 §4   cross-entropy and its gradient, without holding all logits
      9  adamw_update                               §4   the optimizer
     10  train_steps                                §3   the training loop
-Under the two banners "What makes the layers fast" stand the matmul and the attention that the program really uses. They
-compute the same as matmul_plain and attention_plain.
+The program uses a faster matmul and attention than the plain ones: "What makes the layers fast" in section 4.
 
 Contents
      1  utilities
@@ -153,18 +149,23 @@ static const char* const precision_names[] = {"fp32", "bf16"};
 struct Workload {
     int B = 0, T = 0;        // shape of the batches that model_forward takes; 0: none
     bool train = false;      // allocate gradients and AdamW's moments, keep activations for backward
-    int sequences = 0;       // number of KV caches, each for maxT tokens, for model_prompt and model_decode; 0: none
+    int sequences = 0;       // number of KV caches, each for maxT tokens, that model_prefill fills; 0: none
     bool recompute = false;  // training: compute LayerNorm and GELU outputs again in backward instead of keeping them
+
+    size_t tokens() const { return (size_t)B * T; }
 };
 
 struct AdamW {
     float lr, beta1, beta2, eps, weight_decay;
 };
 
+// min(1, clip/norm); clip 0: no limit
+constexpr float clip_scale(double norm, float clip) { return clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f; }
+
 // What a training step gives back.
 struct StepResults {
     double loss_sum = 0, norm = 0;  // sum of the tokens' losses; norm of all gradients
-    float gradient_scale = 1;       // min(1, clip/norm)
+    float gradient_scale = 1;       // by clip_scale
 };
 
 // The types and constants that a backend supplies, here for a CPU. train_gpt2.cu defines its own before it includes
@@ -184,6 +185,9 @@ struct bf16 {
 
 constexpr size_t SLOT_ALIGNMENT = 32;      // in elements: 64 bytes, a cache line, of bf16
 constexpr bool ALWAYS_RECOMPUTES = true;  // on a CPU, computing LayerNorm and GELU again is cheaper than keeping them
+constexpr bool COMPUTES_PADDING = false;  // logits of the vocabulary's padding: not on a CPU
+constexpr size_t CLASSIFIER_LOGITS = 1 << 22;  // logits at a time: 16 MB in fp32
+static size_t vocabulary_chunk = 4096;    // the classifier's dx is a sum over chunks that fit matmul's packed buffer
 
 struct Inputs {
     int *x, *y;  // (B, T) tokens and targets
@@ -198,7 +202,7 @@ struct Workspace {
     size_t local_size;
     float* partial;    // layernorm_backward: sums over chunks of tokens
     double* squares;   // global_norm: sums over chunks of gradients
-    float* dx_sum;     // linear_backward_input, in pieces: (rows, C)
+    float* dx_sum;     // linear_backward_input, chunk by chunk: (rows, C)
 };
 #endif
 
@@ -225,7 +229,7 @@ using TensorTable = std::array<Tensor, TENSORS>;
 static TensorTable tensor_table(const Config& c) {
     size_t L = c.L, C = c.C, one = 1;
     double w = 0.02, residual = 0.02 / sqrt(2.0 * c.L);  // the 2L projections into the residual stream start smaller
-    TensorTable t = {{
+    TensorTable t = {{  // name, layers, rows, cols, mean, deviation, decays
         {"wte", one, (size_t)c.Vp, C, 0, w, true},       // token embedding and, transposed, the classifier
         {"wpe", one, (size_t)c.maxT, C, 0, w, true},     // position embedding
         {"ln1w", L, C, one, 1, 0, false},
@@ -250,17 +254,25 @@ static TensorTable tensor_table(const Config& c) {
     return t;
 }
 
+static size_t allocated_parameters(const TensorTable& t) { return t[LNFB].place + t[LNFB].stride(); }
+
 static size_t parameter_count(const Config& c) {
-    const Tensor last = tensor_table(c)[TENSORS - 1];
+    const Tensor last = tensor_table(c)[LNFB];
     return last.offset + last.size();
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// What a backend supplies: layers and device functions
+// What a backend supplies: the layers
 //
 // Section 4 defines these functions for a CPU, train_gpt2.cu for a GPU. Arguments are outputs, inputs, sizes. An output
-// is written (=) unless `add` is true: then it is added to (+=). Weight gradients are float, all other arrays are X,
-// where not stated otherwise. Pointers are to the device's memory; calls may be asynchronous, in order.
+// is written (=) unless `add` is true: then it is added to (+=). It overlaps no input unless this is said. Weight
+// gradients are float, all other arrays are X, where not stated otherwise. Pointers are to the device's memory; calls
+// may be asynchronous, in order.
+//
+// A slot begins at a multiple of SLOT_ALIGNMENT elements; a row, a head or a range of columns begins at a multiple of
+// the head size. Vp is a multiple of 128. Gradients start as 0, and what no function writes stays 0: gaps between
+// slots, positions from T on, rows of qkvw and qkvb that are not live, rows of wte from V on. Without training,
+// gradients and what backward needs (lse, h, mean, rstd, a) may be null.
 
 // Where an array has the HS channels of each head: at(b, h, t) points to those of sequence b, head h, position t.
 template <class X>
@@ -292,8 +304,6 @@ struct AttentionShape {
     int queries, before;  // query i is at position before + i; there are before + queries keys
 };
 
-struct DepthSources;  // which layers depth mixes
-
 // x (B, T, C) = wte[token] + wpe[t]. Decoding passes wpe from its first position on.
 template <class X> static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wpe, size_t B,
                                                  size_t T, size_t C);
@@ -312,7 +322,7 @@ template <class X> static void layernorm_backward(const Workspace&, X* dx, float
                                                   const X* x, const X* w, const float* mean, const float* rstd,
                                                   size_t rows, size_t C, bool add_dx, bool add);
 
-// y (rows, OC) = x (rows, C) wᵀ + b. Rows of y begin ldy elements apart.
+// y (rows, OC) = x (rows, C) wᵀ + b, or without b if it is null. Rows of y begin ldy elements apart.
 template <class X> static void linear_forward(const Workspace&, X* y, const X* x, const X* w, const X* b, size_t rows,
                                               size_t C, size_t OC, size_t ldy);
 // y = residual + x wᵀ + b. y may be residual.
@@ -321,8 +331,9 @@ template <class X> static void linear_residual_forward(const Workspace&, X* y, c
 // h = x wᵀ + b, unless h is null; y = gelu(x wᵀ + b)
 template <class X> static void linear_gelu_forward(const Workspace&, X* y, X* h, const X* x, const X* w, const X* b,
                                                    size_t rows, size_t C, size_t OC);
-// dx (rows, C) = dy (rows, OC) w. Rows of dy begin lddy elements apart. If dy and w come piece by piece, each
-// a range of the OC columns of dy, the first call begins a sum in fp32 and the last one writes it to dx.
+// dx (rows, C) = dy (rows, OC) w. Rows of dy begin lddy elements apart. If dy and w come in chunks, each a range
+// of the OC columns of dy, the first call begins a sum in fp32 and the last one writes it to dx; other
+// layers may be called in between.
 template <class X> static void linear_backward_input(const Workspace&, X* dx, const X* dy, const X* w, size_t rows,
                                                      size_t C, size_t OC, size_t lddy, bool first = true,
                                                      bool last = true);
@@ -335,12 +346,12 @@ template <class X> static void linear_backward_weight(const Workspace&, float* d
 
 // o = softmax(causal(q kᵀ/√HS)) v in each head; lse (B, NH, queries): float, the scores' log-sum-exp, or null
 template <class X> static void attention_forward(const Workspace&, Heads<X> o, float* lse, Heads<const X> q,
-                                                 const KeysValues<const X>&, const AttentionShape&);
+                                                 const KeysValues<const X>& kv, const AttentionShape&);
 // dq, dk, dv =. DKV, the type of dk and dv, is X or float. dk and dv of skipping heads go to the layer below's.
 // `before` is 0.
-template <class X, class DKV> static void attention_backward(const Workspace&, Heads<X> dq, const KeysValues<DKV>&,
+template <class X, class DKV> static void attention_backward(const Workspace&, Heads<X> dq, const KeysValues<DKV>& dkv,
                                                              Heads<const X> dout, Heads<const X> o, const float* lse,
-                                                             Heads<const X> q, const KeysValues<const X>&,
+                                                             Heads<const X> q, const KeysValues<const X>& kv,
                                                              const AttentionShape&);
 // dk, dv of layer l in dqkv (rows, 3C) = the sum of the shares of two layers, float (rows, 2C) each. own: layer l's, in
 // the heads that do not skip in layer l. above: layer l + n_l's, in heads h < n_h, or null. Heads without a share are
@@ -348,9 +359,9 @@ template <class X, class DKV> static void attention_backward(const Workspace&, H
 template <class X> static void skip_backward(X* dqkv, const float* own, const float* above, const Config&, int l,
                                              size_t rows);
 // v = ṽ, in place; a (B, queries, |S|+1, NH): float =. v and k are layer l's; those of layer j lie (j - l)·layer_stride
-// elements from them.
+// elements from them. l ≥ 1.
 template <class X> static void depth_forward(const Workspace&, Heads<X> v, float* a, Heads<const X> q,
-                                             Heads<const X> k, ptrdiff_t layer_stride, const DepthSources&,
+                                             Heads<const X> k, ptrdiff_t layer_stride, const Config&, int l,
                                              const AttentionShape&);
 // dqkv (rows, 3C): dq +=, dk and dv =. dkv (rows, 2C), float: the dk and dṽ that attention_backward left. qkv is layer
 // l's, and dṽ_l takes the place of ṽ_l in it; layer j's lies (j - l)·layer_stride elements from it. ds (rows, |S|, NH)
@@ -361,45 +372,25 @@ template <class X> static void depth_backward(const Workspace&, X* dqkv, const f
 template <class X> static void cache_append(Heads<X> k, Heads<X> v, Heads<const X> new_k, Heads<const X> new_v,
                                             int first_head, const AttentionShape&);
 
-// losses (rows): float, -log softmax(x wteᵀ)[target]. Unless gradient_scale is 0: dx = and dwte = or +=, the gradients
-// of gradient_scale · Σ losses. logits (classifier_rows, Vp) is scratch.
-template <class X> static void classifier(const Workspace&, float* losses, X* dx, float* dwte, X* logits, const X* x,
-                                          const X* wte, const int* targets, size_t rows, size_t C, size_t V, size_t Vp,
-                                          float gradient_scale, bool add);
+// losses (rows): float, = -log softmax(logits)[target] over the first V columns of logits (rows, Vp). Unless
+// gradient_scale is 0: logits = the gradients of gradient_scale · Σ losses, 0 in columns that are computed padding
+template <class X> static void softmax_cross_entropy(float* losses, X* logits, const int* targets, size_t rows,
+                                                     size_t V, size_t Vp, float gradient_scale);
 // logits (rows, V), in the host's memory, = x wteᵀ in fp32. Synchronizes.
 template <class X> static void logits_forward(const Workspace&, float* logits, const X* x, const X* wte, size_t rows,
                                               size_t C, size_t V, size_t Vp);
 
 // loss_sum = or += Σ losses (n)
 static void sum_losses(Results&, const float* losses, size_t n, bool add);
-// norm of g (n) and gradient_scale = min(1, clip/norm), or 1 if clip is 0
+// norm of g (n), and gradient_scale = clip_scale(norm, clip)
 static void global_norm(const Workspace&, Results&, const float* g, size_t n, float clip);
-// One AdamW step (step 1 is the first) of w, m, v (n) with gradients gradient_scale · g; then working = w rounded to X
+// One AdamW step of w, m, v (n) with gradients gradient_scale · g; then working = w rounded to X. The corrections are
+// 1/(1-β1^step) and 1/(1-β2^step).
 template <class X> static void adamw_update(X* working, float* w, float* m, float* v, const float* g, size_t n,
-                                            const AdamW&, float decay, const Results&, int step);
+                                            const AdamW&, float decay, const Results&, float m_correction,
+                                            float v_correction);
 template <class X> static void round_weights(X* working, const float* w, size_t n);  // working = w rounded to X
 static StepResults read_results(Results&);                                           // synchronizes
-
-// The device. device_init is called first, and exits if there is no device that this binary can use. (A CPU's
-// instruction set is checked even before main.) If `computes` is false, only model_memory will be used.
-struct Allocator;
-static void device_init(char** argv, bool computes = true);
-static std::string device_name();               // "2 threads, AVX-512"
-static Precision device_precision();            // the default for --precision
-static const char* device_help();               // how the user chooses threads or the GPU
-static size_t device_free_memory();             // bytes that can still be allocated
-static bool device_is_host();                   // model memory is host memory
-static void device_check(const Config&, const Workload&);    // exits if the device cannot run such a model
-static void* device_allocate(size_t bytes, bool zero);       // exits if there is not enough
-static void device_free(void*);
-template <class F> static void host_parallel_for(size_t n, F f);  // calls f(0) ... f(n - 1), on the host's threads
-static void copy_to_device(void* to, const void* from, size_t bytes);  // these two synchronize
-static void copy_to_host(void* to, const void* from, size_t bytes);
-template <class X> static void backend_create(Allocator&, Workspace&, Inputs&, Results&, const Config&,
-                                              const Workload&);
-static void backend_free(Inputs&, Results&);
-// Copies x and y (BT) into inputs; overlaps with the step under way.
-static void set_inputs(Inputs&, const int* x, const int* y, size_t BT, size_t V);
 
 // --------------------------------------------------------------------------------------------------------------------
 // What a model holds
@@ -418,6 +409,9 @@ struct Memory {  // bytes
     size_t total() const { return parameters + gradients + moments + activations + cache + scratch; }
 };
 
+static void* device_allocate(size_t bytes, bool zero);  // these two are a backend's; exits if there is not enough
+static void copy_to_device(void* to, const void* from, size_t bytes);  // synchronizes
+
 // Gives a model its memory and counts it.
 struct Allocator {
     bool dry;  // only count
@@ -429,7 +423,9 @@ struct Allocator {
         p = nullptr;
         if (n == 0) return;
         memory.*purpose += n * sizeof(T);
-        if (!dry) blocks.push_back(p = (T*)device_allocate(n * sizeof(T), zero));
+        if (dry) return;
+        p = (T*)device_allocate(n * sizeof(T), zero);
+        blocks.push_back(p);
     }
     template <class T>
     void take(Slots<T>& slots, size_t count, size_t n, size_t Memory::*purpose) {
@@ -442,7 +438,7 @@ struct Allocator {
 // The part of a model that does not depend on the type of weights and activations
 struct Model {
     Config config;
-    Precision precision;
+    int precision;  // FP32 or BF16
     Workload work;
     TensorTable tensors;
     Allocator allocator;
@@ -525,8 +521,7 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const int last = 2 * c.L;
     layernorm_forward(m.ln[last], m.ln_mean[last], m.ln_rstd[last], m.residual[last], m.weight(LNFW), m.weight(LNFB),
                       BT, C);
-    classifier(ws, m.losses, m.dln, m.gradient(WTE), m.logits, m.ln[last], m.weight(WTE), m.inputs.y, BT, C, c.V, c.Vp,
-               train ? loss_scale / BT : 0, m.accumulated > 0);
+    classifier(m, m.ln[last], train ? loss_scale / BT : 0);
     sum_losses(m.results, m.losses, BT, m.loss_count > 0);
     m.loss_count += BT;
 }
@@ -583,13 +578,49 @@ static void backward(ModelOf<X>& m) {
 // AdamW, with gradients scaled by min(1, clip/norm). Step 1 is the first.
 template <class X>
 static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
-    const Tensor& last = m.tensors[TENSORS - 1];
-    global_norm(m.ws, m.results, m.gradients, last.place + last.stride(), clip);  // gaps between layers hold 0
+    const float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
+    const float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
+    global_norm(m.ws, m.results, m.gradients, allocated_parameters(m.tensors), clip);  // gaps between layers hold 0
     for (const Tensor& t : m.tensors)
         adamw_update(m.weights + t.place, m.parameters + t.place, m.moment1 + t.place, m.moment2 + t.place,
                      m.gradients + t.place, t.layers * t.stride(), a, t.decays ? a.weight_decay : 0.0f, m.results,
-                     step);
+                     m_correction, v_correction);
     m.accumulated = 0;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Classifier: logits = x wteᵀ, loss = -log softmax(logits)[target]
+//
+// A few hundred tokens at a time (classifier_rows) go all the way to the gradients of x and wte, so logits for all B·T
+// tokens never exist at once. With p = softmax(logits), loss = log Σ e^logit - logit_target, so dlogits = p, less 1 at
+// the target. The vocabulary's padding, columns V to Vp, gets no probability, and its rows of wte get no gradient.
+
+static size_t classifier_rows_least = 512, classifier_logits_most = CLASSIFIER_LOGITS;  // (the tests make them small)
+// How many tokens at a time: enough that reading wte costs little beside the arithmetic, few enough that the logits
+// take little memory. The chunks are equally long, except the last.
+static size_t classifier_rows(size_t rows, size_t Vp) {
+    size_t most = std::max(classifier_rows_least, classifier_logits_most / Vp);
+    return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
+}
+
+template <class X>
+static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
+    const Config& c = m.config;
+    const size_t C = c.C, V = COMPUTES_PADDING ? c.Vp : c.V;
+    const size_t rows = m.work.tokens(), at_once = classifier_rows(rows, c.Vp);
+    const bool add = m.accumulated > 0;
+    const X* wte = m.weight(WTE);
+    for (size_t r = 0; r < rows; r += at_once) {
+        const size_t n = std::min(rows - r, at_once);
+        const X* x_r = x + r * C;
+        linear_forward<X>(m.ws, m.logits, x_r, wte, nullptr, n, C, V, c.Vp);
+        softmax_cross_entropy(m.losses + r, m.logits, m.inputs.y + r, n, c.V, c.Vp, gradient_scale);
+        if (gradient_scale == 0) continue;
+        for (size_t v = 0; v < V; v += vocabulary_chunk)
+            linear_backward_input(m.ws, m.dln + r * C, m.logits + v, wte + v * C, n, C,
+                                  std::min(V - v, vocabulary_chunk), c.Vp, v == 0, v + vocabulary_chunk >= V);
+        linear_backward_weight<X>(m.ws, m.gradient(WTE), nullptr, m.logits, x_r, n, C, V, c.Vp, add || r > 0);
+    }
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -598,28 +629,26 @@ static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
 // All of them project qkv = ln1 qkvwᵀ + qkvb, and end in o = softmax(causal(q kᵀ/√HS)) v in each head. They differ in
 // which k and v stand there. Training finds k and v in qkv, decoding in the cache; attend() serves both.
 
-// qkv (rows, 3C) = x qkvwᵀ + qkvb, in the columns that some layer needs: all but for skip (live_columns)
+// qkv (rows, 3C) = x qkvwᵀ + qkvb, in the columns that some layer needs (with skip, not all)
 template <class X>
 static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
     const size_t C = m.config.C;
     const X *w = m.weight(QKVW, l), *b = m.weight(QKVB, l);
-    for (auto [at, count] : live_columns(m.config, l))
+    for_live_columns(m, l, [&](size_t at, size_t count, bool, bool) {
         linear_forward(m.ws, qkv + at, x, w + at * C, b + at, rows, C, count, 3 * C);
+    });
 }
 
-// m.dln = dqkv qkvw; the gradients of qkvw and qkvb = or +=. x is what qkv_forward was given. Rows of qkvw and qkvb
-// whose columns are not live (only skip has such) keep gradient 0.
+// m.dln = dqkv qkvw; the gradients of qkvw and qkvb = or +=, except in rows of columns that no layer needs: these keep
+// gradient 0. x is what qkv_forward was given.
 template <class X>
 static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
-    const size_t C = m.config.C, BT = (size_t)m.work.B * m.work.T;
-    const auto live = live_columns(m.config, l);
-    for (int i = 0; i < live.n; i++) {
-        const auto [at, count] = live.ranges[i];
-        linear_backward_input(m.ws, m.dln, m.dqkv + at, m.weight(QKVW, l) + at * C, BT, C, count, 3 * C, i == 0,
-                              i + 1 == live.n);
+    const size_t C = m.config.C, BT = m.work.tokens();
+    for_live_columns(m, l, [&](size_t at, size_t count, bool first, bool last) {
+        linear_backward_input(m.ws, m.dln, m.dqkv + at, m.weight(QKVW, l) + at * C, BT, C, count, 3 * C, first, last);
         linear_backward_weight(m.ws, m.gradient(QKVW, l) + at * C, m.gradient(QKVB, l) + at, m.dqkv + at, x, BT, C,
                                count, 3 * C, add);
-    }
+    });
 }
 
 // Part 0, 1 or 2 of an array (B, T, parts, C): for qkv, these are queries, keys and values
@@ -627,6 +656,10 @@ template <class X>
 static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
     const size_t C = c.C;
     return {data + part * C, T * parts * C, (size_t)c.head_size(), parts * C};
+}
+
+static AttentionShape training_shape(const Model& m) {
+    return {.B = m.work.B, .NH = m.config.NH, .HS = m.config.head_size(), .queries = m.work.T, .before = 0};
 }
 
 template <class X>
@@ -642,7 +675,7 @@ static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q,
     const Config& c = m.config;
     KeysValues<X> kv = kv_of(l);
     if (c.attention == SKIP) kv = skip_keys_values(c, l, kv_of);
-    if (c.attention == DEPTH) mix_values(m, l, a, q, kv, layer_stride, s);
+    if (c.attention == DEPTH && l > 0) depth_forward<X>(m.ws, kv.v, a, q, kv.k, layer_stride, c, l, s);
     attention_forward<X>(m.ws, heads(o, 0, 1, c, s.queries), lse, q, kv, s);
 }
 
@@ -651,7 +684,12 @@ static void attend_forward(ModelOf<X>& m, int l, X* o) {
     const Config& c = m.config;
     const int T = m.work.T;
     attend(m, l, o, m.lse[l], m.a + depth_place(m, l, 1), heads(m.qkv[l], 0, 3, c, T),
-           [&](int j) { return own_keys_values(m.qkv[j], c, T); }, m.qkv.stride, {m.work.B, c.NH, c.head_size(), T, 0});
+           [&](int j) { return own_keys_values(m.qkv[j], c, T); }, m.qkv.stride, training_shape(m));
+}
+
+// Where attention leaves dk and dv, in fp32, if other layers have shares in them: (B, T, 2C)
+static KeysValues<float> own_shares(const Model& m) {
+    return {heads(m.dkv, 0, 2, m.config, m.work.T), heads(m.dkv, 1, 2, m.config, m.work.T)};
 }
 
 // From do in m.datty: dq, written to m.dqkv, and dk and dv, written to dkv. kv is what layer l attended to.
@@ -661,7 +699,7 @@ static void attention_gradients(ModelOf<X>& m, int l, const KeysValues<DKV>& dkv
     const int T = m.work.T;
     attention_backward<X, DKV>(m.ws, heads(m.dqkv, 0, 3, c, T), dkv, heads(m.datty, 0, 1, c, T),
                                heads(m.atty[l], 0, 1, c, T), m.lse[l], heads(m.qkv[l], 0, 3, c, T), kv,
-                               {m.work.B, c.NH, c.head_size(), T, 0});
+                               training_shape(m));
 }
 
 template <class X>
@@ -713,20 +751,23 @@ static int first_live_head(const Config& c, int l) { return is_skipped_to(c, l) 
 
 static size_t kv_channels(const Config& c, int l) { return c.C - first_live_head(c, l) * c.head_size(); }
 
-// The columns of qkv that are projected: all, or the queries, and the last channels of keys and of values
-struct LiveColumns {
-    struct Range {
-        size_t at, count;
-    } ranges[3];
-    int n;
+// Calls f(at, count, first, last) for each range of qkv's columns that is projected: all of them; or the queries, and
+// the last channels of keys and of values.
+template <class F>
+static void for_live_columns(const Model& m, int l, F f) {
+    const size_t C = m.config.C, kvC = kv_channels(m.config, l);
+    if (kvC == C) return f(0, 3 * C, true, true);
+    f(0, C, true, kvC == 0);
+    if (kvC == 0) return;
+    f(2 * C - kvC, kvC, false, false);
+    f(3 * C - kvC, kvC, false, true);
+}
 
-    const Range* begin() const { return ranges; }
-    const Range* end() const { return ranges + n; }
-};
-static LiveColumns live_columns(const Config& c, int l) {
-    const size_t C = c.C, kvC = kv_channels(c, l);
-    if (kvC == C) return {{{0, 3 * C}}, 1};
-    return {{{0, C}, {2 * C - kvC, kvC}, {3 * C - kvC, kvC}}, kvC > 0 ? 3 : 1};
+// Is dx of the qkv projection a sum of chunks in some layer, of (B, T, C)?
+static bool has_chunks(const Config& c) {
+    for (int l = 0; l < c.L; l++)
+        if (kv_channels(c, l) < (size_t)c.C) return true;
+    return false;
 }
 
 // The keys and values that layer l attends to, from those of each layer j, kv_of(j)
@@ -748,14 +789,13 @@ static void skip_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     const int T = m.work.T, skipping = skipping_heads(c, l);
     auto kv_of = [&](int j) { return own_keys_values(m.qkv[j], c, T); };
-    auto shares = [&](float* dkv, int part) { return heads(dkv, part, 2, c, T); };  // of keys (0) or values (1)
     const KeysValues<X> kv = skip_keys_values(c, l, kv_of);
     if (!is_skipped_to(c, l) && skipping == 0)  // no other layer has a share in dk and dv
         return attention_gradients(m, l, own_keys_values(m.dqkv, c, T), kv);
-    KeysValues<float> dkv = {shares(m.dkv, 0), shares(m.dkv, 1)};
+    KeysValues<float> dkv = own_shares(m);
     if (skipping > 0) {  // heads h < n_h: dk and dv belong to layer l - n_l
         float* below = m.skip_dkv[l - c.skip_distance];
-        dkv = {dkv.k, dkv.v, shares(below, 0), shares(below, 1), skipping};
+        dkv = {dkv.k, dkv.v, heads(below, 0, 2, c, T), heads(below, 1, 2, c, T), skipping};
     }
     attention_gradients(m, l, dkv, kv);
     skip_backward(m.dqkv, m.dkv, is_skipped_to(c, l) ? m.skip_dkv[l] : nullptr, c, l, (size_t)m.work.B * T);
@@ -813,25 +853,16 @@ static size_t depth_place(const Model& m, int l, int own) {
     const Config& c = m.config;
     size_t place = 0;
     for (int j = 1; j < l && c.attention == DEPTH; j++)
-        place += depth_slot((size_t)m.work.B * m.work.T, depth_source_count(c, j) + own, c.NH);
+        place += depth_slot(m.work.tokens(), depth_source_count(c, j) + own, c.NH);
     return place;
-}
-
-// In place, v_l becomes ṽ_l. Layer 0 has no sources: ṽ_0 = v_0.
-template <class X>
-static void mix_values(ModelOf<X>& m, int l, float* a, Heads<X> q, const KeysValues<X>& kv, ptrdiff_t layer_stride,
-                       const AttentionShape& s) {
-    if (l > 0) depth_forward<X>(m.ws, kv.v, a, q, kv.k, layer_stride, depth_sources(m.config, l), s);
 }
 
 template <class X>
 static void depth_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
-    const int T = m.work.T;
-    attention_gradients(m, l, KeysValues<float>{heads(m.dkv, 0, 2, c, T), heads(m.dkv, 1, 2, c, T)},
-                        own_keys_values(m.qkv[l], c, T));
+    attention_gradients(m, l, own_shares(m), own_keys_values(m.qkv[l], c, m.work.T));
     depth_backward(m.ws, m.dqkv, m.dkv, m.ds + depth_place(m, l, 0), m.a + depth_place(m, l, 1), m.qkv[l],
-                   m.qkv.stride, c, l, (size_t)m.work.B * T);
+                   m.qkv.stride, c, l, m.work.tokens());
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -882,41 +913,53 @@ static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Memory
+// What a backend supplies: the device
 
-static size_t classifier_rows_least = 512, classifier_logits_most = 1 << 22;  // (the tests make them small)
-// How many tokens the classifier takes at a time: enough that reading wte costs little beside computing, few enough
-// that their logits take little memory, and the same number each time, but for rounding.
-static size_t classifier_rows(size_t rows, size_t Vp) {
-    size_t most = std::max(classifier_rows_least, classifier_logits_most / Vp);
-    return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
-}
+// device_precision and device_help work at any time. device_init is called before all others, and exits if
+// there is no device that this binary can use. If `computes` is false, only model_memory will be used after it.
+static void device_init(char** argv, bool computes = true);
+static std::string device_name();               // "2 threads, AVX-512"
+static Precision device_precision();            // the default for --precision
+static const char* device_help();               // how the user chooses threads or the GPU
+static size_t device_free_memory();             // bytes that can still be allocated
+static bool device_is_host();                   // model memory is host memory
+static void device_check(const Config&, const Workload&);    // exits if the device cannot run such a model
+static void device_free(void*);
+template <class F> static void host_parallel_for(size_t n, F f);  // calls f(0) ... f(n - 1), on the host's threads
+static void copy_to_host(void* to, const void* from, size_t bytes);  // synchronizes
+template <class X> static void backend_create(Allocator&, Workspace&, Inputs&, Results&, const Config&,
+                                              const Workload&);
+static void backend_free(Inputs&, Results&);
+// Copies x and y (BT), all < V, into inputs. May be called once the last backward is: it overlaps with a step under
+// way. backend_create allocates through the Allocator, and only counts if that is dry.
+static void set_inputs(Inputs&, const int* x, const int* y, size_t BT, size_t V);
+
+// --------------------------------------------------------------------------------------------------------------------
+// Memory
 
 // Everything a model holds. If m.allocator.dry, it is only counted.
 template <class X>
 static void lay_out(ModelOf<X>& m) {
     const Config& c = m.config;
     Allocator& all = m.allocator;
-    const bool train = m.work.train, keeps = train && !m.recomputes(), other_layers = c.attention != VANILLA;
-    const size_t L = c.L, C = c.C, NH = c.NH, BT = (size_t)m.work.B * m.work.T;
+    const bool train = m.work.train, keeps = train && !m.recomputes(), reads_other_layers = c.attention != VANILLA;
+    const size_t L = c.L, C = c.C, NH = c.NH, BT = m.work.tokens();
     const size_t layers = train ? L : 1, norms = train ? 2 * L + 1 : 1, kept_norms = keeps ? 2 * L + 1 : 1;
-    const Tensor& last = m.tensors[TENSORS - 1];
-    const size_t P = last.place + last.stride(), trained = train ? P : 0, BT_trained = train ? BT : 0;
-    const bool fp32 = std::is_same_v<X, float>;
+    const size_t P = allocated_parameters(m.tensors), P_trained = train ? P : 0, BT_trained = train ? BT : 0;
 
     all.take(m.parameters, P, &Memory::parameters);
-    all.take(m.weights, fp32 ? 0 : P, &Memory::parameters);
     if constexpr (std::is_same_v<X, float>) m.weights = m.parameters;
-    all.take(m.gradients, trained, &Memory::gradients, true);
-    all.take(m.moment1, trained, &Memory::moments, true);
-    all.take(m.moment2, trained, &Memory::moments, true);
+    else all.take(m.weights, P, &Memory::parameters);
+    all.take(m.gradients, P_trained, &Memory::gradients, true);
+    all.take(m.moment1, P_trained, &Memory::moments, true);
+    all.take(m.moment2, P_trained, &Memory::moments, true);
 
-    // Activations: backward needs those of all layers. Without it layers take turns, but for qkv, which skip and depth
-    // read later.
+    // Activations. Backward needs those of all layers. Without it layers share a slot, except in qkv, which skip and
+    // depth read in later layers.
     all.take(m.residual, BT ? (train ? 2 * L + 1 : 2) : 0, BT * C, &Memory::activations);
     all.take(m.ln_mean, norms, BT, &Memory::activations);
     all.take(m.ln_rstd, norms, BT, &Memory::activations);
-    all.take(m.qkv, train || other_layers ? L : 1, BT * 3 * C, &Memory::activations);
+    all.take(m.qkv, train || reads_other_layers ? L : 1, BT * 3 * C, &Memory::activations);
     all.take(m.lse, layers, BT * NH, &Memory::activations);
     all.take(m.atty, layers, BT * C, &Memory::activations);
     all.take(m.fch, train ? L : 0, BT * 4 * C, &Memory::activations);
@@ -933,7 +976,7 @@ static void lay_out(ModelOf<X>& m) {
     all.take(m.datty, BT_trained * C, &Memory::scratch);
     all.take(m.dqkv, BT_trained * 3 * C, &Memory::scratch);
     all.take(m.dfch, BT_trained * 4 * C, &Memory::scratch);
-    all.take(m.dkv, other_layers ? BT_trained * 2 * C : 0, &Memory::scratch);
+    all.take(m.dkv, reads_other_layers ? BT_trained * 2 * C : 0, &Memory::scratch);
     all.take(m.skip_dkv, skip_slots(c), BT_trained * 2 * C, &Memory::scratch);
 
     // Decoding. All layers' parts of the cache are equally large, but for skip's.
@@ -975,7 +1018,7 @@ static void model_free(Model* m) {
     with_type(m, [](auto& model) { delete &model; });
 }
 
-static Model* make_model(const Config& c, Precision precision, const Workload& work, bool dry) {
+static Model* make_model(const Config& c, int precision, const Workload& work, bool dry) {
     device_check(c, work);
     Model* m = precision == BF16 ? (Model*)new ModelOf<bf16>{} : new ModelOf<float>{};
     m->config = c;
@@ -988,12 +1031,12 @@ static Model* make_model(const Config& c, Precision precision, const Workload& w
 }
 
 // Parameters are not initialized; gradients and moments are 0.
-static Model* model_create(const Config& c, Precision precision, const Workload& work) {
+static Model* model_create(const Config& c, int precision, const Workload& work) {
     return make_model(c, precision, work, false);
 }
 
 // What model_create will allocate, to the byte
-static Memory model_memory(const Config& c, Precision precision, const Workload& work) {
+static Memory model_memory(const Config& c, int precision, const Workload& work) {
     Model* m = make_model(c, precision, work, true);
     Memory memory = m->allocator.memory;
     model_free(m);
@@ -1030,9 +1073,9 @@ static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float*
     });
 }
 
-// Tokens x and targets y (B, T) are < V. They are copied.
+// Tokens x and targets y (B, T) are < V. They are copied. Not between a model_forward and its model_backward.
 static void model_set_inputs(Model* m, const int* x, const int* y) {
-    set_inputs(m->inputs, x, y, (size_t)m->work.B * m->work.T, m->config.V);
+    set_inputs(m->inputs, x, y, m->work.tokens(), m->config.V);
 }
 
 // Cross-entropy of the inputs. With `train`, exactly one model_backward must follow; the gradients are those of
@@ -1057,22 +1100,21 @@ static double model_loss(Model* m) {
 }
 
 static void model_token_losses(const Model* m, float* out) {  // (B, T), of the last forward
-    copy_to_host(out, m->losses, (size_t)m->work.B * m->work.T * sizeof(float));
+    copy_to_host(out, m->losses, m->work.tokens() * sizeof(float));
 }
 // (B, T, V), of the last forward, before its backward
 [[maybe_unused]] static void model_logits(Model* m, float* out) {
     const Config& c = m->config;
     with_type(m, [&](auto& model) {
-        logits_forward(m->ws, out, model.ln[2 * c.L], model.weight(WTE), (size_t)m->work.B * m->work.T, c.C, c.V, c.Vp);
+        logits_forward(m->ws, out, model.ln[2 * c.L], model.weight(WTE), m->work.tokens(), c.C, c.V, c.Vp);
     });
 }
 
-// model_prompt appends n tokens to each sequence, model_decode one; both give the logits (sequences, V) that follow.
-// The caller keeps the length within maxT.
-static void model_prompt(Model* m, const int* tokens, int n, float* logits) {
+// Appends n tokens to each sequence; tokens (sequences, n). Gives the logits (sequences, V) that follow. The caller
+// keeps the length within maxT.
+static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
     with_type(m, [=](auto& model) { decode(model, tokens, n, logits); });
 }
-static void model_decode(Model* m, const int* tokens, float* logits) { model_prompt(m, tokens, 1, logits); }
 static void model_reset_cache(Model* m) { m->cache_length = 0; }
 
 // ====================================================================================================================
@@ -1332,7 +1374,26 @@ struct Command {
     const char* summary;
     const char* notes;  // for its --help
 };
-using CommandList = std::vector<Command>;
+
+[[maybe_unused]] static void train(Options&, OptionTable&);
+[[maybe_unused]] static void eval(Options&, OptionTable&);
+[[maybe_unused]] static void generate(Options&, OptionTable&);
+[[maybe_unused]] static void describe(Options&, OptionTable&);
+static const Command commands[] = {
+    {"train", TRAIN, train, "trains from random weights, from a model, or from where it stopped",
+     "It keeps the newest complete checkpoint in DIR/model.bin and a row per step in DIR/metrics.csv. Ctrl-C finishes\n"
+     "the step and its validation, and saves; a second Ctrl-C ends at once. --resume takes options that are not given\n"
+     "from the checkpoint. How often to validate, save and sample may change, and --train and --val may name other\n"
+     "places where the shards have as many tokens. All other options must stay as they were, --steps too, since the\n"
+     "learning rate depends on it."},
+    {"eval", EVAL, eval, "measures loss, perplexity and bits per byte of a model on shards",
+     "It needs --model FILE and --val GLOB."},
+    {"generate", GENERATE, generate, "writes text: a prompt, and how the model continues it",
+     "It needs --model FILE. It stops after --tokens, or when the model ends the text. Without a tokenizer it writes\n"
+     "token numbers. When the context is full, its second half is read again from position 0."},
+    {"describe", DESCRIBE, describe, "shows a model's tensors and what each attention costs",
+     "Memory is that of training with --batch and --sequence, and of generating one text."},
+};
 
 static void print_options(FILE* out, const OptionTable& table, bool common) {
     for (const Option& o : table) {
@@ -1344,8 +1405,7 @@ static void print_options(FILE* out, const OptionTable& table, bool common) {
     }
 }
 
-static void print_help(FILE* out, const char* program, const OptionTable& table, const CommandList& commands,
-                       const Command* command) {
+static void print_help(FILE* out, const char* program, const OptionTable& table, const Command* command) {
     if (command) {
         fprintf(out, "%s %s [--option value]...\n%s.\n\n%s\n\nOptions [and their defaults]\n", program, command->name,
                 command->summary, command->notes);
@@ -2214,7 +2274,7 @@ static Memory check_memory(const Config& c, int precision, Workload work, size_t
 // Creates a model with a file's parameters.
 static Model* load_model(const ModelFile& file, const Config& c, const Options& o, const Workload& work) {
     check_memory(c, o.precision, work);
-    Model* model = model_create(c, (Precision)o.precision, work);
+    Model* model = model_create(c, o.precision, work);
     read_parameters(file, model);
     return model;
 }
@@ -2305,8 +2365,7 @@ static void decode_tokens(Decoder& d, const std::vector<int>& more) {
         d.cached = 0;
         model_reset_cache(d.model);
     }
-    if (n == 1 && d.cached > 0) model_decode(d.model, &d.tokens.back(), d.logits.data());
-    else model_prompt(d.model, d.tokens.data() + d.tokens.size() - n, n, d.logits.data());
+    model_prefill(d.model, d.tokens.data() + d.tokens.size() - n, n, d.logits.data());
     d.cached += n;
 }
 
@@ -2598,7 +2657,7 @@ static void create_run_model(Run& run) {
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
-    run.model = model_create(run.c, (Precision)o.precision, work);
+    run.model = model_create(run.c, o.precision, work);
     if (run.start) read_parameters(*run.start, run.model);
     else initialize_parameters(run.model, run.c, o.seed);
     if (o.resume) read_moments(*run.start, run.model);
@@ -2871,7 +2930,7 @@ static void describe(Options& o, OptionTable&) {
     }
     const ModelFile* from = file ? &*file : nullptr;
     const Config c = configure(o, from, find_tokenizer(o.tokenizer, folders), true);
-    const Precision precision = (Precision)o.precision;
+    const int precision = o.precision;
     const Workload training = {.B = o.batch, .T = o.sequence, .train = true, .recompute = o.recompute};
     std::vector<Config> configs;  // one per attention
     std::vector<Memory> memory, decoding;
@@ -2913,26 +2972,10 @@ static void describe(Options& o, OptionTable&) {
 // --------------------------------------------------------------------------------------------------------------------
 // The command line
 
-[[maybe_unused]] static const CommandList commands = {
-    {"train", TRAIN, train, "trains from random weights, from a model, or from where it stopped",
-     "It keeps the newest complete checkpoint in DIR/model.bin and a row per step in DIR/metrics.csv. Ctrl-C finishes\n"
-     "the step and its validation, and saves; a second Ctrl-C ends at once. --resume takes options that are not given\n"
-     "from the checkpoint. How often to validate, save and sample may change, and --train and --val may name other\n"
-     "places where the shards have as many tokens. All other options must stay as they were, --steps too, since the\n"
-     "learning rate depends on it."},
-    {"eval", EVAL, eval, "measures loss, perplexity and bits per byte of a model on shards",
-     "It needs --model FILE and --val GLOB."},
-    {"generate", GENERATE, generate, "writes text: a prompt, and how the model continues it",
-     "It needs --model FILE. It stops after --tokens, or when the model ends the text. Without a tokenizer it writes\n"
-     "token numbers. When the context is full, its second half is read again from position 0."},
-    {"describe", DESCRIBE, describe, "shows a model's tensors and what each attention costs",
-     "Memory is that of training with --batch and --sequence, and of generating one text."},
-};
-
-// Runs the command that argv names, with the options of the table that are its own. A program that includes this file
-// may bring other commands and another table.
-[[maybe_unused]] static int run_program(int argc, char** argv, const CommandList& commands, Options& o,
-                                        OptionTable& table) {
+// Runs the command that argv names.
+[[maybe_unused]] static int run_program(int argc, char** argv) {
+    Options o;
+    OptionTable table = option_table(o);
     for (int fd = 0; fd < 3; fd++)  // if standard output were closed, a file of ours could take its place
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
     setvbuf(stdout, nullptr, _IOLBF, 0);  // lines appear at once in a pipe, too
@@ -2946,7 +2989,7 @@ static void describe(Options& o, OptionTable&) {
         if (word == c.name) command = &c;
     }
     if (word.empty() || is_help(word)) {
-        print_help(word.empty() ? stderr : stdout, argv[0], table, commands, nullptr);
+        print_help(word.empty() ? stderr : stdout, argv[0], table, nullptr);
         return word.empty();
     }
     std::string help = format("see %s --help", argv[0]);
@@ -2955,7 +2998,7 @@ static void describe(Options& o, OptionTable&) {
     std::erase_if(table, [&](const Option& option) { return !(option.commands & command->bit); });
     help = format("see %s %s --help", argv[0], command->name);
     if (!parse_options(table, {argv + 2, argv + argc}, command->name, help)) {
-        print_help(stdout, argv[0], table, commands, command);
+        print_help(stdout, argv[0], table, command);
         return 0;
     }
     device_init(argv, command->bit != DESCRIBE);
@@ -2965,11 +3008,7 @@ static void describe(Options& o, OptionTable&) {
 }
 
 #ifndef GPT2_NO_MAIN
-int main(int argc, char** argv) {
-    Options o;
-    OptionTable table = option_table(o);
-    return run_program(argc, argv, commands, o, table);
-}
+int main(int argc, char** argv) { return run_program(argc, argv); }
 #endif
 
 #ifndef GPT2_CUDA
@@ -3073,6 +3112,7 @@ struct Operand {
     Operand at(size_t i, size_t k) const {
         return {data + (along_k ? i * stride + k : k * stride + i), stride, along_k};
     }
+    X value(size_t i, size_t k) const { return *at(i, k).data; }
 };
 template <class X> static Operand<X> along_k(const X* data, size_t stride) { return {data, stride, true}; }
 template <class X> static Operand<X> across_k(const X* data, size_t stride) { return {data, stride, false}; }
@@ -3083,7 +3123,7 @@ static void matmul_plain(Sum* c, size_t M, size_t N, size_t K, Operand<X> A, Ope
     for (size_t m = 0; m < M; m++)
         for (size_t n = 0; n < N; n++) {
             Sum sum = 0;
-            for (size_t k = 0; k < K; k++) sum += (Sum)*A.at(m, k).data * (Sum)*B.at(n, k).data;
+            for (size_t k = 0; k < K; k++) sum += (Sum)A.value(m, k) * (Sum)B.value(n, k);
             c[m * N + n] = sum;
         }
 }
@@ -3093,9 +3133,9 @@ static void matmul_plain(Sum* c, size_t M, size_t N, size_t K, Operand<X> A, Ope
 template <class X, class Store>
 static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row);
 
-// A product over very many tokens, or over the whole vocabulary, is summed slab by slab, so that at least 512 rows of A
-// fit the packed buffer. (Variables, since the tests make them small.)
-static size_t token_slab = 4096, vocabulary_slab = 4096;
+// A product over very many tokens is summed in chunks, so that at least 512 rows of A fit the packed buffer.
+// (Variables, since the tests make them small.)
+static size_t token_chunk = 4096;
 
 // --------------------------------------------------------------------------------------------------------------------
 // Linear layers: y = x wᵀ + b, with x (rows, C), w (OC, C), b (OC), y (rows, OC)
@@ -3109,7 +3149,8 @@ static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, co
                            size_t OC, size_t ldy) {
     matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, size_t count, const float* xw) {
         X* y_m = y + m * ldy + n;
-        for (size_t i = 0; i < count; i++) y_m[i] = xw[i] + b[n + i];
+        if (!b) std::copy_n(xw, count, y_m);
+        for (size_t i = 0; b && i < count; i++) y_m[i] = xw[i] + b[n + i];
     });
 }
 
@@ -3176,12 +3217,12 @@ static void linear_gelu_backward_input(const Workspace& ws, X* dh, X* x, const X
 template <class X>
 static void linear_backward_weight(const Workspace& ws, float* dw, float* db, const X* dy, const X* x, size_t rows,
                                    size_t C, size_t OC, size_t lddy, bool add) {
-    for (size_t r = 0; r < rows; r += token_slab) {
-        bool add_slab = add || r > 0;
-        matmul(ws, OC, C, std::min(rows - r, token_slab), across_k(dy + r * lddy, lddy), across_k(x + r * C, C),
+    for (size_t r = 0; r < rows; r += token_chunk) {
+        bool add_chunk = add || r > 0;
+        matmul(ws, OC, C, std::min(rows - r, token_chunk), across_k(dy + r * lddy, lddy), across_k(x + r * C, C),
                [=](size_t m, size_t n, size_t count, const float* dyx) {
                    float* dw_m = dw + m * C + n;
-                   for (size_t i = 0; i < count; i++) dw_m[i] = add_slab ? dw_m[i] + dyx[i] : dyx[i];
+                   for (size_t i = 0; i < count; i++) dw_m[i] = add_chunk ? dw_m[i] + dyx[i] : dyx[i];
                });
     }
     if (!db) return;
@@ -3450,7 +3491,8 @@ static void skip_backward(X* dqkv, const float* own, const float* above, const C
 
 template <class X>
 static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const X> q, Heads<const X> k,
-                          ptrdiff_t layer_stride, const DepthSources& sources, const AttentionShape& shape) {
+                          ptrdiff_t layer_stride, const Config& c, int l, const AttentionShape& shape) {
+    const DepthSources sources = depth_sources(c, l);
     const size_t NH = shape.NH, HS = shape.HS, queries = shape.queries, rows = shape.B * queries, S = sources.count();
     const float scale = 1.0f / sqrtf(HS);
 #pragma omp parallel for schedule(static) if (rows > 1)
@@ -3461,16 +3503,20 @@ static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const
             X* v_l = v.at(b, h, t);
             float* mixed = local_scratch(ws);           // (HS)
             float* a_l = a + r * (S + 1) * NH + h;     // (S + 1), NH apart; of the layer itself last
-            float max = a_l[S * NH] = scale * dot(q_l, k_l, HS), sum = 0;
+            a_l[S * NH] = scale * dot(q_l, k_l, HS);
+            float max = a_l[S * NH], sum = 0;
             for (size_t n = 0; n < S; n++) {
-                a_l[n * NH] = scale * dot(q_l, k_l + layer_stride * (sources[n] - sources.l), HS);
+                a_l[n * NH] = scale * dot(q_l, k_l + layer_stride * (sources[n] - l), HS);
                 max = std::max(max, a_l[n * NH]);
             }
-            for (size_t n = 0; n <= S; n++) sum += a_l[n * NH] = exp_approx(a_l[n * NH] - max);
+            for (size_t n = 0; n <= S; n++) {
+                a_l[n * NH] = exp_approx(a_l[n * NH] - max);
+                sum += a_l[n * NH];
+            }
             for (size_t n = 0; n <= S; n++) a_l[n * NH] /= sum;
             for (size_t d = 0; d < HS; d++) mixed[d] = a_l[S * NH] * v_l[d];
             for (size_t n = 0; n < S; n++) {
-                const X* v_j = v_l + layer_stride * (sources[n] - sources.l);
+                const X* v_j = v_l + layer_stride * (sources[n] - l);
                 const float a_j = a_l[n * NH];
                 for (size_t d = 0; d < HS; d++) mixed[d] += a_j * v_j[d];
             }
@@ -3549,42 +3595,25 @@ static void cache_append(Heads<X> k, Heads<X> v, Heads<const X> new_k, Heads<con
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Classifier: logits = x wteᵀ, loss = -log softmax(logits)[target]
-//
-// A few hundred tokens at a time (classifier_rows) go all the way to the gradients of x and wte, so logits for all B·T
-// tokens never exist at once. With p = softmax(logits), loss = log Σ e^logit - logit_target, so dlogits = p, less 1 at
-// the target. Columns from V to Vp are never computed: they get no probability, and their rows of wte no gradient.
+// Classifier
 
-// One token: returns its loss; with gradient_scale ≠ 0, logits (V) become gradient_scale · dlogits.
+// p_target is computed apart, since its logit is overwritten, and rounded to X, before 1 is subtracted.
 template <class X>
-static float softmax_cross_entropy(X* logits, size_t V, int y, float gradient_scale) {
-    float max = maximum(logits, V), sum = 0, logit_y = logits[y];
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < V; i++) sum += exp_approx(logits[i] - max);
-    if (gradient_scale != 0) {
-        float p_y = exp_approx(logit_y - max) / sum, scale = gradient_scale / sum;
-        for (size_t i = 0; i < V; i++) logits[i] = scale * exp_approx(logits[i] - max);
-        logits[y] = gradient_scale * (p_y - 1.0f);
-    }
-    return logf(sum) + max - logit_y;
-}
-
-template <class X>
-static void classifier(const Workspace& ws, float* losses, X* dx, float* dwte, X* logits, const X* x, const X* wte,
-                       const int* targets, size_t rows, size_t C, size_t V, size_t Vp, float gradient_scale, bool add) {
-    size_t at_once = classifier_rows(rows, Vp);
-    for (size_t r = 0; r < rows; r += at_once) {
-        size_t n = std::min(rows - r, at_once);
-        matmul(ws, n, V, C, along_k(x + r * C, C), along_k(wte, C),
-               [=](size_t m, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + m * Vp + v); });
+static void softmax_cross_entropy(float* losses, X* all_logits, const int* targets, size_t rows, size_t V, size_t Vp,
+                                  float gradient_scale) {
 #pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < n; i++)
-            losses[r + i] = softmax_cross_entropy(logits + i * Vp, V, targets[r + i], gradient_scale);
+    for (size_t r = 0; r < rows; r++) {
+        X* logits = all_logits + r * Vp;
+        const int target = targets[r];
+        const float max = maximum(logits, V), logit_target = logits[target];
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < V; i++) sum += exp_approx(logits[i] - max);
+        losses[r] = logf(sum) + max - logit_target;
         if (gradient_scale == 0) continue;
-        for (size_t v = 0; v < V; v += vocabulary_slab)
-            linear_backward_input(ws, dx + r * C, logits + v, wte + v * C, n, C, std::min(V - v, vocabulary_slab), Vp,
-                                  v == 0, v + vocabulary_slab >= V);
-        linear_backward_weight(ws, dwte, nullptr, logits, x + r * C, n, C, V, Vp, add || r > 0);
+        const float p_target = exp_approx(logit_target - max) / sum, scale = gradient_scale / sum;
+        for (size_t i = 0; i < V; i++) logits[i] = scale * exp_approx(logits[i] - max);
+        logits[target] = gradient_scale * (p_target - 1.0f);
     }
 }
 
@@ -3619,7 +3648,7 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
     double sum = 0;
     for (size_t chunk = 0; chunk < chunks; chunk++) sum += ws.squares[chunk];
     results.norm = sqrt(sum);
-    results.gradient_scale = clip > 0 && results.norm > clip ? (float)(clip / results.norm) : 1.0f;
+    results.gradient_scale = clip_scale(results.norm, clip);
 }
 
 // g is the clipped gradient. m = β1 m + (1-β1) g and v = β2 v + (1-β2) g² are moving averages of g and g². As both
@@ -3627,10 +3656,8 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
 // -= lr (m̂/(√v̂ + eps) + decay w)   (Loshchilov and Hutter, arXiv 1711.05101).
 template <class X>
 static void adamw_update(X* working, float* w, float* m, float* v, const float* gradient, size_t n, const AdamW& a,
-                         float decay, const Results& results, int step) {
+                         float decay, const Results& results, float m_correction, float v_correction) {
     const float gradient_scale = results.gradient_scale;
-    float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
-    float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
 #pragma omp parallel for schedule(static)
     for (size_t chunk = 0; chunk < n; chunk += UPDATE_CHUNK) {
         size_t end = std::min(n, chunk + UPDATE_CHUNK);
@@ -3652,7 +3679,7 @@ static void round_weights(X* working, const float* w, size_t n) {
 
 static StepResults read_results(Results& results) { return results; }
 
-// ====================================================================================================================
+// --------------------------------------------------------------------------------------------------------------------
 // What makes the layers fast: matmul
 //
 // After "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
@@ -3897,8 +3924,8 @@ static inline void microkernel(float* c, size_t ldc, const Pair* a, const Pair* 
 
 // The microkernel: c (ROWS, NR) = or += Σ over steps of a[step][ROWS] ⊗ b[step][NR]. All of c is in registers
 // meanwhile. C is a cell: float or Pair.
-template <class C>
-static inline void microkernel(float* c, size_t ldc, const C* a, const C* b, size_t steps, bool add) {
+template <class CellType>
+static inline void microkernel(float* c, size_t ldc, const CellType* a, const CellType* b, size_t steps, bool add) {
     vec sum[ROWS][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
@@ -4032,7 +4059,7 @@ static size_t matmul_local_size(size_t K) {
     return (steps<X>(K) + MR<X>) * NC;
 }
 
-// ====================================================================================================================
+// --------------------------------------------------------------------------------------------------------------------
 // What makes the layers fast: attention
 //
 // Attention works on tiles of NR queries × KEYS keys; nothing of size T × T exists. Scores are computed transposed,
@@ -4273,18 +4300,17 @@ static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> 
     for (size_t d = 0; d < HS; d++) o[d] = sum_o[d] / sum;
 }
 
-// ====================================================================================================================
+// --------------------------------------------------------------------------------------------------------------------
 // The machine
 
 template <class X>
 static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Results&, const Config& c,
                            const Workload& work) {
-    const size_t C = c.C, HS = c.head_size(), BT = (size_t)work.B * work.T, BT_trained = work.train ? BT : 0;
-    const Tensor last = tensor_table(c)[TENSORS - 1];
+    const size_t C = c.C, HS = c.head_size(), BT = work.tokens(), BT_trained = work.train ? BT : 0;
     all.take(inputs.x, BT, &Memory::activations);
     all.take(inputs.y, BT, &Memory::activations);
     // All of an A operand if it is small, else as many rows as 16 MB hold, but at least 512.
-    size_t widest = std::max({4 * C, std::min(BT, token_slab), std::min<size_t>(c.V, vocabulary_slab)});
+    size_t widest = std::max({4 * C, std::min(BT, token_chunk), std::min<size_t>(c.V, vocabulary_chunk)});
     ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
     all.take(ws.packed, ws.packed_size, &Memory::scratch);
     size_t head = HeadScratch<X>(nullptr, work.T, HS, work.train).size;
@@ -4292,8 +4318,9 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     ws.local_size = std::max({matmul_local_size<X>(widest), head, decoding, 3 * HS});
     all.take(ws.local, thread_count() * ws.local_size, &Memory::scratch);
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
-    all.take(ws.squares, work.train ? ceil_div(last.place + last.stride(), UPDATE_CHUNK) : 0, &Memory::scratch);
-    all.take(ws.dx_sum, (skip_slots(c) ? BT_trained : classifier_rows(BT_trained, c.Vp)) * C, &Memory::scratch);
+    const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
+    all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
+    all.take(ws.dx_sum, (has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp)) * C, &Memory::scratch);
 }
 static void backend_free(Inputs&, Results&) {}
 

@@ -12,7 +12,7 @@ comments here say which thread computes what.
 Contents
      types and constants that train_gpt2.cpp expects
      numbers · matmul · linear layers · embedding · LayerNorm · attention: plain, in tiles · skip · depth · KV cache ·
-     classifier · losses, norm, AdamW · the device
+     classifier · losses, norm, AdamW · the machine
 
 B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are row-major, in device memory.
 */
@@ -25,6 +25,8 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #endif
+#include <cstddef>
+#include <cstdint>
 #include <vector>
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -34,6 +36,9 @@ using bf16 = __nv_bfloat16;
 
 constexpr size_t SLOT_ALIGNMENT = 128;      // in elements: 256 bytes of bf16, the most that cuBLASLt makes use of
 constexpr bool ALWAYS_RECOMPUTES = false;  // --recompute decides whether backward computes LayerNorm and GELU again
+constexpr bool COMPUTES_PADDING = true;    // logits of the vocabulary's padding: rows of logits are whole vectors
+constexpr size_t CLASSIFIER_LOGITS = 1 << 30;   // at a time: products large enough for all multiprocessors
+static size_t vocabulary_chunk = SIZE_MAX;      // the classifier's dx is one product
 
 // A batch. There are two buffers, used in turn: while a step computes on one, the next batch is copied into the other.
 struct Inputs {
@@ -44,7 +49,7 @@ struct Inputs {
         int *device, *host;        // x, y, place (B, T each), first (up to B·T + 1); host is pinned
         cudaEvent_t copied, done;  // its copy to the device; the step that used it
     } buffers[2];
-    int turn;                // of the buffers
+    int turn;                // index of the buffer in use
     std::vector<int> counts;  // (V) scratch of set_inputs
 };
 
@@ -61,7 +66,7 @@ struct Workspace {
     float* partial;      // sums over chunks of tokens: layernorm_backward, linear_backward_weight
     float* delta;        // attention_backward: (B, NH, T)
     double* squares;     // global_norm: sums over chunks of gradients
-    float* dx_sum;       // linear_backward_input, in pieces: (B, T, C)
+    float* dx_sum;       // linear_backward_input, in chunks: (B, T, C), or null if no layer has any
     float* logits;       // logits_forward: (logits_rows, Vp)
     size_t logits_rows;
 };
@@ -84,7 +89,7 @@ struct Workspace {
 // begin at multiples of 256 bytes. So every row consists of whole vectors of 8 values.
 
 // --------------------------------------------------------------------------------------------------------------------
-// Numbers, vectors, threads
+// Numbers and threads
 
 // Every call of CUDA goes through CHECK. Errors that a user can fix, such as lack of memory, are handled at the call.
 static void check(cudaError_t error, const char* call, int line) {
@@ -330,7 +335,7 @@ static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux)
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_B);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_C);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_D);
-    cublasLtMatmulHeuristicResult_t result;
+    cublasLtMatmulHeuristicResult_t result = {};
     int found = 0;
     plan.possible = cublasLtMatmulAlgoGetHeuristic(cublas_handle(), plan.operation, plan.A, plan.B, plan.D, plan.D,
                                                    preference, 1, &result, &found) == CUBLAS_STATUS_SUCCESS &&
@@ -394,7 +399,7 @@ static bool try_matmul([[maybe_unused]] const Workspace& ws, Y* y, size_t ldy, s
                        Operand<X> A, Operand<X> B, Finish<Y> finish) {
     if (finish.epilogue != Epilogue::NONE && !fuses) return false;
 #ifdef GPT2_EMULATED
-    if (finish.add && finish.add != y)
+    if (finish.add && finish.add != y)  // (then ldy is N)
         CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
     CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
                           (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, finish.epilogue, finish.bias,
@@ -435,15 +440,16 @@ __global__ void bias_forward_kernel(X* y, const X* b, size_t rows, size_t OC, si
     store(to, sum);
 }
 
-// y = residual + x wᵀ + b, or without residual if that is null
+// y = residual + x wᵀ + b, or without residual or b if these are null
 template <class X>
 static void linear_add_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
                                size_t rows, size_t C, size_t OC, size_t ldy) {
     constexpr int BLOCK = 128;
-    if (try_matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C),
-                         {.add = residual, .epilogue = Epilogue::BIAS, .bias = b}))
+    if (b && try_matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C),
+                              {.add = residual, .epilogue = Epilogue::BIAS, .bias = b}))
         return;
     matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C), residual);
+    if (!b) return;
     bias_forward_kernel<X>
         <<<(unsigned)ceil_div(rows * OC, BLOCK * VECTOR), BLOCK, 0, gpu.stream>>>(y, b, rows, OC, ldy);
     CHECK(cudaGetLastError());
@@ -547,7 +553,7 @@ static void linear_gelu_backward_input(const Workspace& ws, X* dh, X* x, const X
                                        size_t rows, size_t C, size_t OC) {
     if (!fuses_gelu<X>() || !try_matmul<X, X>(ws, dh, C, rows, C, OC, along_k(dy, OC), across_k(w, C),
                                               {.epilogue = Epilogue::DGELU, .aux = const_cast<X*>(h)})) {
-        linear_backward_input(ws, dh, dy, w, rows, C, OC, OC, true, true);
+        linear_backward_input(ws, dh, dy, w, rows, C, OC, OC);
         gelu_backward(dh, h, rows * C);
     }
     if (x) gelu_forward(x, h, rows * C);
@@ -812,7 +818,7 @@ static void layernorm_backward(const Workspace& ws, X* dx, float* dw, float* db,
 // There are two sets of kernels: in tiles, on tensor cores, for bf16 and head sizes 64 and 128; and plain ones, for all
 // else and for a single query.
 
-static float attention_scale(const AttentionShape& s) { return 1.0f / sqrtf((float)s.HS); }
+static float attention_scale(int HS) { return 1.0f / sqrtf((float)HS); }
 
 // a is in shared memory, b a row of a head; n is a multiple of 8
 template <class X>
@@ -888,7 +894,7 @@ static void attention_forward_plain(Heads<X> o, float* lse, Heads<const X> q, co
     dim3 grid((unsigned)s.queries, (unsigned)s.NH, (unsigned)s.B), block(WARP, (unsigned)warps);
     size_t shared = (s.HS + warps * (s.HS + WARP + 2)) * sizeof(float);
     attention_forward_plain_kernel<X>
-        <<<grid, block, shared, gpu.stream>>>(o, lse, q, kv, s.HS, s.before, attention_scale(s));
+        <<<grid, block, shared, gpu.stream>>>(o, lse, q, kv, s.HS, s.before, attention_scale(s.HS));
     CHECK(cudaGetLastError());
 }
 
@@ -986,7 +992,7 @@ template <class X, class DKV>
 static void attention_backward_plain(Heads<X> dq, const KeysValues<DKV>& dkv, float* delta, Heads<const X> dout,
                                      Heads<const X> o, const float* lse, Heads<const X> q,
                                      const KeysValues<const X>& kv, const AttentionShape& s) {
-    const float scale = attention_scale(s);
+    const float scale = attention_scale(s.HS);
     dim3 grid((unsigned)s.queries, (unsigned)s.NH, (unsigned)s.B), rows = grid;
     rows.x = (unsigned)ceil_div(s.queries, ROW_WARPS);
     attention_delta_kernel<X><<<rows, dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(delta, dout, o, s.HS, s.queries);
@@ -1297,7 +1303,7 @@ static void attention_forward_tiles(Heads<bf16> o, float* lse, Heads<const bf16>
     auto kernel = attention_forward_tiles_kernel<HS>;
     allow_shared(kernel, FORWARD_SHARED<HS>);
     kernel<<<grid, TILE_BLOCK, FORWARD_SHARED<HS>, gpu.stream>>>(o, lse, q, kv, s.queries, s.before,
-                                                                 attention_scale(s));
+                                                                 attention_scale(s.HS));
     CHECK(cudaGetLastError());
 }
 
@@ -1524,12 +1530,12 @@ static void attention_backward_tiles(Heads<bf16> dq, const KeysValues<DKV>& dkv,
     auto query_kernel = attention_backward_query_tiles_kernel<HS>;
     allow_shared(query_kernel, BACKWARD_QUERY_SHARED<HS>);
     query_kernel<<<grid, TILE_BLOCK, BACKWARD_QUERY_SHARED<HS>, gpu.stream>>>(dq, delta, dout, o, lse, q, kv, s.queries,
-                                                                             attention_scale(s));
+                                                                             attention_scale(s.HS));
     CHECK(cudaGetLastError());
     auto key_kernel = attention_backward_key_tiles_kernel<HS, DKV>;
     allow_shared(key_kernel, BACKWARD_KEY_SHARED<HS>);
     key_kernel<<<grid, TILE_BLOCK, BACKWARD_KEY_SHARED<HS>, gpu.stream>>>(dkv, dout, lse, delta, q, kv, s.queries,
-                                                                         attention_scale(s));
+                                                                         attention_scale(s.HS));
     CHECK(cudaGetLastError());
 }
 
@@ -1590,7 +1596,7 @@ static void skip_backward(X* dqkv, const float* own, const float* above, const C
 // A group of lanes per head and token. Softmax and sum are online, as in attention: the mean so far is mixed/sum, with
 // weights e^(s - max). a holds the scores s of the S sources until max and sum are known.
 template <class X>
-__global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, ptrdiff_t layer,
+__global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, ptrdiff_t layer_stride,
                                      DepthSources sources, int S, int queries, int before, size_t rows, int NH, int HS,
                                      int lanes, float scale) {
     const HeadGroup g(lanes, rows, NH);
@@ -1607,7 +1613,7 @@ __global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Hea
     for (int i = 0; i < VECTOR; i++) mixed[i] = v_j[i];
 #pragma unroll 2
     for (int n = 0; n < S; n++) {
-        const ptrdiff_t to_j = layer * (sources[n] - sources.l);
+        const ptrdiff_t to_j = layer_stride * (sources[n] - sources.l);
         load(k_j, k_at + to_j, g.lane, channels);
         load(v_j, v_at + to_j, g.lane, channels);
         const float s = scale * dot_over(q_l, k_j, lanes), new_max = fmaxf(max, s);
@@ -1628,20 +1634,22 @@ __global__ void depth_forward_kernel(Heads<X> v, float* a, Heads<const X> q, Hea
 }
 
 template <class X>
-static void depth_forward(const Workspace&, Heads<X> v, float* a, Heads<const X> q, Heads<const X> k, ptrdiff_t layer,
-                          const DepthSources& sources, const AttentionShape& s) {
+static void depth_forward(const Workspace&, Heads<X> v, float* a, Heads<const X> q, Heads<const X> k,
+                          ptrdiff_t layer_stride, const Config& c, int l, const AttentionShape& s) {
+    const DepthSources sources = depth_sources(c, l);
     const size_t rows = (size_t)s.B * s.queries;
-    const int lanes = lanes_of_head(s.HS), S = sources.count();
-    if (S == 0) return;
+    const int lanes = lanes_of_head(s.HS);
     depth_forward_kernel<X><<<head_groups_grid(rows, s.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
-        v, a, q, k, layer, sources, S, s.queries, s.before, rows, s.NH, s.HS, lanes, attention_scale(s));
+        v, a, q, k, layer_stride, sources, sources.count(), s.queries, s.before, rows, s.NH, s.HS, lanes,
+        attention_scale(s.HS));
     CHECK(cudaGetLastError());
 }
 
-// A group of lanes per head and token. S sources; R readers: layers l+1 .. l+R.
+// A group of lanes per head and token. S sources; R readers: layers l+1 .. l+R. Leaves dṽ_l in qkv. 7 blocks at a time:
+// at most 73 registers per thread.
 template <class X>
 __global__ void __launch_bounds__(HEADS_BLOCK, 7)
-    depth_backward_kernel(X* dqkv, const float* dkv, float* ds, const float* a, X* qkv, ptrdiff_t layer,
+    depth_backward_kernel(X* dqkv, const float* dkv, float* ds, const float* a, X* qkv, ptrdiff_t layer_stride,
                           DepthSources sources, int S, int R, int window, size_t rows, int NH, int HS, int lanes,
                           float scale) {
     const HeadGroup g(lanes, rows, NH);
@@ -1662,8 +1670,8 @@ __global__ void __launch_bounds__(HEADS_BLOCK, 7)
         if (m > 1) a_m += depth_slot(rows, previous + 1, NH), ds_m += depth_slot(rows, previous, NH);
         previous = S_m;
         const float a_ml = a_m[(g.r * (S_m + 1) + n) * NH + g.h], ds_ml = scale * ds_m[(g.r * S_m + n) * NH + g.h];
-        read(x, qkv + layer * (m - l) + at_q);
-        read(y, qkv + layer * (m - l) + at_v);
+        read(x, qkv + layer_stride * (m - l) + at_q);
+        read(y, qkv + layer_stride * (m - l) + at_v);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) dk[i] += ds_ml * x[i], dv[i] += a_ml * y[i];
     }
@@ -1676,7 +1684,7 @@ __global__ void __launch_bounds__(HEADS_BLOCK, 7)
         float ds_own = 0;
 #pragma unroll 2
         for (int n = 0; n < S; n++) {
-            const X* k_j = qkv + layer * (sources[n] - l) + at_k;
+            const X* k_j = qkv + layer_stride * (sources[n] - l) + at_k;
             read(x, k_j);
             read(y, k_j + C);
             const float ds_j = a_l[n * NH] * (dot_over(dv, y, lanes) - delta);
@@ -1701,12 +1709,12 @@ __global__ void __launch_bounds__(HEADS_BLOCK, 7)
 
 template <class X>
 static void depth_backward(const Workspace&, X* dqkv, const float* dkv, float* ds, const float* a, X* qkv,
-                           ptrdiff_t layer, const Config& c, int l, size_t rows) {
+                           ptrdiff_t layer_stride, const Config& c, int l, size_t rows) {
     const int HS = c.head_size(), lanes = lanes_of_head(HS);
     const DepthSources sources = depth_sources(c, l);
     depth_backward_kernel<X><<<head_groups_grid(rows, c.NH, lanes), HEADS_BLOCK, 0, gpu.stream>>>(
-        dqkv, dkv, ds, a, qkv, layer, sources, sources.count(), last_depth_reader(c, l) - l, c.depth_window, rows, c.NH,
-        HS, lanes, 1.0f / sqrtf((float)HS));
+        dqkv, dkv, ds, a, qkv, layer_stride, sources, sources.count(), last_depth_reader(c, l) - l, c.depth_window,
+        rows, c.NH, HS, lanes, attention_scale(HS));
     CHECK(cudaGetLastError());
 }
 
@@ -1738,11 +1746,9 @@ static void cache_append(Heads<X> k, Heads<X> v, Heads<const X> new_k, Heads<con
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Classifier: logits = x wteᵀ, loss = -log softmax(logits)[target]
+// Classifier
 //
-// A chunk of tokens at a time (classifier_rows) goes all the way to the gradients of x and wte, so logits for all B·T
-// tokens never exist at once. With p = softmax(logits), loss = log Σ e^logit - logit_target, so dlogits = p -
-// 1[target]. Columns from V to Vp are computed and then ignored: they get no probability, and their gradient is 0.
+// Columns from V to Vp are computed and then ignored: they get no probability, and their gradient is 0.
 
 // A block has a token. It reads the logits twice, the second time from the L2 cache. Unless gradient_scale is 0, it
 // replaces them by gradient_scale · dlogits.
@@ -1812,20 +1818,6 @@ static void softmax_cross_entropy(float* losses, X* logits, const int* targets, 
 }
 
 template <class X>
-static void classifier(const Workspace& ws, float* losses, X* dx, float* dwte, X* logits, const X* x, const X* wte,
-                       const int* targets, size_t rows, size_t C, size_t V, size_t Vp, float gradient_scale, bool add) {
-    size_t at_once = classifier_rows(rows, Vp);
-    for (size_t r = 0; r < rows; r += at_once) {
-        size_t n = std::min(rows - r, at_once);
-        matmul<X, X>(ws, logits, Vp, n, Vp, C, along_k(x + r * C, C), along_k(wte, C));
-        softmax_cross_entropy(losses + r, logits, targets + r, n, V, Vp, gradient_scale);
-        if (gradient_scale == 0) continue;
-        linear_backward_input(ws, dx + r * C, logits, wte, n, C, Vp, Vp, true, true);
-        linear_backward_weight<X>(ws, dwte, nullptr, logits, x + r * C, n, C, Vp, Vp, add || r > 0);
-    }
-}
-
-template <class X>
 static void logits_forward(const Workspace& ws, float* logits, const X* x, const X* wte, size_t rows, size_t C,
                            size_t V, size_t Vp) {
     for (size_t r = 0; r < rows; r += ws.logits_rows) {
@@ -1844,7 +1836,7 @@ static void logits_forward(const Workspace& ws, float* logits, const X* x, const
 constexpr int SUM_BLOCK = 256;
 constexpr size_t UPDATE_CHUNK = 1 << 14;  // elements that a block of sum_of_squares goes through
 
-// Sum over the block. Thread 0 gets the result.
+// Sum over a block of SUM_BLOCK threads, once in a kernel. Thread 0 gets the result.
 __device__ inline double block_sum(double x) {
     __shared__ double terms[SUM_BLOCK];
     terms[threadIdx.x] = x;
@@ -1891,7 +1883,7 @@ __global__ void norm_kernel(StepResults* results, const double* partial, int chu
     if (threadIdx.x > 0) return;
     const double norm = sqrt(sum);
     results->norm = norm;
-    results->gradient_scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
+    results->gradient_scale = clip_scale(norm, clip);
 }
 
 static void global_norm(const Workspace& ws, Results& results, const float* g, size_t n, float clip) {
@@ -1903,8 +1895,6 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
     results.fresh = false;
 }
 
-// m = β1 m + (1-β1) g, v = β2 v + (1-β2) g²: means of g and g², but for a factor 1-β^step, since both start at 0. With
-// it divided out, w -= lr (m̂/(√v̂ + eps) + decay w)   (Loshchilov and Hutter, arXiv 1711.05101).
 // One thread per vector; n is a multiple of 8
 template <class X>
 __global__ void adamw_update_kernel(X* working, float* w, float* m, float* v, const float* gradient, size_t n, AdamW a,
@@ -1932,10 +1922,8 @@ __global__ void adamw_update_kernel(X* working, float* w, float* m, float* v, co
 
 template <class X>
 static void adamw_update(X* working, float* w, float* m, float* v, const float* g, size_t n, const AdamW& a,
-                         float decay, const Results& results, int step) {
+                         float decay, const Results& results, float m_correction, float v_correction) {
     constexpr int BLOCK = 256;
-    float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
-    float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
     adamw_update_kernel<X><<<(unsigned)ceil_div(n, BLOCK * VECTOR), BLOCK, 0, gpu.stream>>>(
         working, w, m, v, g, n, a, decay, results.device, m_correction, v_correction);
     CHECK(cudaGetLastError());
@@ -1952,8 +1940,8 @@ static StepResults read_results(Results& results) {
     return *results.host;
 }
 
-// ====================================================================================================================
-// The device
+// --------------------------------------------------------------------------------------------------------------------
+// The machine
 
 // Copies a batch into the buffer that the step under way does not use. For embedding_backward, it sorts positions by
 // their token, by counting.
@@ -1989,14 +1977,15 @@ static void set_inputs(Inputs& inputs, const int* x, const int* y, size_t BT, si
 template <class X>
 static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Results& results, const Config& c,
                            const Workload& work) {
-    const size_t C = c.C, BT = (size_t)work.B * work.T, BT_trained = work.train ? BT : 0;
-    const Tensor last = tensor_table(c)[TENSORS - 1];
+    const size_t C = c.C, BT = work.tokens(), BT_trained = work.train ? BT : 0;
+    const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
     all.take(ws.cublas, CUBLAS_WORKSPACE, &Memory::scratch);
+    // dw and db of a LayerNorm; db of a linear layer with at most 4C outputs
     const size_t sums = std::max(ceil_div(BT_trained, LAYERNORM_CHUNK) * 2, ceil_div(BT_trained, BIAS_CHUNK) * 4);
     all.take(ws.partial, sums * C, &Memory::scratch);
     all.take(ws.delta, BT_trained * c.NH, &Memory::scratch);
-    all.take(ws.squares, work.train ? ceil_div(last.place + last.stride(), UPDATE_CHUNK) : 0, &Memory::scratch);
-    all.take(ws.dx_sum, skip_slots(c) ? BT_trained * C : 0, &Memory::scratch);
+    all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
+    all.take(ws.dx_sum, has_chunks(c) ? BT_trained * C : 0, &Memory::scratch);
     ws.logits_rows = std::max(1, work.sequences);
     all.take(ws.logits, ws.logits_rows * c.Vp, &Memory::scratch);
     all.take(results.device, 1, &Memory::scratch, true);
@@ -2055,16 +2044,19 @@ static void copy_to_host(void* to, const void* from, size_t bytes) {
 }
 
 static void device_check(const Config& c, const Workload& work) {
-    constexpr int CHANNELS_MOST = VECTOR * LAYERNORM_BLOCK;
+    constexpr int CHANNELS_MOST = VECTOR * LAYERNORM_BLOCK, GRID_MOST = 65535;
     const int HS = c.head_size();
     if (HS % VECTOR != 0) die("heads of %d channels: on a GPU the head size must be a multiple of %d", HS, VECTOR);
     if (HS > HEAD_SIZE_MOST) die("heads of %d channels: on a GPU the head size can be at most %d", HS, HEAD_SIZE_MOST);
     if (c.C > CHANNELS_MOST) die("%d channels: on a GPU there can be at most %d", c.C, CHANNELS_MOST);
-    if ((size_t)work.B * work.T * c.NH > UINT_MAX) die("batch x sequence x heads: on a GPU at most %u", UINT_MAX);
+    // The kernels count heads of tokens in 32 bits, and have a sequence per block in z.
+    const size_t tokens = std::max(work.tokens(), (size_t)work.sequences * c.maxT);
+    if (tokens * c.NH > UINT_MAX) die("batch x sequence x heads: on a GPU at most %u", UINT_MAX);
+    if (std::max(work.B, work.sequences) > GRID_MOST) die("%d sequences at a time: on a GPU at most %d",
+                                                          std::max(work.B, work.sequences), GRID_MOST);
 }
 
 static void device_init(char**, bool computes) {
-    classifier_logits_most = 1 << 30;  // 2 GiB of bf16: products large enough for all multiprocessors
     if (!computes) return;
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);

@@ -27,7 +27,7 @@ enum Part { EMBEDDING, LAYERNORM, MATMULS, MATMULS_DX, MATMULS_DW, ATTENTION, DE
 static const char* const part_names[PARTS] = {"embedding", "LayerNorm", "matmuls", "matmuls, dx", "matmuls, dw",
                                               "attention", "depth mixing", "classifier", "AdamW"};
 
-static const AdamW adamw = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f};
+static const AdamW adamw = {.lr = 1e-4f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = 0.1f};
 
 // Makes those calls of forward, backward and update that belong to one part, on what the last step left in memory. The
 // results are of no use, but finite, and the next step overwrites them.
@@ -53,11 +53,10 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
         const int i = 2 * l, j = i + 1;
         X *x = m.residual[i], *x2 = m.residual[j], *x3 = m.residual[j + 1], *ln1 = m.ln[i], *ln2 = m.ln[j];
         X *qkv = m.qkv[l], *atty = m.atty[l], *fch = m.fch[l], *fch_gelu = m.fch_gelu[l];
-        const LiveColumns live = live_columns(c, l);
         const Heads<X> q = heads(qkv, 0, 3, c, T);
         const KeysValues<X> kv = own_keys_values(qkv, c, T);
         float* a = m.a + depth_place(m, l, 1);
-        const AttentionShape shape = {(int)B, c.NH, c.head_size(), T, 0};
+        const AttentionShape shape = training_shape(m);
 
         switch (part) {
         case LAYERNORM:
@@ -74,31 +73,30 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
             linear_gelu_backward_input(ws, m.dfch, again ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
             linear_backward_input(ws, dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
             linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
-            for (int r = 0; r < live.n; r++) {
-                auto [at, count] = live.ranges[r];
-                linear_backward_input(ws, dln, m.dqkv + at, w(QKVW) + at * C, BT, C, count, 3 * C, r == 0,
-                                      r + 1 == live.n);
-            }
+            for_live_columns(m, l, [&](size_t at, size_t count, bool first, bool end) {
+                linear_backward_input(ws, dln, m.dqkv + at, w(QKVW) + at * C, BT, C, count, 3 * C, first, end);
+            });
             break;
         case MATMULS_DW:
             linear_backward_weight(ws, d(FCPROJW), d(FCPROJB), dx, fch_gelu, BT, 4 * C, C, C, false);
             linear_backward_weight(ws, d(FCW), d(FCB), m.dfch, ln2, BT, C, 4 * C, 4 * C, false);
             linear_backward_weight(ws, d(ATTPROJW), d(ATTPROJB), dx, atty, BT, C, C, C, false);
-            for (auto [at, count] : live)
+            for_live_columns(m, l, [&](size_t at, size_t count, bool, bool) {
                 linear_backward_weight(ws, d(QKVW) + at * C, d(QKVB) + at, m.dqkv + at, ln1, BT, C, count, 3 * C,
                                        false);
+            });
             break;
         case ATTENTION:
             if (c.attention == DEPTH) {  // without depth_forward and depth_backward
                 attention_forward<X>(ws, heads(atty, 0, 1, c, T), m.lse[l], q, kv, shape);
-                attention_gradients(m, l, KeysValues<float>{heads(m.dkv, 0, 2, c, T), heads(m.dkv, 1, 2, c, T)}, kv);
+                attention_gradients(m, l, own_shares(m), kv);
             } else {
                 attend_forward(m, l, atty);
                 attend_backward(m, l);
             }
             break;
         case DEPTH_MIXING:
-            mix_values(m, l, a, q, kv, m.qkv.stride, shape);
+            if (l > 0) depth_forward<X>(ws, kv.v, a, q, kv.k, m.qkv.stride, c, l, shape);
             depth_backward(ws, m.dqkv, m.dkv, m.ds + depth_place(m, l, 0), a, qkv, m.qkv.stride, c, l, BT);
             break;
         default: break;
@@ -110,8 +108,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
     }
     if (part == LAYERNORM) layernorm(last, m.weight(LNFW), m.weight(LNFB), m.gradient(LNFW), m.gradient(LNFB));
     if (part == CLASSIFIER) {
-        classifier(ws, m.losses, dln, m.gradients, m.logits, m.ln[last], m.weight(WTE), m.inputs.y, BT, C, c.V, c.Vp,
-                   1.0f / BT, false);
+        classifier(m, m.ln[last], 1.0f / BT);
         sum_losses(m.results, m.losses, BT, false);
     }
     if (part == ADAMW) update(m, adamw, 1, step);
@@ -184,7 +181,7 @@ static std::vector<int> random_tokens(size_t n, int V, Random& r) {
 }
 
 static void bench_training(const Options& o, const std::vector<Config>& configs, bool profile) {
-    const Precision precision = (Precision)o.precision;
+    const int precision = o.precision;
     const int B = o.batch, T = o.sequence, steps = o.steps > 0 ? o.steps : 5;
     Random r = random_stream(o.seed, SAMPLES);
     const std::vector<int> x = random_tokens((size_t)B * T, configs[0].V, r);
@@ -227,7 +224,7 @@ static void bench_training(const Options& o, const std::vector<Config>& configs,
 // A prompt that all but fills the context, then n tokens one at a time. Each of these reads the weights that it uses
 // once, and all of the cache, so reading memory is the limit.
 static void bench_generating(const Options& o, const std::vector<Config>& configs, int n) {
-    const Precision precision = (Precision)o.precision;
+    const int precision = o.precision;
     const int maxT = configs[0].maxT, prompt = maxT - n;
     Random r = random_stream(o.seed, SAMPLES);
     const std::vector<int> tokens = random_tokens(maxT, configs[0].V, r);
@@ -244,13 +241,13 @@ static void bench_generating(const Options& o, const std::vector<Config>& config
         for (int round = 0; round < 4; round++) {  // the first warms up
             model_reset_cache(model);
             double start = seconds();
-            model_prompt(model, tokens.data(), prompt, logits.data());
+            model_prefill(model, tokens.data(), prompt, logits.data());
             if (round > 0) prompt_times.push_back(seconds() - start);
         }
         for (int i = prompt; i < maxT; i++) {
             if ((i - prompt) % 16 == 0) bandwidths.push_back(device_bandwidth(false));
             double start = seconds();
-            model_decode(model, &tokens[i], logits.data());
+            model_prefill(model, &tokens[i], 1, logits.data());
             times.push_back(seconds() - start);
         }
         model_free(model);
@@ -266,7 +263,7 @@ static void bench_generating(const Options& o, const std::vector<Config>& config
 static void bench(Options& o, OptionTable& table, bool profile) {
     if (is_file(o.model)) die("bench takes a shape, but --model %s is a file", o.model.c_str());
     const Config shape = configure(o, nullptr, find_tokenizer(o.tokenizer, {}), true);
-    const Precision precision = (Precision)o.precision;
+    const int precision = o.precision;
     std::vector<Config> configs;
     for (int a = 0; a < ATTENTIONS; a++)
         if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, nullptr));

@@ -65,7 +65,7 @@ static void run_tiles() {
 }
 #endif
 
-static double device_peak([[maybe_unused]] Precision precision) {
+static double device_peak([[maybe_unused]] int precision) {
 #ifdef __AMX_BF16__
     if (precision == BF16) return best_rate(4.0 * 2 * LANES * LANES * 2 * LANES * LINKS, run_tiles);
 #elif defined(__AVX512BF16__)
@@ -79,7 +79,7 @@ static double device_peak([[maybe_unused]] Precision precision) {
 #endif
     return best_rate(2.0 * CHAINS * LANES * LINKS, [] { run_chains([](vec s) { return s * 0.999f + 0.001f; }); });
 }
-[[maybe_unused]] static size_t device_peak_memory(Precision) { return 0; }
+[[maybe_unused]] static size_t device_peak_memory(int) { return 0; }
 
 // Reads 512 MiB, each thread in eight streams with prefetch, which is faster than one; or scales them in place.
 static size_t device_bandwidth_memory() { return 512 << 20; }
@@ -166,7 +166,7 @@ __global__ void noise_kernel(X* a, size_t n) {
 // What cuBLASLt reaches with a product of two square matrices, large enough for this GPU. They hold noise, since
 // products of zeros take less power, which lets a GPU run faster than it does in training.
 static size_t peak_size() { return 64 * multiprocessors(); }
-static size_t device_peak_memory(Precision precision) {
+static size_t device_peak_memory(int precision) {
     return 3 * peak_size() * peak_size() * (precision == BF16 ? sizeof(bf16) : sizeof(float)) + CUBLAS_WORKSPACE;
 }
 template <class X>
@@ -185,7 +185,7 @@ static double matmul_peak() {
     device_free(ws.cublas);
     return rate;
 }
-static double device_peak(Precision precision) {
+static double device_peak(int precision) {
     return precision == BF16 ? matmul_peak<bf16>() : matmul_peak<float>();
 }
 
