@@ -537,8 +537,8 @@ static void backward(ModelOf<X>& m) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
-    const bool add = m.accumulated > 0;  // to the gradients of earlier micro-batches
-    const bool again = m.recomputes();   // fch_gelu, ln2 and ln1 were not kept: compute each again before its use
+    const bool add = m.accumulated > 0;     // to the gradients of earlier micro-batches
+    const bool recompute = m.recomputes();  // fch_gelu, ln2 and ln1 were not kept: compute each again before its use
     const int last = 2 * c.L;
     X *dx = m.dresidual, *dln = m.dln;
 
@@ -552,10 +552,10 @@ static void backward(ModelOf<X>& m) {
         X *atty = m.atty[l], *fch = m.fch[l], *fch_gelu = m.fch_gelu[l];
 
         // x3 = x2 + fch_gelu fcprojwᵀ + fcprojb,  fch_gelu = gelu(fch)
-        linear_gelu_backward_input(ws, m.dfch, again ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
+        linear_gelu_backward_input(ws, m.dfch, recompute ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
         linear_backward_weight(ws, d(FCPROJW), d(FCPROJB), dx, fch_gelu, BT, 4 * C, C, C, add);
         // fch = ln2 fcwᵀ + fcb
-        if (again) layernorm_recompute(ln2, x2, w(LN2W), w(LN2B), m.ln_mean[j], m.ln_rstd[j], BT, C);
+        if (recompute) layernorm_recompute(ln2, x2, w(LN2W), w(LN2B), m.ln_mean[j], m.ln_rstd[j], BT, C);
         linear_backward_input(ws, dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
         linear_backward_weight(ws, d(FCW), d(FCB), m.dfch, ln2, BT, C, 4 * C, 4 * C, add);
         // ln2 = layernorm(x2); dx3 becomes dx2
@@ -566,7 +566,7 @@ static void backward(ModelOf<X>& m) {
         // atty = attention(qkv)
         attend_backward(m, l);
         // qkv = ln1 qkvwᵀ + qkvb
-        if (again) layernorm_recompute(ln1, x, w(LN1W), w(LN1B), m.ln_mean[i], m.ln_rstd[i], BT, C);
+        if (recompute) layernorm_recompute(ln1, x, w(LN1W), w(LN1B), m.ln_mean[i], m.ln_rstd[i], BT, C);
         qkv_backward(m, l, ln1, add);
         // ln1 = layernorm(x); dx2 becomes dx
         layernorm_backward(ws, dx, d(LN1W), d(LN1B), dln, x, w(LN1W), m.ln_mean[i], m.ln_rstd[i], BT, C, true, add);
@@ -966,9 +966,9 @@ static void lay_out(ModelOf<X>& m) {
     all.take(m.a, depth_place(m, c.L, 1), &Memory::activations);
     all.take(m.ds, train ? depth_place(m, c.L, 0) : 0, &Memory::activations);
     all.take(m.losses, BT, &Memory::activations);
-    auto cheap = keeps ? &Memory::activations : &Memory::scratch;
-    all.take(m.ln, kept_norms, BT * C, cheap);
-    all.take(m.fch_gelu, keeps ? L : 1, BT * 4 * C, cheap);
+    auto recomputed = keeps ? &Memory::activations : &Memory::scratch;
+    all.take(m.ln, kept_norms, BT * C, recomputed);
+    all.take(m.fch_gelu, keeps ? L : 1, BT * 4 * C, recomputed);
 
     all.take(m.logits, classifier_rows(BT, c.Vp) * c.Vp, &Memory::scratch);
     all.take(m.dresidual, BT_trained * C, &Memory::scratch);
@@ -1046,7 +1046,7 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
 // Calls f(place, done, count) for each run of values, of those from element `begin` of a file's order on, that lies in
 // memory without gaps: from `place` on lie `count` values, after `done` others.
 template <class F>
-static void for_each_run(const TensorTable& tensors, size_t begin, size_t n, F f) {
+static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, F f) {
     for (const Tensor& t : tensors)
         for (size_t l = 0; l < t.layers; l++) {
             size_t first = t.offset + l * t.layer_size(), end = std::min(first + t.layer_size(), begin + n);
@@ -1061,12 +1061,12 @@ static float* quantity(const Model* m, Quantity q) {
     return q == PARAMETERS ? m->parameters : q == GRADIENTS ? m->gradients : q == MOMENT1 ? m->moment1 : m->moment2;
 }
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
-    for_each_run(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
+    for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
         copy_to_host(out + done, quantity(m, q) + place, count * sizeof(float));
     });
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
-    for_each_run(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
+    for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
         copy_to_device(quantity(m, q) + place, in + done, count * sizeof(float));
         if (q == PARAMETERS)
             with_type(m, [&](auto& model) { round_weights(model.weights + place, model.parameters + place, count); });

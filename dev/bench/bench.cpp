@@ -37,14 +37,14 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
     const Workspace& ws = m.ws;
     const int T = m.work.T, last = 2 * c.L;
     const size_t B = m.work.B, BT = B * T, C = c.C;
-    const bool again = m.recomputes();
+    const bool recompute = m.recomputes();
     X *dx = m.dresidual, *dln = m.dln;
 
     auto layernorm = [&](int i, const X* w, const X* b, float* dw, float* db) {
         X *y = m.ln[i], *x = m.residual[i];
         float *mean = m.ln_mean[i], *rstd = m.ln_rstd[i];
         layernorm_forward(y, mean, rstd, x, w, b, BT, C);
-        if (again && i < last) layernorm_recompute(y, x, w, b, mean, rstd, BT, C);
+        if (recompute && i < last) layernorm_recompute(y, x, w, b, mean, rstd, BT, C);
         layernorm_backward(ws, dx, dw, db, dln, x, w, mean, rstd, BT, C, i < last, false);
     };
     for (int l = 0; l < c.L; l++) {
@@ -70,7 +70,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
             linear_residual_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C);
             break;
         case MATMULS_DX:
-            linear_gelu_backward_input(ws, m.dfch, again ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
+            linear_gelu_backward_input(ws, m.dfch, recompute ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
             linear_backward_input(ws, dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
             linear_backward_input(ws, m.datty, dx, w(ATTPROJW), BT, C, C, C);
             for_live_columns(m, l, [&](size_t at, size_t count, bool first, bool end) {

@@ -60,7 +60,7 @@ BREAKS = {
     "classifier: the second chunk of tokens overwrites": ("classifier", "add || r > 0", "add"),
     "classifier: the second chunk of the vocabulary overwrites": ("classifier", "v == 0", "true"),
     "files: the second chunk of values is lost": ("read_quantity", "model_put(", "if (begin == 0) model_put("),
-    "files: gaps between layers forgotten": ("for_each_run", "l * t.stride()", "l * t.layer_size()"),
+    "files: gaps between layers forgotten": ("for_each_contiguous", "l * t.stride()", "l * t.layer_size()"),
     "positions: gradient of the last sequence only": ("embedding_backward", "add || bt >= T", "add"),
 }
 
