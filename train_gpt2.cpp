@@ -35,8 +35,7 @@ Contents
 Dimensions have these letters. In a linear layer, C is the number of its input channels.
     B batch   T time (tokens in a sequence)   C channels   NH heads   HS = C/NH head size   L layers
     OC output channels   V vocabulary   Vp = V padded to a multiple of 128   maxT context, the longest sequence
-A comment like (B, T, C) is the shape of a row-major array. A leading d means gradient: dx is dloss/dx (do, a keyword of
-C++, is called dout).
+A comment like (B, T, C) is the shape of a row-major array. dx is the gradient dloss/dx; that of o is called dout.
 */
 
 #include <algorithm>
@@ -127,12 +126,7 @@ enum Attention { VANILLA, SKIP, DEPTH, ATTENTIONS };
 static const char* const attention_names[ATTENTIONS] = {"vanilla", "skip", "depth"};
 
 struct Config {
-    int maxT = 1024;
-    int V = 50257;
-    int Vp = 50304;
-    int L = 12;
-    int NH = 12;
-    int C = 768;
+    int maxT = 1024, V = 50257, Vp = 50304, L = 12, NH = 12, C = 768;  // GPT-2 (124M)
     int attention = VANILLA;
     int skip_distance = 9;  // n_l: a skipping head attends to the layer n_l below
     int skip_heads = 9;     // n_h: heads 0 .. n_h-1 skip
