@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 
+from peers import parse_bench
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 # ms a step, GPT-2 124M, bf16, 65,536 tokens: what an H200's limits give by arithmetic (dev/bench/kernels.md). These are
 # no measurements.
-TARGETS = {"embedding": 0.2, "LayerNorm": 3.6, "matmuls": 14.1, "matmuls, dx": 14.1, "matmuls, dw": 16.7, "attention": 11.9,
-           "depth mixing": 6.6, "classifier": 22.3, "AdamW": 1.0}
+TARGETS = {"embedding": 0.2, "LayerNorm": 3.6, "matmuls": 14.1, "matmuls, dx": 14.1, "matmuls, dw": 16.7,
+           "attention": 11.9, "depth mixing": 6.6, "classifier": 22.3, "AdamW": 1.0}
 STEP_TARGET = "vanilla and skip: 84, and 93 to 100 would be excellent; depth: 7 more"
 
 
@@ -62,13 +64,19 @@ def beside_targets(report, said):
     """The profiles in bench's output again, each part beside its target"""
     report.say("\nms a step, beside what an H200's limits give by arithmetic, vanilla's at 65,536 tokens:")
     report.say(STEP_TARGET)
-    for line in said.split("\n"):
-        if line.startswith("generating"):
-            break
-        if m := re.match(r"(vanilla|skip|depth)\S* .*?\s+([\d.]+)\s+[\d.]+\s+[\d.]+\s", line):
-            report.say(f"{m[1]:20}{m[2]:>10}")
-        elif m := re.match(r"    (\S.*?)\s+([\d.]+) ms ", line):
-            report.say(f"    {m[1]:16}{m[2]:>10}{TARGETS.get(m[1], ''):>10}")
+    for row in parse_bench(said):
+        report.say(f"{row['attention']:20}{row['ms']:10.2f}")
+        for part, ms in row["parts"].items():
+            report.say(f"    {part:16}{ms:10.2f}{TARGETS.get(part, ''):>10}")
+
+
+def verdicts(said):
+    """What a test program says, without the tests that pass."""
+    return "\n".join(line for line in said.split("\n") if not line.startswith("ok ") and line.strip())
+
+
+def pytest_verdicts(said):
+    return "\n".join(re.findall("^(?:FAILED|ERROR|E ) .*|.*(?:passed|failed).*", said, re.M))
 
 
 def main():
@@ -86,7 +94,8 @@ def main():
         device = first_line(["nvidia-smi", "-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
                              f"--query-gpu={query}", "--format=csv,noheader"])
         if not device:
-            die("no GPU: nvidia-smi is missing or finds none (make -C dev gpu-report DEVICE=emulated tries this without one)")
+            die("no GPU: nvidia-smi is missing or finds none "
+                "(make -C dev gpu-report DEVICE=emulated tries this without one)")
 
     report = Report()
     now = datetime.datetime.now()
@@ -105,25 +114,24 @@ def main():
     if built.returncode:
         die("it does not build")
 
-    # Verdicts alone: a failing test's line, and the counts
-    verdicts = lambda said: "\n".join(x for x in said.split("\n") if not x.startswith("ok ") and x.strip())  # noqa: E731
     report.step([f"./test_gpt2{kind}"], verdicts)
     if os.path.exists(os.path.join(ROOT, ".venv/ready")):
-        command = ["env", f"GPU_PROGRAM=train_gpt2{kind}", ".venv/bin/python", "-m", "pytest", "-q", "dev/test/test_gpu.py"]
-        report.step(command, lambda said: "\n".join(re.findall("^(?:FAILED|ERROR|E ) .*|.*(?:passed|failed).*", said, re.M)))
+        report.step(["env", f"GPU_PROGRAM=train_gpt2{kind}", ".venv/bin/python", "-m", "pytest", "-q",
+                     "dev/test/test_gpu.py"], pytest_verdicts)
     else:
         report.say("\nleft out: dev/test/test_gpu.py, for lack of .venv (make -C dev .venv/ready)")
 
     if emulated:
-        shape = ["--layers", "2", "--heads", "2", "--channels", "128", "--context", "32", "--vocab", "257", "--batch", "1",
-                 "--sequence", "32", "--steps", "1"]
+        shape = ["--layers", "2", "--heads", "2", "--channels", "128", "--context", "32", "--vocab", "257",
+                 "--batch", "1", "--sequence", "32", "--steps", "1"]
     else:
         shape = ["--model", "gpt2", "--vocab", "50257", "--batch", "64", "--sequence", "1024", "--steps", "10"]
     for precision in ["bf16", "fp32"]:
         command = [f"dev/bench/bench{kind}", *shape, "--precision", precision, "--profile"]
         if precision == "fp32":
             command += ["--tokens", "0"]
-        done = report.step(command, lambda said: "it ran; its times are left out" if emulated and "error:" not in said else said)
+        done = report.step(command, lambda said: said if not emulated or "error:" in said else
+                           "it ran; its times are left out")
         fits = re.search(r"the largest --batch that fits is (\d+)", done.stdout)
         if fits and done.returncode:
             report.failed.pop()

@@ -3,8 +3,8 @@
 
     make dev/bench/bench && dev/bench/growth.py [--precision bf16] [--attention vanilla] [--steps 3]
 
-Beside each figure stands what it should be in theory: the time in proportion to the operations of a step
-(6 · (V·C + 12·L·C²) + 6·L·C·T for each token), taken from the first row of its table.
+Beside each speed stands what it should be in theory, if every thread did as many operations per second as in the first
+row of the table. The benchmark's GFLOP/s, divided by its tokens/s, is the work of a token.
 """
 
 import argparse
@@ -12,37 +12,32 @@ import os
 
 from peers import BENCH, parse_bench, run
 
-V = 50257
-
 
 def step(T, L, C, threads, args):
     """A row of bench for GPT-2 with L layers and C channels, on 1,024 tokens."""
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     said, _ = run(BENCH, "--attention", args.attention, "--precision", args.precision, "--batch", 1024 // T,
-                  "--sequence", T, "--layers", L, "--channels", C, "--heads", C // 64, "--steps", args.steps, "--tokens", 0)
+                  "--sequence", T, "--layers", L, "--channels", C, "--heads", C // 64, "--steps", args.steps,
+                  "--tokens", 0)
     return parse_bench(said)[0]
-
-
-def operations(T, L, C):
-    return 6 * (V * C + 12 * L * C * C) + 6 * L * C * T
 
 
 def table(title, rows, args):
     print(f"\n{title}\n{'':24}{'tokens/s':>10}{'in theory':>11}{'of peak':>9}{'MiB':>8}", flush=True)
-    first = None
+    rate = None
     for label, (T, L, C, threads) in rows.items():
         row = step(T, L, C, threads, args)
-        work = operations(T, L, C) / (threads or 1)
-        first = first or (row["tokens/s"], work)
-        theory = first[0] * first[1] / work
+        rate = rate or row["GFLOP/s"] / (threads or 1)
+        work = row["GFLOP/s"] / row["tokens/s"]
+        theory = rate * (threads or 1) / work
         print(f"{label:24}{row['tokens/s']:10.1f}{theory:11.1f}{row['of peak']:8.1f}%{row['MiB']:8.0f}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--attention", choices=["vanilla", "skip", "depth"], default="vanilla")
+    parser.add_argument("--attention", default="vanilla")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     print(f"{args.attention}, {args.precision}, 1,024 tokens a step")

@@ -96,7 +96,8 @@ KERNELS = {
     "attention_forward_tiles_kernel": ("attention", attention(2, 64, 4), ""),
     "attention_backward_query_tiles_kernel": ("attention", attention(3, 32, 6), ""),
     "attention_backward_key_tiles_kernel": ("attention", key_tiles, ""),
-    "bias_backward_kernel": ("bias gradients", lambda a: (a[2] * a[3] * X + a[2] // 256 * a[3] * 4, a[2] * a[3]), "load"),
+    "bias_backward_kernel": ("bias gradients",
+                             lambda a: (a[2] * a[3] * X + a[2] // 256 * a[3] * 4, a[2] * a[3]), "load"),
     "sum_partials_kernel": ("bias gradients", lambda a, both=1: (both * (a[3] + 1) * a[4] * 4, both * a[3] * a[4]), ""),
     "softmax_cross_entropy_kernel": ("softmax and loss", lambda a, rows=1: (2 * rows * VP * X, 8 * rows * VP),
                                      "load store"),
@@ -164,8 +165,8 @@ def plain(names):
 def compile_kernels(nvcc, folder, architecture):
     """Each kernel's registers, static shared memory, spills; the file with its machine code"""
     cubin = os.path.join(folder, f"{architecture}.cubin")
-    said = output([nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch={architecture}", "-Xcompiler", "-Wall,-Wextra",
-                   "-Xptxas", "-v", "-cubin", "train_gpt2.cu", "-o", cubin], cwd=ROOT)
+    said = output([nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch={architecture}", "-Xcompiler",
+                   "-Wall,-Wextra", "-Xptxas", "-v", "-cubin", "train_gpt2.cu", "-o", cubin], cwd=ROOT)
     if "warning" in said:
         die(f"nvcc warns:\n{said[said.index('warning') - 100:][:1000]}")
     found, name = {}, None
@@ -190,7 +191,8 @@ def find_cuobjdump(nvcc):
 def disassemble(nvcc, cubin):
     """Each kernel's instructions: (address, opcode with its suffixes, whole text)"""
     tool = find_cuobjdump(nvcc)
-    said = output([tool, "-sass", cubin], env=os.environ | {"PATH": os.path.dirname(tool) + os.pathsep + os.environ["PATH"]})
+    path = os.path.dirname(tool) + os.pathsep + os.environ["PATH"]
+    said = output([tool, "-sass", cubin], env=os.environ | {"PATH": path})
     found, name = {}, None
     for line in said.split("\n"):
         if m := re.match(r"\s*Function : (\w+)", line):
@@ -246,7 +248,8 @@ def memory_of(log, options):
     """Activations and all, as `describe` counts them, in GiB; what was allocated before the first launch, in bytes"""
     size = lambda text: float(text[0]) / (1024 if text[1] == "MiB" else 1)  # noqa: E731
     said = output(["./train_gpt2cu_emulated", "describe", *SHAPE] + options, cwd=ROOT)
-    column = ["vanilla", "skip", "depth"].index(options[1])
+    header = re.search("^ {20,}(.*)", said, re.MULTILINE)[1]  # like: vanilla  skip 9/9  depth 6/0
+    column = re.findall("[a-z]+", header).index(options[1])
     counted = [size(re.findall(r"([\d.]+) ([MG]iB)", re.search(row, said)[0])[column])
                for row in [r"activations .*", r"total, with scratch .*"]]
     allocated = 0
@@ -299,7 +302,8 @@ def main():
     names = kernels_of(BENCH)
     with tempfile.TemporaryDirectory() as folder:
         built = {a: compile_kernels(nvcc, folder, a) for a in ["sm_80", "sm_90"]}
-        spills = [f"{plain([k])[k]} ({a})" for a, (found, _) in built.items() for k, of in found.items() if any(of["stack"])]
+        spills = [f"{plain([k])[k]} ({a})" for a, (found, _) in built.items()
+                  for k, of in found.items() if any(of["stack"])]
         compiled, cubin = built["sm_90"]
         code = disassemble(nvcc, cubin)
         logs, memory = {}, {}
@@ -322,7 +326,8 @@ def main():
             if name == "product":
                 m, n, k, d_size, size, add, epilogue = grid
                 classifier = VP in (m, n, k)
-                row = f"{n:,} × {m:,} × {k:,}{' + C' if add else ''}{', fp32' if d_size == 4 else ''}{EPILOGUES[epilogue]}"
+                row = f"{n:,} × {m:,} × {k:,}{' + C' if add else ''}{', fp32' if d_size == 4 else ''}"
+                row += EPILOGUES[epilogue]
                 group = f"matmuls of the {'classifier' if classifier else 'blocks'}"
                 moved, operations = product_needs(*grid)
                 seconds = max(operations / TENSOR, moved / BANDWIDTH)
@@ -364,11 +369,12 @@ def main():
 
     text = f"""# The GPU's kernels, judged without a GPU
 
-`make -C dev gpu-table` writes this file. GPT-2 124M, bf16, B {B}, T {T}: {BT:,} tokens a step; sm_90, nvcc {version}. **No time
-in it is measured**: each is the least that an H200's limits allow for the bytes and operations of a call, at
-{BANDWIDTH / 1e12:.1f} TB/s, {TENSOR / 1e12:.0f} TFLOP/s for cuBLAS's products, and {100 * MMA_SYNC:.0f} % of that for the kernels of mma.sync. Of the latter, those
-that issue more than {CYCLES_OF_HMMA:.1f} instructions for each HMMA are slower by as much. Kernels, calls, grids, arguments and products
-are the program's own, from the emulator's log of a step; each array counts once, however often a cache serves it.
+`make -C dev gpu-table` writes this file. GPT-2 124M, bf16, B {B}, T {T}: {BT:,} tokens a step; sm_90, nvcc {version}.
+**No time in it is measured**: each is the least that an H200's limits allow for the bytes and operations of a call, at
+{BANDWIDTH / 1e12:.1f} TB/s, {TENSOR / 1e12:.0f} TFLOP/s for cuBLAS's products, and {100 * MMA_SYNC:.0f} % of that for
+the kernels of mma.sync. Of the latter, those that issue more than {CYCLES_OF_HMMA:.1f} instructions for each HMMA are
+slower by as much. Kernels, calls, grids, arguments and products are the program's own, from the emulator's log of a
+step; each array counts once, however often a cache serves it.
 
 ## What the compiler made of each kernel of a step
 
@@ -385,8 +391,8 @@ stack frame, on sm_80 either.
         rows.append([f"`{name}`", str(of["registers"]), f"{of['static']:,}", f"{shared:,}", str(threads), str(blocks),
                      str(blocks * -(-threads // 32))] + [str(x) if x else "" for x in counts.values()] +
                     [f"{per_hmma:.1f}" if per_hmma else ""])
-    text += table(rows, ["kernel", "registers", "static shared", "dynamic", "threads", "blocks", "warps", "HMMA", "LDSM",
-                         "LDGSTS", "LDG.128", "STG.128", "per HMMA"])
+    text += table(rows, ["kernel", "registers", "static shared", "dynamic", "threads", "blocks", "warps",
+                         "HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "per HMMA"])
 
     text += """
 
@@ -419,9 +425,9 @@ configuration that makes it. A product is rows × columns × what is summed over
     text += f"""
 
 The last column was estimated before there were kernels, and bounds none of them: its attention is 4.33 TFLOP at 300
-TFLOP/s, five products in backward. Here they are seven, since dq has a kernel of its own, which makes its sum the same in
-every run. What the sums leave out: gaps between launches, the first and last wave of blocks, cuBLAS's choice for small
-products, cache misses; a step of {TARGET} ms on an H200 would be excellent.
+TFLOP/s, five products in backward. Here they are seven, since dq has a kernel of its own, which makes its sum the same
+in every run. What the sums leave out: gaps between launches, the first and last wave of blocks, cuBLAS's choice for
+small products, cache misses; a step of {TARGET} ms on an H200 would be excellent.
 """
     text += """
 ## Memory

@@ -1029,8 +1029,10 @@ struct Launch {
         fprintf(settings.log, "launch %zx %u %u %u %u %u %u %zu", (size_t)((const char*)kernel - &__executable_start),
                 grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
         auto put = [](const auto& x) {
-            if constexpr (std::is_integral_v<std::remove_cvref_t<decltype(x)>>) fprintf(settings.log, " %lld", (long long)x);
-            else fputs(" -", settings.log);
+            if constexpr (std::is_integral_v<std::remove_cvref_t<decltype(x)>>)
+                fprintf(settings.log, " %lld", (long long)x);
+            else
+                fputs(" -", settings.log);
         };
         (put(arguments), ...);
         fputs("\n", settings.log);
@@ -1758,7 +1760,8 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
                     size_t at = i + j * p.ldd;
                     float x = sums[j % COLUMNS][i % ROWS];
                     if (p.accumulate) x += element(p.D, p.d_type, at);
-                    if (p.epilogue != Epilogue::NONE && p.epilogue != Epilogue::DGELU) x += element(p.bias, p.d_type, i);
+                    if (p.epilogue != Epilogue::NONE && p.epilogue != Epilogue::DGELU)
+                        x += element(p.bias, p.d_type, i);
                     if (p.epilogue == Epilogue::GELU_AUX_BIAS) set_element(p.aux, p.d_type, at, x);
                     if (p.epilogue == Epilogue::GELU_BIAS || p.epilogue == Epilogue::GELU_AUX_BIAS) {
                         x = 0.5f * x * (1 + tanhf(root * (x + cubic * x * x * x)));

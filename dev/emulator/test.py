@@ -126,8 +126,10 @@ def test_translation(tests, folder):
     for arguments, message in ((["a.cu", "a.cu"], "a.cu: would be replaced by its own translation\n"),
                                (["none.cu", "a.cpp"], "none.cu: No such file or directory\n"),
                                (["a.cu", "none/a.cpp"], "none/a.cpp: No such file or directory\n")):
-        done = subprocess.run([sys.executable, HERE / "translate.py", *arguments], cwd=folder, capture_output=True, text=True)
-        tests.report(f"translate.py {' '.join(arguments)}", done.returncode == 1 and done.stderr == message, done.stderr)
+        done = subprocess.run([sys.executable, HERE / "translate.py", *arguments], cwd=folder, capture_output=True,
+                              text=True)
+        refused = done.returncode == 1 and done.stderr == message
+        tests.report(f"translate.py {' '.join(arguments)}", refused, done.stderr)
     (folder / "k.cuh").write_text("#pragma once\n#define K k<<<1, 1>>>()")
     (folder / "plain.h").write_text("int x;")
     source.write_text('#include "plain.h"\n#include "k.cuh"\n#include "k.cuh"\nend')

@@ -461,7 +461,8 @@ static void products(MatmulType x, MatmulType y) {
                     sum += (double)(float)a[ta ? l + i * lda : i + l * lda] * (float)b[tb ? j + l * ldb : l + j * ldb];
                 auto gelu = [](double v) { return 0.5 * v * (1 + tanh(sqrt(2 / M_PI) * (v + 0.044715 * v * v * v))); };
                 if (epilogue != Epilogue::NONE && epilogue != Epilogue::DGELU) sum += (float)bias[i];
-                if (epilogue == Epilogue::GELU_AUX_BIAS) EXPECT(fabs((float)aux2[i + j * ldd] - sum) <= eps * (1 + fabs(sum)));
+                if (epilogue == Epilogue::GELU_AUX_BIAS)
+                    EXPECT(fabs((float)aux2[i + j * ldd] - sum) <= eps * (1 + fabs(sum)));
                 if (epilogue == Epilogue::GELU_BIAS || epilogue == Epilogue::GELU_AUX_BIAS) sum = gelu(sum);
                 if (epilogue == Epilogue::DGELU) {
                     double v = (float)aux[i + j * ldd];

@@ -14,10 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from places import choose, find
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "train_gpt2.cpp"
 
-# name: (function, fragment of it, what replaces the fragment). White space in a fragment does not count.
+# name: (function, fragment of it, what replaces the fragment); see places.py
 BREAKS = {
     "depth: δ dropped from ds": ("depth_backward", "- delta", ""),
     "depth: own ds forgotten": ("depth_backward", "ds_own -= ds_j;", ""),
@@ -41,7 +43,8 @@ BREAKS = {
         "softmax_cross_entropy", "i < V; i++) sum", "i < (logits[V] = 0, V + 1); i++) sum"),
     "AdamW: no bias correction": ("update", "1.0 / (1.0 - pow(a.beta1, step))", "1.0"),
     "AdamW: decay on a bias": ("update", "t.decays ?", "t.decays || t.cols == 1 ?"),
-    "attention: last partial tile of queries, forward": ("attention_head_forward", "i0 < queries", "i0 + NR <= queries"),
+    "attention: last partial tile of queries, forward": (
+        "attention_head_forward", "i0 < queries", "i0 + NR <= queries"),
     "attention: last partial tile of queries, backward": ("attention_head_backward", "i0 < T", "i0 + NR <= T"),
     "attention: last partial tile of keys": (
         "attention_head_forward", "keys = std::min(visible - j0, KEYS<X>);",
@@ -65,30 +68,8 @@ BREAKS = {
 }
 
 
-def definitions(source, function):
-    """Where the definitions of a function begin and end in a source, from its name to the closing bracket."""
-    for match in re.finditer(rf"^(?:static|template|__global__)[^\n;/]*\b{function}\(", source, re.MULTILINE):
-        depth, at = 1, match.end()
-        while depth:
-            depth += {"(": 1, ")": -1}.get(source[at], 0)
-            at += 1
-        if source[at:].lstrip().startswith("{"):
-            yield match.start(), source.index("\n}", at)
-
-
-def find(source, function, fragment):
-    """Where the fragment lies in the function, whatever the white space: all places."""
-    pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|\S", fragment)))
-    return [(begin + m.start(), begin + m.end()) for begin, end in definitions(source, function)
-            for m in re.finditer(pattern, source[begin:end])]
-
-
-def stale(source, names=BREAKS):
-    """The breaks whose fragment is not in the source, or more than once."""
-    return [name for name in names if len(find(source, *BREAKS[name][:2])) != 1]
-
-
 def main():
+    chosen = choose(SOURCE, BREAKS, sys.argv[1:])
     source = SOURCE.read_text()
     unnoticed = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -96,10 +77,6 @@ def main():
         for name in ("test_gpt2.cpp", "Makefile"):
             shutil.copy(ROOT / name, folder)
         shutil.copytree(ROOT / "dev/reference", folder / "dev/reference")
-        words = sys.argv[1:]
-        chosen = {name: b for name, b in BREAKS.items() if not words or any(word in name for word in words)}
-        if stale(source, chosen):
-            sys.exit(f"error: not one place in train_gpt2.cpp: {'; '.join(stale(source, chosen))}")
         for name, (function, fragment, broken) in chosen.items():
             (begin, end), = find(source, function, fragment)
             (folder / "train_gpt2.cpp").write_text(source[:begin] + broken + source[end:])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds with every compiler found here, for several instruction sets, and runs test_gpt2: a line each with the compiler,
-# what make was told, the number of warnings and test_gpt2's last line. Exit status 1 where one does not build, warns or
-# fails. What is not installed, or needs another processor, is left out with a line.
+# Builds with every compiler found here, for several instruction sets, and runs test_gpt2: a line each with the
+# compiler, what make was told, the number of warnings and test_gpt2's last line. Exit status 1 if one does not build,
+# warns or fails. What is not installed, or needs another processor, is left out with a line.
 #
 #     make -C dev test-builds
 #

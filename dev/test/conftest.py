@@ -55,9 +55,9 @@ def gpt2_bpe(test_data, tmp_path_factory):
         yield tiktoken.get_encoding("gpt2")
 
 
-def find_program(name):
+def find_program(name, if_missing=pytest.fail):
     if not (ROOT / name).is_file():
-        pytest.fail(f"there is no {name}: run make -C dev {name}")
+        if_missing(f"there is no {name}: run make -C dev {name}")
     return Program(ROOT / name)
 
 
@@ -79,10 +79,7 @@ def bench():
 
 @pytest.fixture(scope="session")
 def gpu_bench():
-    name = GPU_PROGRAM.replace("train_gpt2", "dev/bench/bench")
-    if not (ROOT / name).is_file():
-        pytest.skip(f"there is no {name}: make -C dev {name}")
-    return Program(ROOT / name)
+    return find_program(GPU_PROGRAM.replace("train_gpt2", "dev/bench/bench"), if_missing=pytest.skip)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from places import choose, find
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "train_gpt2.cu"
 PROGRAMS = {"plain": "test_gpt2cu_emulated", "sanitized": "test_gpt2cu_sanitized", "checked": "test_gpt2cu_checked"}
@@ -40,8 +42,8 @@ TILES = ["heads 64 130", "heads 128 130"]
 ACCUMULATE, UPDATE, DECODE, LONG = ["accumulate 0"], ["update 0"], ["decode 0"], ["long"]
 WIDE, WIDE_VOCABULARY = ["wide 0"], ["wide 2"]
 
-# name: (function, fragment of it with the part that is broken between « and », what then stands there, which tests run,
-# who must notice). White space in a fragment does not count. One without « and » is all broken.
+# name: (function, fragment of it, what replaces the broken part, which tests run, which builds must notice and how);
+# see places.py
 BREAKS = {}
 
 
@@ -155,7 +157,8 @@ breaks(RESULT, VANILLA,
        ("sum_partials: more than 32 chunks", "sum_partials_kernel", "chunk += «blockDim.y»", "chunks", LONG),
        ("LayerNorm: channels past 256", "layernorm_forward_kernel", "«c < C»; c += WARP_VALUES) { float w_i", "c < 256",
         WIDE),
-       ("LayerNorm: an odd last token counts twice", "layernorm_backward_kernel", "(«first + j < end») dw", "true", ODD),
+       ("LayerNorm: an odd last token counts twice", "layernorm_backward_kernel", "(«first + j < end») dw", "true",
+        ODD),
        ("AdamW: decay forgotten", "adamw_update_kernel", "decay * w_i[i]", "0", UPDATE),
        ("clipping forgotten", "adamw_update_kernel", "g[i] *= gradient_scale;", NOTHING, UPDATE),
        ("results: an old loss", "sum_losses", "results.fresh = false;", NOTHING, WIDE),
@@ -239,40 +242,6 @@ int main(int argc, char** argv) {
 """
 
 
-def closing(source, at):
-    """Where the bracket is closed that opens at `at`."""
-    depth = 0
-    for match in re.finditer(r"[(){}]", source[at:]):
-        depth += 1 if match[0] in "({" else -1
-        if depth == 0:
-            return at + match.start()
-
-
-def definitions(source, function):
-    """Where the definitions of a function begin and end."""
-    for match in re.finditer(rf"\b{function}(?=\()", source):
-        body = re.compile(r"\)\s*\{").match(source, closing(source, match.end()))
-        if body:
-            yield match.start(), closing(source, body.end() - 1)
-
-
-def pattern(text):
-    return r"\s*".join(map(re.escape, re.findall(r"\w+|\S", text)))
-
-
-def find(source, function, fragment):
-    """All places, from where to where, of what is broken in a fragment of a function."""
-    before, broken, after = re.split("[«»]", fragment) if "«" in fragment else ("", fragment, "")
-    whole = re.compile(rf"{pattern(before)}\s*(?P<broken>{pattern(broken)})\s*{pattern(after)}")
-    return [match.span("broken") for begin, end in definitions(source, function)
-            for match in whole.finditer(source, begin, end)]
-
-
-def stale(source, names=BREAKS):
-    """The breaks whose place is not in the source, or more than once."""
-    return [name for name in names if len(find(source, *BREAKS[name][:2])) != 1]
-
-
 def with_switches(source):
     """The source with all breaks in it, of which broken(i) chooses the i-th."""
     spans = {}
@@ -328,10 +297,7 @@ def run(folder, build, tests, number, seed):
 
 
 def main():
-    words = sys.argv[1:]
-    chosen = {name: b for name, b in BREAKS.items() if not words or any(word in name for word in words)}
-    if stale(SOURCE.read_text()):
-        sys.exit(f"error: not one place in train_gpt2.cu: {'; '.join(stale(SOURCE.read_text()))}")
+    chosen = choose(SOURCE, BREAKS, sys.argv[1:])
     numbers = {name: i for i, name in enumerate(BREAKS)}
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:

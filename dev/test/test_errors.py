@@ -55,7 +55,7 @@ def joined(case):
     (["--lr", "1e999"], "must be from 0"),
     (["--min-lr", "1"], "--min-lr 1 is more than --lr"),
     (["--warmup", "100"], "--warmup 100 is more than --steps"),
-    (["--attention", "skp"], "must be one of vanilla|skip|depth"),
+    (["--attention", "skp"], re.escape("must be one of " + "|".join(ATTENTIONS))),
     (["--schedule", "cos"], "cosine"),
     (["--precision", "fp64"], "must be one of"),
     (["--heads", "3"], "16 channels are not a multiple of 3 heads"),
@@ -136,7 +136,8 @@ def test_model_too_large_for_memory(each_build, data, tmp_path):
 @pytest.mark.parametrize("option", ["--train", "--val"])
 def test_glob_that_matches_nothing(each_build, data, tmp_path, option):
     pattern = f"{tmp_path}/none*"
-    each_build.fails(*training(data, tmp_path / "out", option, pattern), says=re.escape(f"{option} {pattern}: No such file"))
+    each_build.fails(*training(data, tmp_path / "out", option, pattern),
+                     says=re.escape(f"{option} {pattern}: No such file"))
 
 
 @pytest.mark.parametrize("option", ["--train", "--val"])

@@ -244,7 +244,8 @@ def test_largest_batch_can_be_launched(gpu_with, data, tmp_path):
 
 @pytest.mark.parametrize("shape, says", [
     (["--heads", 2, "--channels", 24], "heads of 12 channels: on a GPU the head size must be a multiple of 8"),
-    (["--heads", 1, "--channels", 264], "heads of 264 channels"), (["--heads", 64, "--channels", 8192], "8192 channels"),
+    (["--heads", 1, "--channels", 264], "heads of 264 channels"),
+    (["--heads", 64, "--channels", 8192], "8192 channels"),
     (["--heads", 256, "--channels", 2048, "--batch", 65535], "sequence x heads")])
 def test_refuses_before_it_prints(gpu, shape, says):
     status, out, err = gpu.finish("describe", *shape)

@@ -83,14 +83,6 @@ def test_padded_rows_stay_zero(finished, attention):
     assert not any(embedding[4 * VOCABULARY * CHANNELS:4 * PADDED_VOCABULARY * CHANNELS])
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_number_of_threads_changes_nothing(program, data, finished, tmp_path, attention, threads):
-    out = tmp_path / "out"
-    program.run(*training(data, out, "--attention", attention), threads=threads)
-    assert_same_run(out, finished[attention])
-
-
 def test_sanitizers_find_nothing(each_build, data, tmp_path):
     for attention in ATTENTIONS:
         each_build.run(*training(data, tmp_path / attention, "--attention", attention, steps=4), threads=2)
@@ -265,12 +257,10 @@ def test_schedule_wsd(program, data, tmp_path):
     assert rates[16:] == pytest.approx([3e-3 * (1 - sqrt(i / 4)) for i in range(1, 5)])
 
 
-def test_skip_without_a_skipping_head_is_vanilla(program, data, finished, tmp_path):
-    for setting in ["--skip-heads", 0], ["--skip-distance", LAYERS]:
-        out = tmp_path / setting[0]
-        assert "no head skips" in program.run(*training(data, out, "--attention", "skip", *setting))
-        assert metrics(out) == metrics(finished["vanilla"])
-    assert metrics(finished["depth"]) != metrics(finished["vanilla"]) != metrics(finished["skip"])
+@pytest.mark.parametrize("setting", [["--skip-heads", 0], ["--skip-distance", LAYERS]], ids=lambda s: s[0])
+def test_skip_without_a_skipping_head_says_so(program, data, tmp_path, setting):
+    said = program.run(*training(data, tmp_path / "out", "--attention", "skip", *setting, steps=1))
+    assert "no head skips" in said
 
 
 def test_seed_changes_the_run(program, data, finished, tmp_path):
