@@ -381,7 +381,7 @@ static std::vector<Config> settings() {
 static std::vector<Config> wide_settings() {
     std::vector<Config> all = {small_config(VANILLA, 1, 3, 88), small_config(VANILLA, 1, 3, 104),
                                small_config(VANILLA, 1)};
-    all[2].V = 8500, all[2].Vp = 8576;
+    all[2].V = 16300, all[2].Vp = 16384;
     return all;
 }
 
