@@ -181,7 +181,6 @@ constexpr size_t SLOT_ALIGNMENT = 32;      // in elements: 64 bytes, a cache lin
 constexpr bool ALWAYS_RECOMPUTES = true;  // on a CPU, computing LayerNorm and GELU again is cheaper than keeping them
 constexpr bool COMPUTES_PADDING = false;  // logits of the vocabulary's padding: not on a CPU
 constexpr size_t CLASSIFIER_LOGITS = 1 << 22;  // logits at a time: 16 MB in fp32
-static size_t vocabulary_chunk = 4096;    // the classifier's dx is a sum over chunks that fit matmul's packed buffer
 
 struct Inputs {
     int *x, *y;  // (B, T) tokens and targets
@@ -190,8 +189,6 @@ using Results = StepResults;  // (a GPU has them in its own memory until read_re
 
 // Scratch memory of the layers
 struct Workspace {
-    float* packed;     // (packed_size) matmul's packed A operand, shared by all threads
-    size_t packed_size;
     float* local;      // (threads, local_size) each thread's own
     size_t local_size;
     float* partial;    // layernorm_backward: sums over chunks of tokens
@@ -610,9 +607,7 @@ static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
         linear_forward<X>(m.ws, m.logits, x_r, wte, nullptr, n, C, V, c.Vp);
         softmax_cross_entropy(m.losses + r, m.logits, m.inputs.y + r, n, c.V, c.Vp, gradient_scale);
         if (gradient_scale == 0) continue;
-        for (size_t v = 0; v < V; v += vocabulary_chunk)
-            linear_backward_input(m.ws, m.dln + r * C, m.logits + v, wte + v * C, n, C,
-                                  std::min(V - v, vocabulary_chunk), c.Vp, v == 0, v + vocabulary_chunk >= V);
+        linear_backward_input(m.ws, m.dln + r * C, m.logits, wte, n, C, V, c.Vp);
         linear_backward_weight<X>(m.ws, m.gradient(WTE), nullptr, m.logits, x_r, n, C, V, c.Vp, add || r > 0);
     }
 }
@@ -3006,7 +3001,7 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 #endif
 
 #ifndef GPT2_CUDA
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
 #ifdef __AMX_BF16__
@@ -3027,26 +3022,98 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 // size whose sums are then added in order. So each element is summed in one order, whatever the number of threads.
 
 // --------------------------------------------------------------------------------------------------------------------
-// Numbers and threads
+// Numbers, vectors and threads
 
 constexpr size_t CACHE_LINE = 16;  // floats
 
-// e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r, in plain arithmetic that compilers
-// vectorise. Relative error below 2^-23 for -87 ≤ x ≤ 88; 0 below, the value at 88 above; NaN stays NaN.
-static inline float exp_approx(float x) {
-    float clamped = x > 88.0f ? 88.0f : x;
-    float shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
-    float n = shifted - 0x1.8p23f;
-    float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, so that n·ln 2 loses nothing
-    float p = 1.9875691500e-4f;  // Cephes' minimax coefficients for (e^r - 1 - r)/r²
+// A register of floats. GCC's and Clang's vector extension works lane by lane. The matmul's microkernel keeps ROWS × NV
+// vectors of sums in registers: with NV vectors of B and one broadcast element of A they fill the register file, and
+// ROWS·NV is more than latency times throughput of a fused multiply-add.
+#if defined(__AVX512F__)                     // 32 registers of 16 floats
+constexpr int LANES = 16, ROWS = 14, NV = 2;
+#elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
+constexpr int LANES = 8, ROWS = 6, NV = 2;
+#elif defined(__ARM_NEON)                    // 32 registers of 4
+constexpr int LANES = 4, ROWS = 8, NV = 3;
+#else                                        // x86-64 at its plainest: 16 registers of 4
+constexpr int LANES = 4, ROWS = 4, NV = 2;
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
+typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t bits_vec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t half_vec __attribute__((vector_size(LANES * 2)));
+
+// The n bytes at p, and zeros
+static inline vec load_bytes(const void* p, size_t n) {
+#ifdef __AVX512BW__
+    return (vec)_mm512_maskz_loadu_epi8(n < sizeof(vec) ? (1ull << n) - 1 : ~0ull, p);
+#else
+    vec v = {};
+    memcpy(&v, p, n < sizeof v ? n : sizeof v);
+    return v;
+#endif
+}
+static inline void store_bytes(void* p, const vec& v, size_t n) {
+#ifdef __AVX512BW__
+    _mm512_mask_storeu_epi8(p, (1ull << n) - 1, (__m512i)v);
+#else
+    memcpy(p, &v, n);
+#endif
+}
+
+// The LANES values at p; or the first n, and zeros
+static inline vec load(const float* p) { return *(const unaligned_vec*)p; }
+static inline vec load(const bf16* p) {
+    half_vec halves;
+    memcpy(&halves, p, sizeof halves);
+    return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
+}
+template <class X>
+static inline vec load(const X* p, size_t n) {
+    if (n >= LANES) return load(p);
+    const vec bytes = load_bytes(p, n * sizeof *p);
+    return load((const X*)&bytes);
+}
+
+// Rounds to X, as bf16's constructor does.
+template <class X>
+static inline vec rounded(vec v) {
+    if constexpr (std::is_same_v<X, float>) return v;
+    const bits_vec b = (bits_vec)v, up = b + 0x7fff + (b >> 16 & 1), nan = (bits_vec)(v != v);
+    return (vec)((nan & 0x7fc00000) | (~nan & up & 0xffff0000));
+}
+static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
+static inline void store(bf16* p, vec v) {
+    const half_vec halves = __builtin_convertvector((bits_vec)rounded<bf16>(v) >> 16, half_vec);
+    memcpy(p, &halves, sizeof halves);
+}
+template <class X>
+static inline void store(X* p, vec v, size_t n) {  // the first n lanes
+    if (n >= LANES) return store(p, v);
+    vec bytes = v;
+    if constexpr (!std::is_same_v<X, float>) store((X*)&bytes, v);
+    store_bytes(p, bytes, n * sizeof *p);
+}
+
+// e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers vectorise
+// loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose reciprocal is no
+// denormal yet; NaN stays NaN.
+template <class F>
+static inline F exp_approx(F x) {
+    using Bits = std::conditional_t<std::is_same_v<F, float>, uint32_t, bits_vec>;
+    const F zero = {}, most = zero + 87.0f, clamped = x > most ? most : x;
+    const F shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
+    const F n = shifted - 0x1.8p23f;
+    const F r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, so that n·ln 2 loses nothing
+    F p = zero + 1.9875691500e-4f;  // Cephes' minimax coefficients for (e^r - 1 - r)/r²
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);  // 2^n: n+127 in the exponent
-    return x < -87.0f ? 0.0f : p * power;
+    const F power = std::bit_cast<F>((Bits)((std::bit_cast<Bits>(shifted) + 127u) << 23));  // 2^n: n+127 in the exponent
+    return x < zero - 87.0f ? zero : p * power;
 }
 
 template <class X>
@@ -3122,103 +3189,83 @@ static void matmul_plain(Sum* c, size_t M, size_t N, size_t K, Operand<X> A, Ope
         }
 }
 
-// The fast version ("What makes the layers fast", below). It does not store C: store_row(m, n, count, c) receives the
-// finished elements (m, n) .. (m, n + count - 1) while they are in cache, and adds a bias, applies GELU, ...
+// The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the finished
+// elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ...
 template <class X, class Store>
-static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row);
-
-// A product over very many tokens is summed in chunks, so that at least 512 rows of A fit the packed buffer.
-// (Variables, since the tests make them small.)
-static size_t token_chunk = 4096;
+static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store);
 
 // --------------------------------------------------------------------------------------------------------------------
 // Linear layers: y = x wᵀ + b, with x (rows, C), w (OC, C), b (OC), y (rows, OC)
 //
 // Element by element, y_rj = Σ_i x_ri w_ji + b_j. So, with dy = ∂loss/∂y,
 //     dx_ri = Σ_j dy_rj w_ji       dw_ji = Σ_r dy_rj x_ri       db_j = Σ_r dy_rj.
-// The forward variants differ in what happens to a finished row of the product while it is in cache.
+// The forward variants differ in what happens to the finished product while it is in registers.
 
 template <class X>
 static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
                            size_t OC, size_t ldy) {
-    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, size_t count, const float* xw) {
-        X* y_m = y + m * ldy + n;
-        if (!b) std::copy_n(xw, count, y_m);
-        for (size_t i = 0; b && i < count; i++) y_m[i] = xw[i] + b[n + i];
+    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
+        store(y + m * ldy + n, b ? xw + load(b + n, count) : xw, count);
     });
 }
 
 template <class X>
 static void linear_residual_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
                                     size_t rows, size_t C, size_t OC) {
-    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, size_t count, const float* xw) {
-        X* y_m = y + m * OC + n;
-        const X* residual_m = residual + m * OC + n;
-        for (size_t i = 0; i < count; i++) y_m[i] = residual_m[i] + (xw[i] + b[n + i]);
+    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
+        store(y + m * OC + n, load(residual + m * OC + n, count) + (xw + load(b + n, count)), count);
     });
 }
 
 // GELU in GPT-2's tanh form: ½ x (1 + tanh u), u = √(2/π) (x + 0.044715 x³). As ½ (1 + tanh u) = σ(2u), the logistic
-// function σ(z) = 1/(1 + e^-z), this is x σ(2u): one exponential.
-static inline float gelu(float x) {
-    float z = 2.0f * 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + exp_approx(-z));
-}
-
-// d(x σ(z))/dx = σ + x σ' z' = σ + x σ (1 - σ) z', with z = 2u
-static inline float gelu_derivative(float x) {
-    float z = 2.0f * 0.7978845608f * (x + 0.044715f * x * x * x);
-    float dz = 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
-    float s = 1.0f / (1.0f + exp_approx(-z));
-    return s + x * s * (1.0f - s) * dz;
+// function σ(z) = 1/(1 + e^-z), this is x σ(2u): one exponential. With z = 2u,
+//     d(x σ(z))/dx = σ + x σ' z' = σ + x σ (1 - σ) z'.
+struct Gelu {
+    vec value, derivative;
+};
+static inline Gelu gelu(vec x) {
+    const float c = 2.0f * 0.7978845608f, d = 0.044715f;
+    const vec z = c * (x + d * x * x * x), dz = c * (1.0f + 3.0f * d * x * x), s = 1.0f / (1.0f + exp_approx(-z));
+    return {x * s, s + x * s * (1.0f - s) * dz};
 }
 
 template <class X>
 static void linear_gelu_forward(const Workspace& ws, X* y, X* h, const X* x, const X* w, const X* b, size_t rows,
                                 size_t C, size_t OC) {
-    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, size_t count, const float* xw) {
-        X *y_m = y + m * OC + n, *h_m = h ? h + m * OC + n : y_m;
-        for (size_t i = 0; i < count; i++) h_m[i] = xw[i] + b[n + i];
-        for (size_t i = 0; i < count; i++) y_m[i] = gelu(h_m[i]);
+    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
+        const vec h_mn = rounded<X>(xw + load(b + n, count));
+        if (h) store(h + m * OC + n, h_mn, count);
+        store(y + m * OC + n, gelu(h_mn).value, count);
     });
 }
 
 template <class X>
 static void linear_backward_input(const Workspace& ws, X* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC,
                                   size_t lddy, bool first, bool last) {
-    matmul(ws, rows, C, OC, along_k(dy, lddy), across_k(w, C), [=](size_t m, size_t n, size_t count, const float* dyw) {
-        X* dx_m = dx + m * C + n;
-        float* sum_m = ws.dx_sum + m * C + n;
-        for (size_t i = 0; i < count; i++) {
-            float sum = first ? dyw[i] : sum_m[i] + dyw[i];
-            if (last) dx_m[i] = sum;
-            else sum_m[i] = sum;
-        }
+    matmul(ws, rows, C, OC, along_k(dy, lddy), across_k(w, C), [=](size_t m, size_t n, vec dyw, size_t count) {
+        const vec sum = first ? dyw : load(ws.dx_sum + m * C + n, count) + dyw;
+        if (last) store(dx + m * C + n, sum, count);
+        else store(ws.dx_sum + m * C + n, sum, count);
     });
 }
 
 template <class X>
 static void linear_gelu_backward_input(const Workspace& ws, X* dh, X* x, const X* h, const X* dy, const X* w,
                                        size_t rows, size_t C, size_t OC) {
-    matmul(ws, rows, C, OC, along_k(dy, OC), across_k(w, C), [=](size_t m, size_t n, size_t count, const float* dyw) {
-        X *dh_m = dh + m * C + n, *x_m = x + m * C + n;
-        const X* h_m = h + m * C + n;
-        for (size_t i = 0; i < count; i++) dh_m[i] = dyw[i] * gelu_derivative(h_m[i]);
-        for (size_t i = 0; x && i < count; i++) x_m[i] = gelu(h_m[i]);
+    matmul(ws, rows, C, OC, along_k(dy, OC), across_k(w, C), [=](size_t m, size_t n, vec dyw, size_t count) {
+        const Gelu g = gelu(load(h + m * C + n, count));
+        store(dh + m * C + n, dyw * g.derivative, count);
+        if (x) store(x + m * C + n, g.value, count);
     });
 }
 
 template <class X>
 static void linear_backward_weight(const Workspace& ws, float* dw, float* db, const X* dy, const X* x, size_t rows,
                                    size_t C, size_t OC, size_t lddy, bool add) {
-    for (size_t r = 0; r < rows; r += token_chunk) {
-        bool add_chunk = add || r > 0;
-        matmul(ws, OC, C, std::min(rows - r, token_chunk), across_k(dy + r * lddy, lddy), across_k(x + r * C, C),
-               [=](size_t m, size_t n, size_t count, const float* dyx) {
-                   float* dw_m = dw + m * C + n;
-                   for (size_t i = 0; i < count; i++) dw_m[i] = add_chunk ? dw_m[i] + dyx[i] : dyx[i];
-               });
-    }
+    matmul(ws, OC, C, rows, across_k(dy, lddy), across_k(x, C), [=](size_t m, size_t n, vec dyx, size_t count) {
+        float* dw_mn = dw + m * C + n;
+        store(dw_mn, add ? load(dw_mn, count) + dyx : dyx, count);
+    });
     if (!db) return;
     constexpr size_t COLUMNS = 64;
 #pragma omp parallel for schedule(static)
@@ -3615,7 +3662,7 @@ template <class X>
 static void logits_forward(const Workspace& ws, float* logits, const X* x, const X* wte, size_t rows, size_t C,
                            size_t V, size_t) {
     matmul(ws, rows, V, C, along_k(x, C), along_k(wte, C),
-           [=](size_t m, size_t v, size_t count, const float* xw) { std::copy_n(xw, count, logits + m * V + v); });
+           [=](size_t m, size_t v, vec xw, size_t count) { store(logits + m * V + v, xw, count); });
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -3676,44 +3723,22 @@ static StepResults read_results(Results& results) { return results; }
 // --------------------------------------------------------------------------------------------------------------------
 // What makes the layers fast: matmul
 //
-// After "Anatomy of High-Performance Matrix Multiplication" (Goto and van de Geijn 2008) and BLIS:
-//     - A is packed into panels of MR rows, [panel][step][MR], by all threads together, once if it fits the buffer.
-//     - C is cut into blocks of NC columns, which threads take one by one. A thread packs its NC columns of B into
-//       panels [panel][step][NR], which stay in its L2 cache while A goes by, panel after panel: the microkernel sums
-//       up MR × NR of C in registers, over all of K.
-//     - The finished MR rows of the block go through `store_row` while in L1: bias, GELU, residual and the like cost no
-//       pass over memory.
-// Both also block K, so that B's panels fit a cache however long K is. Here K is never long enough for this to pay: for
-// each block of K, the sums of C would be read and written once more, and need room in L2.
-// Each element is summed over k in one order, which depends on the sizes alone, never on the number of threads.
+// The microkernel sums up ROWS × NR elements of C in registers. A step, one k, takes NR neighbouring elements of B, as NV
+// vectors, and ROWS elements of A, each broadcast to all lanes: 28 multiply-adds and 16 loads with AVX-512, which does two of
+// each in a cycle. So a load is free, wherever its element lies, and packing costs what it takes:
+//     - A is read where it lies, along k or across it.
+//     - B is read where it lies if n is its contiguous index and few rows of A use it. If k is contiguous, as in the
+//       weights of a forward pass, it is transposed into panels [step][NR]; and if many rows use it, it is copied into
+//       panels, which are read without gaps. Either costs as much as 3 to 6 rows of A.
+//     - C is cut into blocks, which threads take one by one. A block's share of B stays in L2 while the rows of A go by.
+//     - K is cut into chunks of KC steps, so that ROWS rows of A stay in L1 for all panels of the block. The sums of a
+//       block wait in L2 for the next chunk, and go on where they were: chunks do not change the order of a sum.
+//     - Finished sums go through `store`: bias, GELU, residual and the like cost no pass over memory.
+// Each element is summed over k in order, whatever the number of threads. (The design: "Anatomy of High-Performance Matrix
+// Multiplication", Goto and van de Geijn 2008, and BLIS; both pack A too.)
 
-// A register of floats. GCC's and Clang's vector extension works lane by lane. The matmul's microkernel keeps ROWS × NV
-// vectors of sums in registers: with NV vectors of B and one broadcast element of A they fill the register file, and
-// ROWS·NV is more than latency times throughput of a fused multiply-add.
-#if defined(__AVX512F__)                     // 32 registers of 16 floats
-constexpr int LANES = 16, ROWS = 14, NV = 2;
-#elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
-constexpr int LANES = 8, ROWS = 6, NV = 2;
-#elif defined(__ARM_NEON)                    // 32 registers of 4
-constexpr int LANES = 4, ROWS = 8, NV = 3;
-#else                                        // x86-64 at its plainest: 16 registers of 4
-constexpr int LANES = 4, ROWS = 4, NV = 2;
-#endif
-typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
-typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t bits_vec __attribute__((vector_size(LANES * 4)));
-typedef uint16_t half_vec __attribute__((vector_size(LANES * 2)));
-
-static inline vec load(const float* p) { return *(const unaligned_vec*)p; }
-static inline vec load(const bf16* p) {
-    half_vec halves;
-    memcpy(&halves, p, sizeof halves);
-    return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
-}
-static inline void store(float* p, vec v) { *(unaligned_vec*)p = v; }
-
-// A cell is four bytes of a packed panel, what the microkernel multiplies in one step: a float, or two neighbours along
-// k if the processor multiplies pairs of bf16. On other processors bf16 is converted to float when it is packed.
+// A cell is four bytes, what the microkernel multiplies in one lane and step: a float, or two neighbours along k if the
+// processor multiplies pairs of bf16. On other processors bf16 is converted to float when it is packed.
 struct Pair {
     bf16 low, high;
 };
@@ -3733,9 +3758,8 @@ template <class X> constexpr size_t steps(size_t K) {  // with AMX, whole tiles;
     return round_up(ceil_div(K, K_PER_STEP<X>), AMX<X> ? LANES : 1);
 }
 
-constexpr int NR = NV * LANES;
-template <class X> constexpr int MR = AMX<X> ? 2 * LANES : ROWS;
-constexpr size_t NC = 128 / NR * NR;  // 393 KB of L2 at K = 768; narrow, so that small N has blocks for all threads
+constexpr size_t NR = NV * LANES;
+template <class X> constexpr size_t MR = AMX<X> ? 2 * LANES : ROWS;
 
 template <size_t... I>
 static vec interleave_low(vec a, vec b, std::index_sequence<I...>) {  // a0 b0 a1 b1 ...
@@ -3763,58 +3787,39 @@ static inline void transpose(vec (&rows)[LANES]) {
     }
 }
 
-// p itself if there are at least `count` values to read, else a copy of the n that there are, padded with zeros
-template <size_t count, class X>
-static inline const X* padded(X (&buffer)[count], const X* p, size_t n) {
-    if (n >= count) return p;
-    memset(buffer, 0, sizeof buffer);
-    memcpy(buffer, p, n * sizeof(X));
-    return buffer;
-}
-
 // LANES cells along k of a's first row, which has `left` more values
 template <class X>
 static inline vec cells_along_k(Operand<X> a, size_t left) {
-    constexpr int count = LANES * K_PER_STEP<X>;
-    X buffer[count];
-    const X* row = padded(buffer, a.data, left);
-    if constexpr (!PAIRS<X>) return load(row);
-    vec cells;
-    memcpy(&cells, row, sizeof cells);  // a pair is two neighbours as they lie
-    return cells;
+    if constexpr (PAIRS<X>) return load_bytes(a.data, left * sizeof(X));  // a pair is two neighbours as they lie
+    else return load(a.data, left);
 }
 
-// One cell, k (and k + 1, of a pair), of each of a's first n ≤ LANES rows. Values past K are 0.
+// One cell, k (and k + 1, of a pair), of each of a's first n rows, of which there are K values. Others are 0.
 template <class X>
-static inline vec cells_across_k(Operand<X> a, size_t K, size_t k, size_t n) {
-    X buffer[LANES];
+static inline vec cells_across_k(Operand<X> a, size_t k, size_t K, size_t n) {
     if (n == 0 || k >= K) return vec{};
-    vec low = load(padded(buffer, a.data, n)), high = {};
+    const vec low = load(a.data, n);
     if constexpr (!PAIRS<X>) return low;
-    if (k + 1 < K) high = load(padded(buffer, a.at(0, 1).data, n));
+    const vec high = k + 1 < K ? load(a.at(0, 1).data, n) : vec{};
     return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
-// Packs n rows of A, or columns of B, into panels of `width` (MR or NR), one after the other:
+// Packs n rows of A, or columns of B, into panels of `width`, a multiple of LANES, one after the other:
 // panels[i / width][step][i % width] = a(i, k), k < K. Cells past n or K are 0.
-template <int width, class X>
-static void pack(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
+template <class X>
+static void pack(Cell<X>* panels, size_t width, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>, AHEAD = 8 * PER;  // prefetch 8 steps ahead
     const size_t S = steps<X>(K);
     auto lanes = [&](size_t i) { return i < n ? std::min<size_t>(n - i, LANES) : 0; };
-    // If a panel is narrower than a vector, a store runs into the next step, which is written later. The last step has
-    // no next one.
     auto put = [&](size_t panel, size_t i, size_t step, vec cells) {
-        float* out = (float*)(panels + panel * S + step * width + i);
-        if (i + LANES <= width || step + 1 < S) store(out, cells);
-        else memcpy(out, &cells, (width - i) * sizeof(float));
+        store((float*)(panels + panel * S + step * width + i), cells);
     };
     if (a.along_k) {
         for (size_t panel = 0; panel < n; panel += width)
             for (size_t i0 = 0; i0 < width; i0 += LANES)
                 for (size_t step = 0; step < S; step += LANES) {
                     vec block[LANES];
-                    const size_t rows = lanes(panel + i0), left = K - step * PER;
+                    const size_t rows = lanes(panel + i0), left = K - std::min(K, step * PER);
 #pragma GCC unroll 16
                     for (size_t i = 0; i < LANES; i++)
                         block[i] = i < rows ? cells_along_k(a.at(panel + i0 + i, step * PER), left) : vec{};
@@ -3829,32 +3834,61 @@ static void pack(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
                 for (size_t i = 0; i < width; i += LANES) {
                     Operand<X> from = a.at(panel + i, step * PER);
                     for (size_t k = 0; k < PER; k++) __builtin_prefetch(from.at(0, AHEAD + k).data);
-                    put(panel, i, step, cells_across_k(from, K, step * PER, lanes(panel + i)));
+                    put(panel, i, step, cells_across_k(from, step * PER, K, lanes(panel + i)));
                 }
     }
 }
 
-// The same for rows of A. With AMX a panel is [step/16][MR][16], since a tile's row holds 16 pairs of one row of A.
-// This needs no transposition if k is contiguous.
+// n rows of A as the microkernel takes them: where they lie, or packed into `buffer`, of steps(K) · round_up(n, 2·LANES)
+// cells. Packed are pairs whose halves are not neighbours, bf16 that has to become float, and for AMX what does not fill
+// its tiles.
 template <class X>
-static void pack_A(Cell<X>* panels, Operand<X> a, size_t n, size_t K) {
-    if constexpr (!AMX<X>) return pack<MR<X>>(panels, a, n, K);
+static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
-    const size_t S = steps<X>(K);
+    if constexpr (sizeof(Cell<X>) == PER * sizeof(X)) {
+        const bool whole = !AMX<X> || (n % MR<X> == 0 && steps<X>(K) * PER == K);
+        if (PER == 1 || (a.along_k && a.stride % PER == 0 && K % PER == 0 && whole))
+            return {(const Cell<X>*)a.data, a.stride / (a.along_k ? PER : 1), a.along_k};
+    }
+    if constexpr (!AMX<X>) {
+        const size_t width = round_up(n, LANES);
+        pack(buffer, width, a, n, K);
+        return across_k<Cell<X>>(buffer, width);
+    }
+    const size_t S = steps<X>(K);  // for AMX along k, in whole tiles
     for (size_t i0 = 0; i0 < round_up(n, MR<X>); i0 += LANES)
         for (size_t step = 0; step < S; step += LANES) {
-            size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0, panel = i0 / MR<X> * MR<X>;
+            const size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0, k0 = step * PER;
             vec block[LANES] = {};
             if (a.along_k) {
-                for (size_t i = 0; i < rows; i++) block[i] = cells_along_k(a.at(i0 + i, step * PER), K - step * PER);
+                for (size_t i = 0; i < rows && k0 < K; i++) block[i] = cells_along_k(a.at(i0 + i, k0), K - k0);
             } else {
                 for (size_t j = 0; j < LANES; j++)
-                    block[j] = cells_across_k(a.at(i0, (step + j) * PER), K, (step + j) * PER, rows);
+                    block[j] = cells_across_k(a.at(i0, k0 + j * PER), k0 + j * PER, K, rows);
                 transpose(block);
             }
-            float* out = (float*)(panels + panel * S + step * MR<X> + (i0 - panel) * LANES);
-            for (int i = 0; i < LANES; i++) store(out + i * LANES, block[i]);
+            for (size_t i = 0; i < LANES; i++) store((float*)(buffer + (i0 + i) * S + step), block[i]);
         }
+    return along_k<Cell<X>>(buffer, S);
+}
+
+// Columns of B as the microkernel takes them, in panels of NR. Cell (n, step) lies at at(n, step), n a multiple of NR, and
+// the others of its panel behind it.
+template <class CellType>
+struct Panels {
+    const CellType* data;
+    size_t row, panel;  // from step to step, and from panel to panel
+
+    const CellType* at(size_t n, size_t step) const { return data + n / NR * panel + step * row; }
+};
+
+// n columns of B where they lie if they can be read there, else packed into `buffer`, of steps(K) · round_up(n, NR) cells.
+template <class X>
+static Panels<Cell<X>> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, bool in_place = true) {
+    if constexpr (std::is_same_v<X, float>)
+        if (in_place && !b.along_k && n % LANES == 0) return {b.data, b.stride, NR};
+    pack(buffer, NR, b, n, K);
+    return {buffer, NR, NR * steps<X>(K)};
 }
 
 static inline void multiply_add(vec& sum, float a, const float* b) { sum += a * load(b); }
@@ -3864,6 +3898,40 @@ static inline void multiply_add(vec& sum, Pair a, const Pair* b) {  // sum += a.
     sum = (vec)_mm512_dpbf16_ps((__m512)sum, a_all, (__m512bh)_mm512_loadu_si512(b));
 }
 #endif
+
+// The microkernel: c (R, V·LANES) = or += Σ over steps of a[., step] ⊗ b[step, .]. All of c is in registers meanwhile.
+template <int R, int V, bool A_ALONG_K, class CellType>
+[[gnu::noinline]] static void microkernel(float* c, size_t ldc, const CellType* a, size_t lda, const CellType* b,
+                                          size_t ldb, size_t steps, bool add) {
+    vec sum[R][V];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES) : vec{};
+    for (size_t step = 0; step < steps; step++, b += ldb) {
+#pragma GCC unroll 16
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < V; j++)
+                multiply_add(sum[i][j], A_ALONG_K ? a[i * lda + step] : a[step * lda + i], b + j * LANES);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) store(c + i * ldc + j * LANES, sum[i][j]);
+}
+
+// The microkernel for `rows` ≤ ROWS and `columns` ≤ NR. It writes whole vectors of c.
+template <int R = ROWS, int V = NV, class CellType>
+static inline void multiply_tile(float* c, size_t ldc, Operand<CellType> a, size_t rows, const CellType* b, size_t ldb,
+                                 size_t columns, size_t steps, bool add) {
+    if constexpr (R > 1)
+        if (rows < R) return multiply_tile<R - 1, V>(c, ldc, a, rows, b, ldb, columns, steps, add);
+    if constexpr (V > 1)
+        if (columns <= (V - 1) * LANES) return multiply_tile<R, V - 1>(c, ldc, a, rows, b, ldb, columns, steps, add);
+    if (a.along_k) microkernel<R, V, true>(c, ldc, a.data, a.stride, b, ldb, steps, add);
+    else microkernel<R, V, false>(c, ldc, a.data, a.stride, b, ldb, steps, add);
+}
 
 #ifdef __AMX_BF16__
 // AMX has eight tiles of 16 rows of 64 bytes: 16 × 16 sums in float, or 16 × 16 pairs of bf16. Tiles 0 to 3 are the
@@ -3883,65 +3951,43 @@ static inline void shape_tiles() {
     shaped = true;
 }
 
-// c (32, 32) = or += Σ over steps of a ⊗ b, with a [steps/16][32][16] and b [steps][32] of pairs
-static inline void microkernel(float* c, size_t ldc, const Pair* a, const Pair* b, size_t steps, bool add) {
-    const size_t row = ldc * sizeof(float), a_row = LANES * sizeof(Pair), b_row = NR * sizeof(Pair);
+// c (32, 32) = or += Σ over steps, a multiple of 16, of a[., step] ⊗ b[step, .]; a along k. It writes all of c.
+static inline void multiply_tile(float* c, size_t ldc, Operand<Pair> a, size_t, const Pair* b, size_t ldb, size_t,
+                                 size_t steps, bool add) {
+    const size_t c_row = ldc * sizeof *c, a_row = a.stride * sizeof *b, b_row = ldb * sizeof *b;
     shape_tiles();
     asm volatile("" : : : "memory");  // the tile loads below read memory, which the compiler does not know
     if (add) {
-        _tile_loadd(0, c, row);
-        _tile_loadd(1, c + LANES, row);
-        _tile_loadd(2, c + LANES * ldc, row);
-        _tile_loadd(3, c + LANES * ldc + LANES, row);
+        _tile_loadd(0, c, c_row);
+        _tile_loadd(1, c + LANES, c_row);
+        _tile_loadd(2, c + LANES * ldc, c_row);
+        _tile_loadd(3, c + LANES * ldc + LANES, c_row);
     } else {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (size_t step = 0; step < steps; step += LANES, a += MR<bf16> * LANES, b += NR * LANES) {
-        _tile_loadd(4, a, a_row);
+    for (size_t step = 0; step < steps; step += LANES, b += ldb * LANES) {
+        _tile_loadd(4, a.data + step, a_row);
         _tile_loadd(6, b, b_row);
         _tile_loadd(7, b + LANES, b_row);
-        _tile_loadd(5, a + LANES * LANES, a_row);
+        _tile_loadd(5, a.data + LANES * a.stride + step, a_row);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, row);
-    _tile_stored(1, c + LANES, row);
-    _tile_stored(2, c + LANES * ldc, row);
-    _tile_stored(3, c + LANES * ldc + LANES, row);
+    _tile_stored(0, c, c_row);
+    _tile_stored(1, c + LANES, c_row);
+    _tile_stored(2, c + LANES * ldc, c_row);
+    _tile_stored(3, c + LANES * ldc + LANES, c_row);
 }
 #endif
 
-// The microkernel: c (ROWS, NR) = or += Σ over steps of a[step][ROWS] ⊗ b[step][NR]. All of c is in registers
-// meanwhile. C is a cell: float or Pair.
-template <class CellType>
-static inline void microkernel(float* c, size_t ldc, const CellType* a, const CellType* b, size_t steps, bool add) {
-    vec sum[ROWS][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES) : vec{};
-    for (size_t step = 0; step < steps; step++, a += ROWS, b += NR) {
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) multiply_add(sum[i][j], a[i], b + j * LANES);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES, sum[i][j]);
-}
-
-// sum += a · b, lane by lane, for a register of each. A lane of bf16 holds two values.
+// sum += x · y, lane by lane. A lane of bf16 holds two values.
 template <class X>
-static inline void add_products(vec& sum, const X* a, const X* b) {
-    vec x, y;
-    memcpy(&x, a, sizeof x), memcpy(&y, b, sizeof y);
+static inline void add_products(vec& sum, vec x, vec y) {
     if constexpr (std::is_same_v<X, float>) {
         sum += x * y;
     } else {
@@ -3970,7 +4016,7 @@ static inline vec add_up(vec (&sums)[LANES]) {
 constexpr size_t FEW_ROWS = 4;
 
 template <class X, class Store>
-static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
+static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store) {
     constexpr size_t STREAMS = 8, STEP = sizeof(vec) / sizeof(X);
     constexpr size_t AHEAD = 512 / sizeof(X);  // 8 cache lines of each stream in flight: more than the queues hold
     const size_t parts = thread_count();
@@ -3992,72 +4038,81 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
 #pragma GCC unroll 8
                         for (size_t s = 0; s < STREAMS; s++) {
                             __builtin_prefetch(b[s] + k + AHEAD);
-                            add_products(sum[s], a + k, b[s] + k);
+                            add_products<X>(sum[s], load_bytes(a + k, sizeof(vec)), load_bytes(b[s] + k, sizeof(vec)));
                         }
                     }
                     for (size_t s = 0; s < STREAMS; s++) {
-                        X a_rest[STEP], b_rest[STEP];
-                        if (k < K) add_products(sum[s], padded(a_rest, a + k, K - k), padded(b_rest, b[s] + k, K - k));
+                        const size_t rest = (K - k) * sizeof(X);
+                        if (k < K) add_products<X>(sum[s], load_bytes(a + k, rest), load_bytes(b[s] + k, rest));
                         sums[s][i] = sum[s];
                     }
                 }
                 for (size_t s = 0; s < STREAMS && n0(s) < end; s++) {
-                    vec c = add_up(sums[s]);
-                    store_row(m, n0(s), std::min(columns, end - n0(s)), (const float*)&c);
+                    store(m, n0(s), add_up(sums[s]), std::min(columns, end - n0(s)));
                 }
             }
         }
     }
+}
+
+// What a thread computes at a time: KC steps of a block of C, of at most NC columns. (KC is a variable, since the tests make
+// it small.) Where A is packed, blocks are wider, since each has to pack it.
+static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1
+constexpr size_t NC = 128 / NR * NR, NC_PACKED = 3 * NC;
+constexpr size_t SUMS = 1 << 17;  // of a block that waits for its next chunk: 512 KB
+
+// The size of a thread's scratch memory for a product
+template <class X>
+static size_t matmul_local_size() {
+    return KC * (NC_PACKED + 2 * LANES) + SUMS + MR<X> * NC_PACKED;
 }
 
 template <class X, class Store>
-static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store_row) {
-    if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store_row);
-    const size_t S = steps<X>(K);
-    Cell<X>* packed = (Cell<X>*)ws.packed;
-    constexpr size_t ROWS_PACKED = 4 * MR<X>;  // a thread's share in packing A
-    // As many rows of A at a time as fit the packed buffer; blocks of C small enough to give each thread three.
-    size_t rows_at_once = std::min(round_up(M, MR<X>), ws.packed_size / S / MR<X> * MR<X>);
-    size_t column_blocks = ceil_div(N, NC), row_blocks = 1;
-    while (column_blocks * row_blocks < 3 * (size_t)thread_count() && rows_at_once / row_blocks > 6 * MR<X>)
-        row_blocks++;
-    size_t block_rows = round_up(ceil_div(rows_at_once, row_blocks), MR<X>);
-#pragma omp parallel
-    for (size_t first = 0; first < M; first += rows_at_once) {
-        size_t rows = std::min(rows_at_once, M - first);
-#pragma omp for schedule(static)
-        for (size_t m = 0; m < rows; m += ROWS_PACKED)
-            pack_A(packed + m * S, A.at(first + m, 0), std::min(rows - m, ROWS_PACKED), K);
-
-        Cell<X>* b_block = (Cell<X>*)local_scratch(ws);  // [NC/NR][S][NR]
-        float* c_rows = local_scratch(ws) + S * NC;      // (MR, NC)
-#pragma omp for collapse(2) schedule(dynamic)
-        for (size_t n0 = 0; n0 < N; n0 += NC) {
-            for (size_t m0 = 0; m0 < rows; m0 += block_rows) {
-                size_t columns = std::min(N - n0, NC), end = std::min(rows, m0 + block_rows);
-                pack<NR>(b_block, B.at(n0, 0), columns, K);
-                for (size_t m = m0; m < end; m += MR<X>) {
-                    for (size_t n = 0; n < columns; n += NR)
-                        microkernel(c_rows + n, NC, packed + m * S, b_block + n * S, S, false);
-                    for (size_t i = 0; i < std::min<size_t>(end - m, MR<X>); i++)
-                        store_row(first + m + i, n0, columns, c_rows + i * NC);
+static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store) {
+    if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store);
+    constexpr size_t PER = K_PER_STEP<X>, FEW_USES = 256;  // rows of A: fewer are not worth packing B for
+    const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
+    // Blocks narrow enough for two per thread, and as many in a row of blocks as threads can share out evenly.
+    const size_t T = thread_count(), widest = PAIRS<X> && !A.along_k ? NC_PACKED : NC;
+    const size_t width = NR * std::clamp<size_t>(ceil_div(N, NR) / (2 * T), 1, widest / NR), across = ceil_div(N, width);
+    size_t down = chunks > 1 ? ceil_div(M, SUMS / width) : 1;
+    while (across * down % T != 0 && across * down < 8 * T && M / down > 4 * MR<X>) down++;
+    const size_t height = round_up(ceil_div(M, down), AMX<X> ? MR<X> : 1);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t n0 = 0; n0 < N; n0 += width) {
+        for (size_t m0 = 0; m0 < M; m0 += height) {
+            const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height);
+            float* sums = local_scratch(ws);  // (rows, width); (MR, width) is enough if K is one chunk
+            Cell<X>* a_buffer = (Cell<X>*)(sums + SUMS + MR<X> * NC_PACKED);
+            Cell<X>* b_buffer = a_buffer + KC * 2 * LANES;
+            for (size_t k0 = 0; k0 < K; k0 += k_chunk) {
+                const size_t k_count = std::min(K - k0, k_chunk);
+                const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, rows < FEW_USES);
+                for (size_t m = 0; m < rows; m += MR<X>) {
+                    const size_t count = std::min(rows - m, MR<X>);
+                    const Operand<Cell<X>> a = cells_of_A(a_buffer, A.at(m0 + m, k0), count, k_count);
+                    float* c = chunks > 1 ? sums + m * width : sums;
+                    for (size_t n = 0; n < columns; n += NR) {
+                        const size_t count_n = std::min(columns - n, NR);
+                        multiply_tile(c + n, width, a, count, b.at(n, 0), b.row, count_n, steps<X>(k_count), k0 > 0);
+                        if (k0 + k_count < K) continue;
+                        for (size_t i = 0; i < count; i++)
+                            for (size_t j = 0; j < count_n; j += LANES)
+                                store(m0 + m + i, n0 + n + j, load(c + i * width + n + j),
+                                      std::min<size_t>(count_n - j, LANES));
+                    }
                 }
             }
         }
     }
-}
-
-// Size of a thread's scratch memory for products over at most K: a block of B, and rows of C
-template <class X>
-static size_t matmul_local_size(size_t K) {
-    return (steps<X>(K) + MR<X>) * NC;
 }
 
 // --------------------------------------------------------------------------------------------------------------------
 // What makes the layers fast: attention
 //
-// Attention works on tiles of NR queries × KEYS keys; nothing of size T × T exists. Scores are computed transposed,
-// sᵀ = k qᵀ: each of the NR lanes of a row belongs to one query, so maxima and sums over keys go lane by lane.
+// Attention works on tiles of up to KEYS keys and NR queries; nothing of size T × T exists. Scores are computed
+// transposed, sᵀ = k qᵀ: each of the NR lanes of a row belongs to one query, so maxima and sums over keys go lane by lane.
+// In fp32, q and dout are all that is packed: every other operand is read where it lies.
 //
 // Online softmax (Milakov and Gimelshein 2018; FlashAttention). For each query, keep over the keys seen so far
 //     max = max_j s_j      sum = Σ_j e^(s_j - max)      o = Σ_j e^(s_j - max) v_j
@@ -4067,83 +4122,85 @@ static size_t matmul_local_size(size_t K) {
 // In the code s is q·k alone: the factor scale = 1/√HS enters at the exponential, p_j = e^(scale·s_j - lse), and in
 // backward is already part of ds.
 
-template <class X> constexpr size_t KEYS = 8 * MR<X>;  // a tile of scores is 8 panels of keys high
+template <class X> constexpr size_t KEYS = 8 * MR<X>;
 
-// A thread's scratch memory for one head of T keys, laid out from `local` on. Panels are operands of the microkernel:
-// A operands lie in panels of MR rows, B operands in panels of NR columns.
+// A thread's scratch memory for one head of T keys, laid out from `local` on
 template <class X>
 struct HeadScratch {
-    Cell<X>*k_panels, *vT_panels;           // A: k (T, HS), vᵀ (HS, T)
-    Cell<X>* q_panel;                       // B: qᵀ (HS, NR queries)
-    float* s;                               // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
-    X* p;                                   // pᵀ or dsᵀ (KEYS, NR), rounded to X for a product ...
-    Cell<X>* p_rows;                        // ... and packed as B, for a sum over keys
-    float* oT;                              // (HS, NR)
+    float* s;                    // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
+    X* p;                        // pᵀ (KEYS, NR), rounded to X
+    float* oT;                   // (HS, NR)
+    Cell<X>*q, *p_columns;       // operands, packed where they need it: qᵀ; p or ds for a sum over keys
+    Cell<X>*k, *vT;
     // In backward, also
-    Cell<X>*v_panels, *kT_panels;           // A: v (T, HS), kᵀ (HS, T)
-    Cell<X>*do_panel, *q_rows, *do_rows;    // B: doᵀ (HS, NR queries); q, do (NR queries, HS)
-    float* ds;                              // dpᵀ, then scale·dsᵀ (KEYS, NR)
-    Cell<X>* p_panels;                      // p packed as A, for a sum over queries
-    float *dqT, *dk_sum, *dv_sum;           // (HS, NR); (T, HS), rows of round_up(HS, NR)
-    size_t size = 0;                        // floats in all
+    float* dp;                   // dpᵀ (KEYS, NR)
+    X* ds;                       // scale·dsᵀ (KEYS, NR), rounded to X
+    float *dk_sum, *dv_sum;      // (T, HS), rows of round_up(HS, NR)
+    Cell<X>*dout, *q_rows, *dout_rows, *p_rows, *v, *kT;
+    size_t size = 0;             // floats in all
 
     HeadScratch(float* local, size_t T, size_t HS, bool backward) {
         auto take = [&]<class Element>(Element*& array, size_t n) {  // local == null: only count
             array = local ? (Element*)(local + size) : nullptr;
             size += round_up(n, CACHE_LINE);
         };
-        size_t rows_T = round_up(T, MR<X>), rows_HS = round_up(HS, MR<X>), columns_HS = round_up(HS, NR);
-        size_t tile_HS = std::max(rows_HS, round_up(HS, LANES)) * NR;
-        take(k_panels, rows_T * steps<X>(HS));
-        take(vT_panels, rows_HS * steps<X>(T));
-        take(q_panel, steps<X>(HS) * NR);
+        constexpr bool same = std::is_same_v<X, float>;  // p takes the place of s, and ds that of dp
+        const size_t rows_T = round_up(T, 2 * LANES), rows_HS = round_up(HS, 2 * LANES), columns_HS = round_up(HS, NR);
+        const size_t kept = same ? 0 : rows_T * steps<X>(HS), kept_T = same ? 0 : rows_HS * steps<X>(T);
+        const size_t high_HS = std::max(rows_HS, round_up(HS, MR<X>));
         take(s, KEYS<X> * NR);
-        take(p, KEYS<X> * NR);
-        take(p_rows, KEYS<X> * NR);
-        take(oT, tile_HS);
+        if constexpr (same) p = s;
+        else take(p, KEYS<X> * NR);
+        take(oT, high_HS * NR);
+        take(q, steps<X>(HS) * NR);
+        take(p_columns, same ? 0 : steps<X>(KEYS<X>) * NR);
+        take(k, kept);
+        take(vT, kept_T);
         if (!backward) return;
-        take(v_panels, rows_T * steps<X>(HS));
-        take(kT_panels, rows_HS * steps<X>(T));
-        take(do_panel, steps<X>(HS) * NR);
+        take(dp, KEYS<X> * NR);
+        if constexpr (same) ds = dp;
+        else take(ds, KEYS<X> * NR);
+        take(dk_sum, round_up(T, MR<X>) * columns_HS);
+        take(dv_sum, round_up(T, MR<X>) * columns_HS);
+        take(dout, steps<X>(HS) * NR);
         take(q_rows, columns_HS * steps<X>(NR));
-        take(do_rows, columns_HS * steps<X>(NR));
-        take(ds, KEYS<X> * NR);
-        take(p_panels, KEYS<X> * NR);
-        take(dqT, tile_HS);
-        take(dk_sum, rows_T * columns_HS);
-        take(dv_sum, rows_T * columns_HS);
+        take(dout_rows, columns_HS * steps<X>(NR));
+        take(p_rows, same ? 0 : round_up(KEYS<X>, 2 * LANES) * steps<X>(NR));
+        take(v, kept);
+        take(kT, kept_T);
     }
 };
 
-// sᵀ (keys, NR) of the NR queries in q_panel; key j0 + r against query i0 + lane is causal if j0 + r ≤ i0 + lane.
+// c (rows, columns) = or += a b over K
 template <class X>
-static void scores_tile(HeadScratch<X>& h, size_t keys, size_t j0, size_t i0, size_t HS) {
-    for (size_t r = 0; r < keys; r += MR<X>)
-        microkernel(h.s + r * NR, NR, h.k_panels + (j0 + r) * steps<X>(HS), h.q_panel, steps<X>(HS), false);
-    for (size_t r = i0 > j0 ? i0 - j0 : 0; r < keys; r++)
-        for (size_t lane = 0; lane < std::min<size_t>(j0 + r - i0, NR); lane++) h.s[r * NR + lane] = -INFINITY;
+static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Panels<Cell<X>> b, size_t columns, size_t K,
+                     bool add) {
+    for (size_t m = 0; m < rows; m += MR<X>)
+        for (size_t n = 0; n < columns; n += NR)
+            multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, MR<X>), b.at(n, 0), b.row,
+                          std::min(columns - n, NR), steps<X>(K), add);
 }
 
-// sumᵀ (HS, NR) += aᵀ (HS, keys) p (keys, NR), for keys from j0 on; aT_panels (HS, T)
-template <class X>
-static void add_over_keys(float* sumT, HeadScratch<X>& h, const Cell<X>* aT_panels, size_t keys, size_t j0, size_t T,
-                          size_t HS) {
-    pack<NR>(h.p_rows, across_k<X>(h.p, NR), NR, keys);
-    const Cell<X>* from_j0 = aT_panels + steps<X>(j0) * MR<X>;
-    for (size_t d = 0; d < HS; d += MR<X>)
-        microkernel(sumT + d * NR, NR, from_j0 + d * steps<X>(T), h.p_rows, steps<X>(keys), true);
+// Calls f(j0, keys, first) for the tiles of keys that n queries see, the first of them at position i0: keys from j0 on, and
+// the queries from `first` on. Earlier queries see none of these keys.
+template <class X, class F>
+static void for_key_tiles(size_t i0, size_t n, F f) {
+    constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
+    for (size_t j0 = 0, first = 0; first < n; first += STRIP) {
+        const size_t end = first + STRIP < n ? round_up(i0 + first + STRIP, PER) : i0 + n;
+        for (; j0 < end; j0 += KEYS<X>) f(j0, std::min(end - j0, KEYS<X>), first);
+        j0 = end;
+    }
 }
 
-// sum (keys from j0 on, HS) += p (keys, n queries) a (n, HS); a_rows packed
+// sᵀ (keys, NR), in the columns of the queries from `first` to n, whose positions begin with i0. k (keys, HS) begins with j0.
+// Query i sees key j if j ≤ i.
 template <class X>
-static void add_over_queries(float* sum, HeadScratch<X>& h, const Cell<X>* a_rows, size_t keys, size_t j0, size_t n,
-                             size_t HS) {
-    size_t columns = round_up(HS, NR);
-    pack_A(h.p_panels, along_k<X>(h.p, NR), keys, n);
-    for (size_t r = 0; r < keys; r += MR<X>)
-        for (size_t d = 0; d < HS; d += NR)
-            microkernel(sum + (j0 + r) * columns + d, columns, h.p_panels + r * steps<X>(n), a_rows + d * steps<X>(n),
-                        steps<X>(n), true);
+static void scores_tile(float* s, Operand<Cell<X>> k, Panels<Cell<X>> q, size_t keys, size_t n, size_t j0, size_t i0,
+                        size_t first, size_t HS) {
+    multiply<X>(s + first, NR, k, keys, {q.data + first, q.row, q.panel}, n - first, HS, false);
+    for (size_t r = i0 + first > j0 ? i0 + first - j0 : 0; r < keys; r++)
+        for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
 
 // out (n, HS) = tileᵀ; tile (HS, NR) has room for a multiple of LANES rows
@@ -4154,56 +4211,61 @@ static void transpose_tile(Rows<X> out, const float* tile, size_t n, size_t HS) 
             vec block[LANES];
             for (size_t d = 0; d < LANES; d++) block[d] = load(tile + (d0 + d) * NR + i0);
             transpose(block);
-            for (size_t i = 0; i < std::min<size_t>(n - i0, LANES); i++)
-                std::copy_n((const float*)&block[i], std::min<size_t>(HS - d0, LANES), out[i0 + i] + d0);
+            for (size_t i = 0; i < std::min<size_t>(n - i0, LANES); i++) store(out[i0 + i] + d0, block[i], HS - d0);
         }
+}
+
+// The largest of `start` and of s, (rows, NR), lane by lane
+static inline vec column_maximum(vec start, const float* s, size_t rows) {
+    vec most[4] = {start, start, start, start};  // four comparisons do not wait for each other
+    for (size_t r = 0; r < rows; r++) {
+        const vec s_r = load(s + r * NR);
+        most[r % 4] = s_r > most[r % 4] ? s_r : most[r % 4];
+    }
+    for (int i = 1; i < 4; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+    return most[0];
 }
 
 // o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
 template <class X>
 static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
                                    Rows<const X> v, size_t queries, size_t before, size_t HS) {
-    size_t T = before + queries;
-    float scale = 1.0f / sqrtf(HS);
-    HeadScratch<X> h(local, T, HS, false);
-    pack_A(h.k_panels, along_k(k.data, k.stride), T, HS);
-    pack_A(h.vT_panels, across_k(v.data, v.stride), HS, T);
+    const size_t T = before + queries;
+    const float scale = 1.0f / sqrtf(HS);
+    const HeadScratch<X> h(local, T, HS, false);
+    const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
+    const Operand<Cell<X>> vT_cells = cells_of_A(h.vT, across_k(v.data, v.stride), HS, T);
 
     for (size_t i0 = 0; i0 < queries; i0 += NR) {
-        size_t n = std::min<size_t>(queries - i0, NR), visible = before + i0 + n;
-        float max[NR], sum[NR], rescale[NR];
+        const size_t n = std::min(queries - i0, NR), lanes = round_up(n, LANES);
+        float max[NR], sum[NR];
         std::fill_n(max, NR, -INFINITY);
         std::fill_n(sum, NR, 0.0f);
-        std::fill_n(h.oT, round_up(HS, MR<X>) * NR, 0.0f);
-        pack<NR>(h.q_panel, along_k(q[i0], q.stride), n, HS);
-        for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
-            size_t keys = std::min(visible - j0, KEYS<X>);
-            scores_tile(h, keys, j0, before + i0, HS);
-            float new_max[NR];
-            for (int lane = 0; lane < NR; lane += LANES) {  // few compilers turn a maximum into vectors
-                vec most = load(max + lane);
+        std::fill_n(h.oT, HS * NR, 0.0f);
+        const Panels<Cell<X>> q_cells = cells_of_B(h.q, along_k(q[i0], q.stride), n, HS);
+        for_key_tiles<X>(before + i0, n, [&](size_t j0, size_t keys, size_t first) {
+            scores_tile<X>(h.s, k_cells.at(j0, 0), q_cells, keys, n, j0, before + i0, first, HS);
+            for (size_t lane = first; lane < lanes; lane += LANES) {
+                const vec old = load(max + lane), most = column_maximum(old, h.s + lane, keys);
+                vec total = {};
                 for (size_t r = 0; r < keys; r++) {
-                    vec s = load(h.s + r * NR + lane);
-                    most = s > most ? s : most;
+                    const vec p = exp_approx(scale * (load(h.s + r * NR + lane) - most));
+                    store(h.p + r * NR + lane, p);
+                    total += p;
                 }
-                store(new_max + lane, most);
+                const vec rescale = exp_approx(scale * (old - most));
+                store(max + lane, most);
+                store(sum + lane, load(sum + lane) * rescale + total);
+                for (size_t d = 0; d < HS; d++)
+                    store(h.oT + d * NR + lane, load(h.oT + d * NR + lane) * rescale);
             }
-            for (int lane = 0; lane < NR; lane++) rescale[lane] = exp_approx(scale * (max[lane] - new_max[lane]));
-            for (int lane = 0; lane < NR; lane++) sum[lane] *= rescale[lane];
-            for (size_t r = 0; r < keys; r++)
-                for (int lane = 0; lane < NR; lane++) {
-                    float p = exp_approx(scale * (h.s[r * NR + lane] - new_max[lane]));
-                    h.p[r * NR + lane] = p;
-                    sum[lane] += p;
-                }
-            for (size_t d = 0; d < HS; d++)
-                for (int lane = 0; lane < NR; lane++) h.oT[d * NR + lane] *= rescale[lane];
-            add_over_keys(h.oT, h, h.vT_panels, keys, j0, T, HS);
-            std::copy_n(new_max, NR, max);
+            const Panels<Cell<X>> p = cells_of_B(h.p_columns, across_k<X>(h.p + first, NR), lanes - first, keys);
+            multiply<X>(h.oT + first, NR, vT_cells.at(0, j0 / K_PER_STEP<X>), HS, p, n - first, keys, true);
+        });
+        for (size_t lane = 0; lane < lanes; lane += LANES) {
+            const vec rescale = 1.0f / load(sum + lane);
+            for (size_t d = 0; d < HS; d++) store(h.oT + d * NR + lane, load(h.oT + d * NR + lane) * rescale);
         }
-        for (int lane = 0; lane < NR; lane++) rescale[lane] = 1 / sum[lane];
-        for (size_t d = 0; d < HS; d++)
-            for (int lane = 0; lane < NR; lane++) h.oT[d * NR + lane] *= rescale[lane];
         transpose_tile(Rows<X>{o[i0], o.stride}, h.oT, n, HS);
         for (size_t i = 0; lse && i < n; i++) lse[i0 + i] = scale * max[i] + logf(sum[i]);
     }
@@ -4215,44 +4277,55 @@ template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
                                     Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
                                     Rows<const X> v, size_t T, size_t HS) {
-    size_t columns = round_up(HS, NR);
-    float scale = 1.0f / sqrtf(HS);
-    HeadScratch<X> h(local, T, HS, true);
-    pack_A(h.k_panels, along_k(k.data, k.stride), T, HS);
-    pack_A(h.v_panels, along_k(v.data, v.stride), T, HS);
-    pack_A(h.kT_panels, across_k(k.data, k.stride), HS, T);
+    constexpr size_t PER = K_PER_STEP<X>;
+    const size_t columns = round_up(HS, NR);
+    const float scale = 1.0f / sqrtf(HS);
+    const HeadScratch<X> h(local, T, HS, true);
+    const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
+    const Operand<Cell<X>> v_cells = cells_of_A(h.v, along_k(v.data, v.stride), T, HS);
+    const Operand<Cell<X>> kT_cells = cells_of_A(h.kT, across_k(k.data, k.stride), HS, T);
     std::fill_n(h.dk_sum, round_up(T, MR<X>) * columns, 0.0f);
     std::fill_n(h.dv_sum, round_up(T, MR<X>) * columns, 0.0f);
 
     for (size_t i0 = 0; i0 < T; i0 += NR) {
-        size_t n = std::min<size_t>(T - i0, NR), visible = i0 + n;
-        float row_lse[NR] = {}, delta[NR] = {};  // past the last query p is 1, but q and do are 0 there
-        for (size_t i = 0; i < n; i++) {
-            row_lse[i] = lse[i0 + i];
-            delta[i] = dot(dout[i0 + i], o[i0 + i], HS);
+        const size_t n = std::min(T - i0, NR), lanes = round_up(n, LANES);
+        float row_lse[NR] = {}, delta[NR];  // past the last query p is 1 and ds is 0; neither is used
+        std::copy_n(lse + i0, n, row_lse);
+        for (size_t lane = 0; lane < lanes; lane += LANES) {
+            vec sums[LANES] = {};
+            for (size_t i = lane; i < std::min(n, lane + LANES); i++)
+                for (size_t d = 0; d < HS; d += LANES)
+                    sums[i - lane] += load(dout[i0 + i] + d, HS - d) * load(o[i0 + i] + d, HS - d);
+            store(delta + lane, add_up(sums));
         }
-        pack<NR>(h.q_panel, along_k(q[i0], q.stride), n, HS);
-        pack<NR>(h.do_panel, along_k(dout[i0], dout.stride), n, HS);
-        pack<NR>(h.q_rows, across_k(q[i0], q.stride), HS, n);
-        pack<NR>(h.do_rows, across_k(dout[i0], dout.stride), HS, n);
-        std::fill_n(h.dqT, round_up(HS, MR<X>) * NR, 0.0f);
-        for (size_t j0 = 0; j0 < visible; j0 += KEYS<X>) {
-            size_t keys = std::min(visible - j0, KEYS<X>);
-            scores_tile(h, keys, j0, i0, HS);
-            for (size_t r = 0; r < keys; r += MR<X>)  // dpᵀ
-                microkernel(h.ds + r * NR, NR, h.v_panels + (j0 + r) * steps<X>(HS), h.do_panel, steps<X>(HS), false);
+        const Panels<Cell<X>> q_cells = cells_of_B(h.q, along_k(q[i0], q.stride), n, HS);
+        const Panels<Cell<X>> dout_cells = cells_of_B(h.dout, along_k(dout[i0], dout.stride), n, HS);
+        const Panels<Cell<X>> q_rows = cells_of_B(h.q_rows, across_k(q[i0], q.stride), HS, n);
+        const Panels<Cell<X>> dout_rows = cells_of_B(h.dout_rows, across_k(dout[i0], dout.stride), HS, n);
+        std::fill_n(h.oT, HS * NR, 0.0f);  // dqᵀ
+        for_key_tiles<X>(i0, n, [&](size_t j0, size_t keys, size_t first) {
+            scores_tile<X>(h.s, k_cells.at(j0, 0), q_cells, keys, n, j0, i0, first, HS);
+            multiply<X>(h.dp + first, NR, v_cells.at(j0, 0), keys, {dout_cells.data + first, dout_cells.row, 0},
+                        n - first, HS, false);
             for (size_t r = 0; r < keys; r++)
-                for (int lane = 0; lane < NR; lane++) {
-                    float p = exp_approx(scale * h.s[r * NR + lane] - row_lse[lane]);
-                    h.p[r * NR + lane] = p;
-                    h.ds[r * NR + lane] = scale * p * (h.ds[r * NR + lane] - delta[lane]);
+                for (size_t lane = first; lane < lanes; lane += LANES) {
+                    const size_t i = r * NR + lane;
+                    const vec p = exp_approx(scale * load(h.s + i) - load(row_lse + lane));
+                    store(h.ds + i, scale * p * (load(h.dp + i) - load(delta + lane)));
+                    store(h.p + i, p);
                 }
-            add_over_queries(h.dv_sum, h, h.do_rows, keys, j0, n, HS);
-            for (size_t i = 0; i < keys * NR; i++) h.p[i] = h.ds[i];
-            add_over_queries(h.dk_sum, h, h.q_rows, keys, j0, n, HS);
-            add_over_keys(h.dqT, h, h.kT_panels, keys, j0, T, HS);
-        }
-        transpose_tile(Rows<X>{dq[i0], dq.stride}, h.dqT, n, HS);
+            // dv += p do, dk += ds q, sums over queries; dqᵀ += kᵀ dsᵀ, a sum over keys
+            const Operand<X> p = along_k<X>(h.p + first, NR), ds = along_k<X>(h.ds + first, NR);
+            auto from_first = [&](Panels<Cell<X>> b) { return Panels<Cell<X>>{b.at(0, first / PER), b.row, b.panel}; };
+            multiply<X>(h.dv_sum + j0 * columns, columns, cells_of_A(h.p_rows, p, keys, n - first), keys,
+                        from_first(dout_rows), HS, n - first, true);
+            multiply<X>(h.dk_sum + j0 * columns, columns, cells_of_A(h.p_rows, ds, keys, n - first), keys,
+                        from_first(q_rows), HS, n - first, true);
+            const Operand<X> dsT = across_k<X>(h.ds + first, NR);
+            multiply<X>(h.oT + first, NR, kT_cells.at(0, j0 / PER), HS,
+                        cells_of_B(h.p_columns, dsT, lanes - first, keys), n - first, keys, true);
+        });
+        transpose_tile(Rows<X>{dq[i0], dq.stride}, h.oT, n, HS);
     }
     for (size_t t = 0; t < T; t++) {
         std::copy_n(h.dk_sum + t * columns, HS, dk[t]);
@@ -4271,8 +4344,8 @@ static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> 
         vec sums[LANES] = {};
         for (size_t i = 0; i < std::min<size_t>(keys - j0, LANES); i++)
             for (size_t d = 0; d < HS; d += STEP) {
-                X q_rest[STEP], k_rest[STEP];
-                add_products(sums[i], padded(q_rest, q + d, HS - d), padded(k_rest, k[j0 + i] + d, HS - d));
+                const size_t rest = (HS - d) * sizeof(X);
+                add_products<X>(sums[i], load_bytes(q + d, rest), load_bytes(k[j0 + i] + d, rest));
             }
         store(p + j0, scale * add_up(sums));
     }
@@ -4303,18 +4376,14 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     const size_t C = c.C, HS = c.head_size(), BT = work.tokens(), BT_trained = work.train ? BT : 0;
     all.take(inputs.x, BT, &Memory::activations);
     all.take(inputs.y, BT, &Memory::activations);
-    // All of an A operand if it is small, else as many rows as 16 MB hold, but at least 512.
-    size_t widest = std::max({4 * C, std::min(BT, token_chunk), std::min<size_t>(c.V, vocabulary_chunk)});
-    ws.packed_size = std::max<size_t>(1 << 22, 512 * widest);
-    all.take(ws.packed, ws.packed_size, &Memory::scratch);
     size_t head = HeadScratch<X>(nullptr, work.T, HS, work.train).size;
     size_t decoding = work.sequences ? HeadScratch<X>(nullptr, c.maxT, HS, false).size : 0;
-    ws.local_size = std::max({matmul_local_size<X>(widest), head, decoding, 3 * HS});
+    ws.local_size = std::max({matmul_local_size<X>(), head, decoding, 3 * HS});
     all.take(ws.local, thread_count() * ws.local_size, &Memory::scratch);
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
     const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    all.take(ws.dx_sum, (has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp)) * C, &Memory::scratch);
+    all.take(ws.dx_sum, has_chunks(c) ? BT_trained * C : 0, &Memory::scratch);
 }
 static void backend_free(Inputs&, Results&) {}
 

@@ -8,7 +8,7 @@ Every rung computes y (rows, OC) = x (rows, C) wᵀ with w (OC, C). All are firs
 exit status 1 where one is off. Then they are timed, in turns with the peak of what they use: one thread or all, fp32 or
 bf16. ladder.md explains what a run shows.
 
-The first rung and the upper ones are train_gpt2.cpp's own matmul_plain, pack, microkernel and matmul; what leads from
+The first rung and the upper ones are train_gpt2.cpp's own matmul_plain, pack, multiply_tile and matmul; what leads from
 one to the others lives here.
 */
 
@@ -22,7 +22,7 @@ struct Linear {
     size_t rows, C, OC;
     float *x, *w, *y;            // (rows, C), (OC, C), (rows, OC)
     bf16 *x_bf16, *w_bf16;       // the same x and w
-    float *x_panels, *w_panels;  // for rung 5: x in panels of ROWS rows, w in panels of NR
+    float* w_panels;             // for rung 5: w in panels of NR
     Workspace ws;                // for the product
 };
 
@@ -111,19 +111,18 @@ static void cache_blocks(const Linear& l) {
 // 5 · Packing, and the product's microkernel
 //
 // Lanes become columns of y: step k multiplies one x, in all lanes, by row k of wᵀ. No lanes are added up in the end,
-// and a vector of w serves ROWS rows of x instead of TM. For this, row k of wᵀ must lie together; so x and w are first
-// copied into panels, in just the order in which the microkernel reads them. There are no cache blocks here: all of
-// w's panels stream past each panel of x.
+// and a vector of w serves ROWS rows of x instead of TM. For this, row k of wᵀ must lie together, so w is first copied
+// into panels, in just the order in which the microkernel reads them. x stays where it is: its elements are read one by
+// one. There are no cache blocks here: all of w's panels stream past each tile of x.
 
 static void packed(const Linear& l) {
-    pack<ROWS>(l.x_panels, along_k(l.x, l.C), l.rows, l.C);
-    pack<NR>(l.w_panels, along_k(l.w, l.C), l.OC, l.C);
+    pack(l.w_panels, NR, along_k(l.w, l.C), l.OC, l.C);
     for (size_t m = 0; m < l.rows; m += ROWS)
         for (size_t n = 0; n < l.OC; n += NR) {
+            const size_t count = std::min<size_t>(ROWS, l.rows - m), columns = std::min(NR, l.OC - n);
             float tile[ROWS * NR];
-            microkernel(tile, NR, l.x_panels + m * l.C, l.w_panels + n * l.C, l.C, false);
-            for (size_t i = 0; i < std::min<size_t>(ROWS, l.rows - m); i++)
-                std::copy_n(tile + i * NR, std::min<size_t>(NR, l.OC - n), l.y + (m + i) * l.OC + n);
+            multiply_tile(tile, NR, along_k(l.x + m * l.C, l.C), count, l.w_panels + n * l.C, NR, columns, l.C, false);
+            for (size_t i = 0; i < count; i++) std::copy_n(tile + i * NR, columns, l.y + (m + i) * l.OC + n);
         }
 }
 
@@ -136,7 +135,7 @@ static void packed(const Linear& l) {
 template <class X>
 static void product(const Linear& l, const X* x, const X* w) {
     matmul(l.ws, l.rows, l.OC, l.C, along_k(x, l.C), along_k(w, l.C),
-           [&](size_t m, size_t n, size_t count, const float* y) { std::copy_n(y, count, l.y + m * l.OC + n); });
+           [&](size_t m, size_t n, vec xw, size_t count) { store(l.y + m * l.OC + n, xw, count); });
 }
 
 static void product_fp32(const Linear& l) { product(l, l.x, l.w); }
@@ -184,15 +183,13 @@ int main(int argc, char** argv) {
 
     static Linear l;
     l.rows = size[0], l.C = size[1], l.OC = size[2];
-    l.ws.packed_size = std::max<size_t>(1 << 22, 512 * l.C);  // as a model has them
-    l.ws.local_size = matmul_local_size<float>(l.C);
+    l.ws.local_size = std::max(matmul_local_size<float>(), matmul_local_size<bf16>());
     auto take = [](auto*& p, size_t n) {
         p = (std::remove_reference_t<decltype(p)>)device_allocate(n * sizeof *p, true);
     };
-    take(l.x, l.rows * l.C), take(l.x_bf16, l.rows * l.C), take(l.x_panels, round_up(l.rows, ROWS) * l.C);
+    take(l.x, l.rows * l.C), take(l.x_bf16, l.rows * l.C);
     take(l.w, l.OC * l.C), take(l.w_bf16, l.OC * l.C), take(l.w_panels, round_up(l.OC, NR) * l.C);
-    take(l.y, l.rows * l.OC);
-    take(l.ws.packed, l.ws.packed_size), take(l.ws.local, threads * l.ws.local_size);
+    take(l.y, l.rows * l.OC), take(l.ws.local, threads * l.ws.local_size);
     Random random = {1};
     for (size_t i = 0; i < l.rows * l.C; i++) l.x[i] = l.x_bf16[i] = (float)random.normal();
     for (size_t i = 0; i < l.OC * l.C; i++) l.w[i] = l.w_bf16[i] = (float)random.normal();
