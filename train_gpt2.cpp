@@ -3151,6 +3151,48 @@ static int thread_count() {
     return 1;
 #endif
 }
+// Finds the number of threads that is fastest. Threads wait for each other dozens of times in a layer; where other programs
+// use the cores too, or a model is tiny, waiting can take longer than arithmetic. As results are the same for any number,
+// it can be tried out: from time to time a few steps run on half or twice as many threads.
+struct ThreadTrials {
+    int most, threads = most, settled = most;  // allowed; in use; the choice that a trial is compared with
+    int step = 0, interval = 16;               // steps since `threads` changed; steps to the next trial
+    bool fewer = false;
+    double times[3] = {}, settled_time = 0;    // seconds: the last three steps; a step before the trial
+
+    // The number of threads for the next step, after one that took `time`
+    int next(double time) {
+        constexpr double LONG = 0.1;  // such steps are worth all threads
+        times[step++ % 3] = time;
+        if (most == 1 || step < 4) return threads;  // the first step warms up
+        const double median = std::max(std::min(times[0], times[1]), std::min(std::max(times[0], times[1]), times[2]));
+        if (threads != settled) {
+            const bool faster = median < 0.95 * settled_time;
+            interval = faster ? 16 : std::min(2 * interval, 512);
+            if (faster) settled = threads, settled_time = median;
+            else threads = settled;
+            step = 0;
+        } else if (median < LONG && (step >= interval || (step > 4 && median > 2 * settled_time))) {
+            fewer = threads == most || (threads > 1 && !fewer);
+            threads = fewer ? threads / 2 : std::min(2 * threads, most);
+            settled_time = median;
+            step = 0;
+        }
+        return threads;
+    }
+};
+
+// Called once in each step
+static void choose_threads() {
+#ifdef _OPENMP
+    static ThreadTrials trials = {.most = 0};
+    static double last = 0;
+    if (trials.threads != omp_get_max_threads()) trials = {.most = omp_get_max_threads()};
+    const double now = seconds();
+    omp_set_num_threads(trials.next(now - last));
+    last = now;
+#endif
+}
 static float* local_scratch(const Workspace& ws) { return ws.local + thread_id() * ws.local_size; }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -3675,7 +3717,7 @@ static void sum_losses(Results& results, const float* losses, size_t n, bool add
 
 constexpr size_t UPDATE_CHUNK = 1 << 12;  // elements that a thread goes through at a time
 
-// Σ g², over chunks, then over the chunks in order
+// Σ g², over chunks, then over the chunks in order. As this ends a step's gradients, the number of threads may change here.
 static void global_norm(const Workspace& ws, Results& results, const float* g, size_t n, float clip) {
     const size_t chunks = ceil_div(n, UPDATE_CHUNK);
 #pragma omp parallel for schedule(static)
@@ -3690,6 +3732,7 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
     for (size_t chunk = 0; chunk < chunks; chunk++) sum += ws.squares[chunk];
     results.norm = sqrt(sum);
     results.gradient_scale = clip_scale(results.norm, clip);
+    choose_threads();
 }
 
 // g is the clipped gradient. m = β1 m + (1-β1) g and v = β2 v + (1-β2) g² are moving averages of g and g². As both
@@ -4481,7 +4524,7 @@ static void device_init([[maybe_unused]] char** argv, bool) {
     // cores. OpenMP reads these variables when it is loaded, so the program starts itself again.
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
-        setenv("GOMP_SPINCOUNT", "1000", 0);
+        setenv("GOMP_SPINCOUNT", "10000", 0);
         std::error_code error;
         std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
         execv(self.c_str(), argv);
