@@ -3162,7 +3162,7 @@ struct ThreadTrials {
 
     // The number of threads for the next step, after one that took `time`
     int next(double time) {
-        constexpr double LONG = 0.1;  // such steps are worth all threads
+        constexpr double LONG = 0.3;  // such steps are worth all threads
         times[step++ % 3] = time;
         if (most == 1 || step < 4) return threads;  // the first step warms up
         const double median = std::max(std::min(times[0], times[1]), std::min(std::max(times[0], times[1]), times[2]));
@@ -4116,14 +4116,14 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     constexpr size_t PER = K_PER_STEP<X>, FEW_USES = 256;  // rows of A: fewer are not worth packing B for
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
     // Blocks narrow enough for two per thread, and as many in a row of blocks as threads can share out evenly.
-    const size_t T = thread_count(), widest = PAIRS<X> && !A.along_k ? NC_PACKED : NC;
+    const size_t T = thread_count(), widest = (PAIRS<X> && !A.along_k) || chunks > 8 ? NC_PACKED : NC;
     const size_t width = NR * std::clamp<size_t>(ceil_div(N, NR) / (2 * T), 1, widest / NR), across = ceil_div(N, width);
     size_t down = chunks > 1 ? ceil_div(M, SUMS / width) : 1;
     while (across * down % T != 0 && across * down < 8 * T && M / down > 4 * MR<X>) down++;
     const size_t height = round_up(ceil_div(M, down), AMX<X> ? MR<X> : 1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (size_t n0 = 0; n0 < N; n0 += width) {
-        for (size_t m0 = 0; m0 < M; m0 += height) {
+    for (size_t m0 = 0; m0 < M; m0 += height) {  // A's rows are in L3 for one block of columns after the other
+        for (size_t n0 = 0; n0 < N; n0 += width) {
             const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height);
             float* sums = local_scratch(ws);  // (rows, width); (MR, width) is enough if K is one chunk
             Cell<X>* a_buffer = (Cell<X>*)(sums + SUMS + MR<X> * NC_PACKED);
