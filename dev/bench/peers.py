@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
-"""Our program beside PyTorch and Transformers, with GPT-2's shape (124M): whole training steps, and greedy decoding of
-one sequence. The sides run in turns, each in a process of its own; the figures are medians over the rounds.
+"""Our program beside PyTorch and Transformers: whole training steps of GPT-2 (124M) and of small models, and GPT-2's
+greedy decoding of one sequence.
 
-    .venv-peers/bin/python dev/bench/peers.py [--shapes 4x64,8x512] [--precisions fp32] [--peers eager,transformers]
+    .venv-peers/bin/python dev/bench/peers.py [--rounds 3] [CASE]...       narrow, bf16, "gpt2 4x64 fp32", decoding, ...
 
-MiB is the most memory that was resident; for the peers, once they had warmed up. The last lines hold our memory in
-training against a limit: 16 bytes per parameter (18 in bf16: its copy of the weights) and half of what PyTorch, eager
-or compiled, whichever takes less, holds above its own 16.
+A word chooses the cases whose names contain it; without one, all run. In each round every side runs once, in a process
+of its own with the same number of threads, since PyTorch's speed differs between processes. The table has the medians
+over the rounds, but the best step of all rounds. The ratio is to the faster of PyTorch eager and compiled. PyTorch is
+what pip installs: on an AMD EPYC (Zen 5), its MKL multiplies fp32 with AVX2 although there is AVX-512.
+
+MiB is the most memory that was resident; for the peers, once they had warmed up. The limit for our memory is 16 bytes
+per parameter (18 in bf16: its copy of the weights) and half of what PyTorch, eager or compiled, whichever takes less,
+holds above its own 16.
 """
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -20,15 +24,43 @@ import struct
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PROGRAM = ROOT / "train_gpt2"
 BENCH = HERE / "bench"
-PRECISIONS = ["fp32", "bf16"]
-PEERS = ["eager", "compiled", "transformers"]
 SHARD_MAGIC = 20240520
+
+
+class Shape(NamedTuple):
+    """Options of both benchmarks. The steps take each side some seconds on two cores."""
+    layers: int
+    heads: int
+    channels: int
+    vocab: int
+    context: int
+    batch: int
+    sequence: int
+    steps: int
+
+
+GPT2 = 12, 12, 768, 50257, 1024
+MODELS = {
+    "make-run": Shape(2, 4, 128, 257, 64, 8, 64, steps=600),  # the top Makefile's
+    "shakespeare": Shape(4, 4, 128, 65, 64, 12, 64, steps=200),  # nanoGPT's for a CPU
+    "baby": Shape(6, 6, 384, 65, 256, 16, 256, steps=5),  # nanoGPT's "baby GPT", with fewer sequences
+    "narrow": Shape(12, 12, 96, 4096, 256, 8, 256, steps=20),
+    "gpt2 4x64": Shape(*GPT2, 4, 64, steps=5),
+    "gpt2 4x256": Shape(*GPT2, 4, 256, steps=3),
+    "gpt2 8x512": Shape(*GPT2, 8, 512, steps=3),
+    "gpt2 decoding": None,
+}
+CASES = {f"{name} {precision}": (shape, precision) for precision in ("fp32", "bf16")
+         for name, shape in MODELS.items() if precision == "fp32" or name.startswith("gpt2")}
+TOKENS = 256  # to decode
 
 COLUMNS = ["ms", "best", "tokens/s", "GFLOP/s", "of peak", "MiB"]
 ROW = re.compile(r"(\S.*?)" + r"\s+([\d.]+)" * 4 + r"\s+([\d.]+)%\s+(\d+)")
@@ -72,10 +104,14 @@ def parse_bench(said):
 # One run of each kind: {"tokens/s": ..., "MiB": ..., ...}
 
 
-def our_training(B, T, precision, steps):
-    said, _ = run(BENCH, "--attention", "vanilla", "--batch", B, "--sequence", T, "--steps", steps,
-                  "--precision", precision, "--tokens", 0)
-    return parse_bench(said)[0]
+def bench_options(shape, precision):
+    return ["--precision", precision, *(word for name, x in shape._asdict().items() for word in (f"--{name}", x))]
+
+
+def our_training(shape, precision):
+    said, _ = run(BENCH, "--attention", "vanilla", "--tokens", 0, *bench_options(shape, precision))
+    row, = parse_bench(said)
+    return row
 
 
 def run_peer(script, *options):
@@ -84,10 +120,9 @@ def run_peer(script, *options):
     return json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
 
 
-def pytorch_training(B, T, precision, steps, threads, kind):
-    said = run_peer("pytorch.py", "--batch", B, "--sequence", T, "--steps", steps, "--precision", precision,
-                    "--threads", threads, *(["--compile"] if kind == "compiled" else []))
-    return {"tokens/s": B * T / said["ms"] * 1e3, "MiB": said["mib"], "parameters": said["parameters"]}
+def pytorch_training(shape, precision, threads, *compile):
+    said = run_peer("pytorch.py", "--threads", threads, *bench_options(shape, precision), *compile)
+    return {"tokens/s": shape.batch * shape.sequence / said["ms"] * 1e3, "MiB": said["mib"], **said}
 
 
 def write_model(folder):
@@ -96,19 +131,20 @@ def write_model(folder):
     shard = folder / "train.bin"
     shard.write_bytes(struct.pack("<256i", SHARD_MAGIC, 1, len(tokens), *[0] * 253)
                       + struct.pack(f"<{len(tokens)}H", *tokens))
-    run(PROGRAM, "train", "--train", shard, "--out", folder / "run", "--batch", 1, "--sequence", 64, "--steps", 1)
+    run(PROGRAM, "train", "--train", shard, "--out", folder / "run", "--batch", 1, "--sequence", 64, "--steps", 1,
+        "--overwrite")
     return folder / "run/model.bin"
 
 
-def our_decoding(model, precision, tokens):
-    said, mib = run(PROGRAM, "generate", "--model", model, "--prompt-tokens", 50256, "--tokens", tokens,
+def our_decoding(model, precision):
+    said, mib = run(PROGRAM, "generate", "--model", model, "--prompt-tokens", 50256, "--tokens", TOKENS,
                     "--temperature", 0, "--precision", precision)
     n, elapsed = GENERATED.search(said).groups()
     return {"tokens/s": (int(n) - 1) / float(elapsed), "MiB": mib}  # the prompt has given the first
 
 
-def transformers_decoding(precision, tokens, threads):
-    said = run_peer("transformers_generate.py", "--tokens", tokens, "--precision", precision, "--threads", threads)
+def transformers_decoding(precision, threads):
+    said = run_peer("transformers_generate.py", "--tokens", TOKENS, "--precision", precision, "--threads", threads)
     return {"tokens/s": (said["tokens"] - 1) / said["seconds"], "MiB": said["mib"]}
 
 
@@ -116,39 +152,36 @@ def transformers_decoding(precision, tokens, threads):
 # In turns
 
 
-def in_turns(what, sides, rounds):
-    """The median of every figure of each side, {name: function}."""
+def in_turns(case, sides, rounds):
+    """The figures of each side of {name: function}."""
     runs = {name: [] for name in sides}
     for i in range(rounds):
         for name, measure in sides.items():
             runs[name].append({key: x for key, x in measure().items() if isinstance(x, (int, float))})
-            print(f"{what}, round {i + 1} of {rounds}, {name}: {runs[name][-1]['tokens/s']:.1f} tokens/s",
+            print(f"{case}, round {i + 1} of {rounds}, {name}: {runs[name][-1]['tokens/s']:.1f} tokens/s",
                   file=sys.stderr, flush=True)
-    return {name: {key: statistics.median(r[key] for r in of) for key in of[0]} for name, of in runs.items()}
+    return {name: {key: (min if key == "best" else statistics.median)(r[key] for r in of) for key in of[0]}
+            for name, of in runs.items()}
 
 
-def print_table(results):
-    print(f"\n{'':30}{'tokens/s':>16}{'':12}{'our part':>10}{'MiB':>12}")
-    print(f"{'':30}{'ours':>8}{'peer':>8}{'ratio':>12}{'of peak':>10}{'ours':>8}{'peer':>8}")
-    for what, sides in results.items():
-        ours = sides["ours"]
-        of_peak = f"{ours['of peak']:.1f}%" if "of peak" in ours else ""
-        for name, peer in sides.items():
-            if name != "ours":
-                rates = ours["tokens/s"], peer["tokens/s"]
-                print(f"{what:16}{name:14}{rates[0]:8.1f}{rates[1]:8.1f}{rates[0] / rates[1]:12.2f}{of_peak:>10}"
-                      f"{ours['MiB']:8.0f}{peer['MiB']:8.0f}")
+def memory_limit(precision, peers):
+    n = peers[0]["parameters"] / 2**20
+    return (18 if precision == "bf16" else 16) * n + (min(peer["MiB"] for peer in peers) - 16 * n) / 2
 
 
-def print_memory(results):
-    print()
-    for what, sides in results.items():
-        holds = [side for name, side in sides.items() if name != "ours" and "parameters" in side]
-        if holds:
-            n, own = holds[0]["parameters"] / 2**20, 18 if what.startswith("bf16") else 16
-            above = min(side["MiB"] for side in holds) - 16 * n
-            print(f"memory, {what}: {sides['ours']['MiB']:.0f} MiB; limit {own * n:.0f} for parameters"
-                  f" + half of PyTorch's {above:.0f} above its own = {own * n + above / 2:.0f}")
+# Width and format of each column
+TABLE = {"ms": (9, ".2f"), "best": (10, ".2f"), "tokens/s": (10, ".1f"), "ratio": (7, ".2f"), "of peak": (9, ".1f"),
+         "MiB": (7, ".0f"), "limit": (7, ".0f")}
+
+
+def print_case(case, sides, precision):
+    ours, *peers = sides.values()
+    ours["ratio"] = ours["tokens/s"] / max(peer["tokens/s"] for peer in peers)
+    if "parameters" in peers[0]:
+        ours["limit"] = memory_limit(precision, peers)
+    for name, side in sides.items():
+        cells = (f"{format(side[key], form) if key in side else '':>{width}}" for key, (width, form) in TABLE.items())
+        print(f"{case:22}{name:12}{''.join(cells)}".rstrip(), flush=True)
 
 
 def options():
@@ -157,63 +190,44 @@ def options():
             raise ValueError
         return int(word)
 
-    def shapes(word):
-        return [tuple(positive(n) for n in shape.split("x", 1)) for shape in word.split(",")]
-
-    def some_of(names):
-        def chosen(word):
-            if not set(word.split(",")) <= set(names):
-                raise argparse.ArgumentTypeError(f"{word}: must be of {','.join(names)}")
-            return word.split(",")
-        return chosen
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="cases: " + ", ".join(CASES))
     parser.error = fail
-    parser.add_argument("--shapes", metavar="BxT,...", type=shapes, default="4x64,4x256,8x512",
-                        help="batches and sequences to train on (default %(default)s)")
-    parser.add_argument("--precisions", metavar="P,...", type=some_of(PRECISIONS), default=",".join(PRECISIONS),
-                        help="default %(default)s")
-    parser.add_argument("--peers", metavar="PEER,...", type=some_of(PEERS), default=",".join(PEERS),
-                        help="default %(default)s; the last is the one that decodes")
+    parser.add_argument("cases", metavar="CASE", nargs="*", help="part of a case's name")
     parser.add_argument("--rounds", metavar="N", type=positive, default=3, help="default %(default)s")
-    parser.add_argument("--steps", metavar="N", type=positive, default=3,
-                        help="training steps a run, after one to warm up (default %(default)s)")
-    parser.add_argument("--tokens", metavar="N", type=positive, default=256, help="to decode (default %(default)s)")
+    parser.add_argument("--steps", metavar="N", type=positive,
+                        help="training steps a run, after those that warm up (default: by case)")
     args = parser.parse_args()
-    if args.tokens == 1:
-        fail("--tokens 1: the prompt gives the first token, so there is nothing to time")
+    for word in args.cases:
+        if not any(word in case for case in CASES):
+            fail(f"{word}: no case has this in its name; see --help")
     return args
 
 
 def main():
     args = options()
-    for package in ["torch"] + ["transformers"] * ("transformers" in args.peers):
+    cases = {name: x for name, x in CASES.items() if not args.cases or any(word in name for word in args.cases)}
+    for package in ["torch", "transformers"]:
         if importlib.util.find_spec(package) is None:
             fail(f"{sys.executable} has no {package}: run make -C dev bench-peers")
     busy = os.getloadavg()[0]
-    tiny = ["--layers", 1, "--heads", 1, "--channels", 16, "--batch", 1, "--sequence", 1, "--steps", 1, "--tokens", 0]
-    threads = int(re.search(r"(\d+) threads?,", run(BENCH, *tiny)[0])[1])
+    said, _ = run(BENCH, "--tokens", 0, *bench_options(Shape(1, 1, 16, 64, 1, 1, 1, steps=1), "fp32"))
+    threads = int(re.search(r"(\d+) threads?,", said)[1])
     print(f"{threads} threads" + (f"; other programs keep {busy:.1f} cores busy: distrust what follows"
-                                  if busy > 0.5 else ""), flush=True)
+                                  if busy > 0.5 else ""))
+    print("\n" + " " * 34 + "".join(f"{key:>{width}}" for key, (width, _) in TABLE.items()), flush=True)
 
-    results, kinds = {}, [kind for kind in args.peers if kind != "transformers"]
-    for precision, (B, T) in itertools.product(args.precisions, args.shapes if kinds else []):
-        sides = {"ours": lambda: our_training(B, T, precision, args.steps)}
-        for kind in kinds:
-            sides[kind] = lambda kind=kind: pytorch_training(B, T, precision, args.steps, threads, kind)
-        what = f"{precision} {B}x{T}"
-        results[what] = in_turns(what, sides, args.rounds)
-    if "transformers" in args.peers:
-        with tempfile.TemporaryDirectory() as folder:
-            model = write_model(Path(folder))
-            for precision in args.precisions:
-                what = f"{precision} decoding"
-                results[what] = in_turns(what, {
-                    "ours": lambda: our_decoding(model, precision, args.tokens),
-                    "transformers": lambda: transformers_decoding(precision, args.tokens, threads)}, args.rounds)
-
-    print_table(results)
-    print_memory(results)
+    with tempfile.TemporaryDirectory() as folder:
+        for case, (shape, precision) in cases.items():
+            if shape:
+                shape = shape._replace(steps=args.steps or shape.steps)
+                eager = partial(pytorch_training, shape, precision, threads)
+                sides = {"ours": partial(our_training, shape, precision), "eager": eager,
+                         "compiled": partial(eager, "--compile")}
+            else:
+                sides = {"ours": partial(our_decoding, write_model(Path(folder)), precision),
+                         "transformers": partial(transformers_decoding, precision, threads)}
+            print_case(case, in_turns(case, sides, args.rounds), precision)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 
 import torch
 import transformers
-from pytorch import peak_mib, reset_peak, threads
+from pytorch import keep_freed_memory, peak_mib, reset_peak, threads
 
 PROMPT = [50256]
 WARM_UP = 8  # tokens
@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
 
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     config = transformers.GPT2Config(bos_token_id=None, eos_token_id=None)  # the rest is GPT-2's
