@@ -3099,7 +3099,7 @@ static inline void store(X* p, vec v, size_t n) {  // the first n lanes
 // loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose reciprocal is no
 // denormal yet; NaN stays NaN.
 template <class F>
-static inline F exp_approx(F x) {
+[[gnu::always_inline]] static inline F exp_approx(F x) {
     using Bits = std::conditional_t<std::is_same_v<F, float>, uint32_t, bits_vec>;
     const F zero = {}, most = zero + 87.0f, clamped = x > most ? most : x;
     const F shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
@@ -3158,7 +3158,7 @@ struct ThreadTrials {
     int most, threads = most, settled = most;  // allowed; in use; the choice that a trial is compared with
     int step = 0, interval = 16;               // steps since `threads` changed; steps to the next trial
     bool fewer = false;
-    double times[3] = {}, settled_time = 0;    // seconds: the last three steps; a step before the trial
+    double times[3] = {}, settled_time = INFINITY;  // seconds: the last three steps; a step before the trial
 
     // The number of threads for the next step, after one that took `time`
     int next(double time) {
@@ -3232,9 +3232,11 @@ static void matmul_plain(Sum* c, size_t M, size_t N, size_t K, Operand<X> A, Ope
 }
 
 // The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the finished
-// elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ...
+// elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ... If it reads
+// another (M, N) array, this may be passed, too, to be prefetched.
 template <class X, class Store>
-static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store);
+static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
+                   const X* also_read = nullptr);
 
 // --------------------------------------------------------------------------------------------------------------------
 // Linear layers: y = x wᵀ + b, with x (rows, C), w (OC, C), b (OC), y (rows, OC)
@@ -3256,7 +3258,7 @@ static void linear_residual_forward(const Workspace& ws, X* y, const X* residual
                                     size_t rows, size_t C, size_t OC) {
     matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
         store(y + m * OC + n, load(residual + m * OC + n, count) + (xw + load(b + n, count)), count);
-    });
+    }, residual);
 }
 
 // GELU in GPT-2's tanh form: ½ x (1 + tanh u), u = √(2/π) (x + 0.044715 x³). As ½ (1 + tanh u) = σ(2u), the logistic
@@ -3298,7 +3300,7 @@ static void linear_gelu_backward_input(const Workspace& ws, X* dh, X* x, const X
         const Gelu g = gelu(load(h + m * C + n, count));
         store(dh + m * C + n, dyw * g.derivative, count);
         if (x) store(x + m * C + n, g.value, count);
-    });
+    }, h);
 }
 
 template <class X>
@@ -3742,7 +3744,7 @@ template <class X>
 static void adamw_update(X* working, float* w, float* m, float* v, const float* gradient, size_t n, const AdamW& a,
                          float decay, const Results& results, float m_correction, float v_correction) {
     const float gradient_scale = results.gradient_scale;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > UPDATE_CHUNK)
     for (size_t chunk = 0; chunk < n; chunk += UPDATE_CHUNK) {
         size_t end = std::min(n, chunk + UPDATE_CHUNK);
 #pragma omp simd
@@ -4111,9 +4113,10 @@ static size_t matmul_local_size() {
 }
 
 template <class X, class Store>
-static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store) {
+static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
+                   const X* also_read) {
     if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store);
-    constexpr size_t PER = K_PER_STEP<X>, FEW_USES = 256;  // rows of A: fewer are not worth packing B for
+    constexpr size_t PER = K_PER_STEP<X>, FEW_USES = 1024;  // rows of A: fewer are not worth packing B for
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
     // Blocks narrow enough for two per thread, and as many in a row of blocks as threads can share out evenly.
     const size_t T = thread_count(), widest = (PAIRS<X> && !A.along_k) || chunks > 8 ? NC_PACKED : NC;
@@ -4130,6 +4133,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
             Cell<X>* b_buffer = a_buffer + KC * 2 * LANES;
             for (size_t k0 = 0; k0 < K; k0 += k_chunk) {
                 const size_t k_count = std::min(K - k0, k_chunk);
+                const bool last = k0 + k_count == K;
                 const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, rows < FEW_USES);
                 for (size_t m = 0; m < rows; m += MR<X>) {
                     const size_t count = std::min(rows - m, MR<X>);
@@ -4137,9 +4141,11 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
                     float* c = chunks > 1 ? sums + m * width : sums;
                     for (size_t n = 0; n < columns; n += NR) {
                         const size_t count_n = std::min(columns - n, NR);
+                        for (size_t i = 0; last && also_read && i < count; i++)
+                            for (size_t j = 0; j < count_n; j += 64 / sizeof(X))
+                                __builtin_prefetch(also_read + (m0 + m + i) * N + n0 + n + j);
                         multiply_tile(c + n, width, a, count, b.at(n, 0), b.row, count_n, steps<X>(k_count), k0 > 0);
-                        if (k0 + k_count < K) continue;
-                        for (size_t i = 0; i < count; i++)
+                        for (size_t i = 0; last && i < count; i++)
                             for (size_t j = 0; j < count_n; j += LANES)
                                 store(m0 + m + i, n0 + n + j, load(c + i * width + n + j),
                                       std::min<size_t>(count_n - j, LANES));
