@@ -3182,14 +3182,14 @@ struct ThreadTrials {
     }
 };
 
+static ThreadTrials thread_trials = {.most = 1};  // of the newest model
+
 // Called once in each step
 static void choose_threads() {
 #ifdef _OPENMP
-    static ThreadTrials trials = {.most = 0};
     static double last = 0;
-    if (trials.threads != omp_get_max_threads()) trials = {.most = omp_get_max_threads()};
     const double now = seconds();
-    omp_set_num_threads(trials.next(now - last));
+    if (omp_get_max_threads() == thread_trials.threads) omp_set_num_threads(thread_trials.next(now - last));
     last = now;
 #endif
 }
@@ -4423,6 +4423,7 @@ template <class X>
 static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Results&, const Config& c,
                            const Workload& work) {
     const size_t C = c.C, HS = c.head_size(), BT = work.tokens(), BT_trained = work.train ? BT : 0;
+    if (!all.dry) thread_trials = {.most = thread_count()};
     all.take(inputs.x, BT, &Memory::activations);
     all.take(inputs.y, BT, &Memory::activations);
     size_t head = HeadScratch<X>(nullptr, work.T, HS, work.train).size;
@@ -4434,7 +4435,11 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
     all.take(ws.dx_sum, has_chunks(c) ? BT_trained * C : 0, &Memory::scratch);
 }
-static void backend_free(Inputs&, Results&) {}
+static void backend_free(Inputs&, Results&) {
+#ifdef _OPENMP
+    omp_set_num_threads(thread_trials.most);
+#endif
+}
 
 static void set_inputs(Inputs& inputs, const int* x, const int* y, size_t BT, size_t) {
     std::copy_n(x, BT, inputs.x);
