@@ -3182,7 +3182,7 @@ struct ThreadTrials {
     }
 };
 
-static ThreadTrials thread_trials = {.most = 1};  // of the newest model
+static ThreadTrials thread_trials = {.most = 0};  // of the newest model
 
 // Called once in each step
 static void choose_threads() {
@@ -4437,7 +4437,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
 }
 static void backend_free(Inputs&, Results&) {
 #ifdef _OPENMP
-    omp_set_num_threads(thread_trials.most);
+    if (thread_trials.most > 0) omp_set_num_threads(thread_trials.most);
 #endif
 }
 
