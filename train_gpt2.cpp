@@ -3966,6 +3966,12 @@ template <int R, int V, bool A_ALONG_K, class CellType>
         for (int j = 0; j < V; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
 
+// How many rows the tiles have that `rows` are cut into: at most MR, and all about the same, since a tile of very few has
+// too few sums to hide the latency of a multiply-add.
+template <class X> constexpr size_t tile_rows(size_t rows) {
+    return AMX<X> ? MR<X> : ceil_div(rows, ceil_div(rows, MR<X>));
+}
+
 // The microkernel for `rows` ≤ ROWS and `columns` ≤ NR. It writes whole vectors of c.
 template <int R = ROWS, int V = NV, class CellType>
 static inline void multiply_tile(float* c, size_t ldc, Operand<CellType> a, size_t rows, const CellType* b, size_t ldb,
@@ -4128,6 +4134,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     for (size_t m0 = 0; m0 < M; m0 += height) {  // A's rows are in L3 for one block of columns after the other
         for (size_t n0 = 0; n0 < N; n0 += width) {
             const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height);
+            const size_t high = tile_rows<X>(rows);
             float* sums = local_scratch(ws);  // (rows, width); (MR, width) is enough if K is one chunk
             Cell<X>* a_buffer = (Cell<X>*)(sums + SUMS + MR<X> * NC_PACKED);
             Cell<X>* b_buffer = a_buffer + KC * 2 * LANES;
@@ -4135,8 +4142,8 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
                 const size_t k_count = std::min(K - k0, k_chunk);
                 const bool last = k0 + k_count == K;
                 const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, rows < FEW_USES);
-                for (size_t m = 0; m < rows; m += MR<X>) {
-                    const size_t count = std::min(rows - m, MR<X>);
+                for (size_t m = 0; m < rows; m += high) {
+                    const size_t count = std::min(rows - m, high);
                     const Operand<Cell<X>> a = cells_of_A(a_buffer, A.at(m0 + m, k0), count, k_count);
                     float* c = chunks > 1 ? sums + m * width : sums;
                     for (size_t n = 0; n < columns; n += NR) {
@@ -4224,9 +4231,10 @@ struct HeadScratch {
 template <class X>
 static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Panels<Cell<X>> b, size_t columns, size_t K,
                      bool add) {
-    for (size_t m = 0; m < rows; m += MR<X>)
+    const size_t high = tile_rows<X>(rows);
+    for (size_t m = 0; m < rows; m += high)
         for (size_t n = 0; n < columns; n += NR)
-            multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, MR<X>), b.at(n, 0), b.row,
+            multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, high), b.at(n, 0), b.row,
                           std::min(columns - n, NR), steps<X>(K), add);
 }
 
