@@ -4128,10 +4128,13 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
     const bool B_is_close = k_chunk * B.stride <= 1 << 16;  // a chunk takes 256 KB of L2, with what lies in between
-    // Blocks narrow enough for two per thread, and as many in a row of blocks as threads can share out evenly.
-    const size_t T = thread_count(), widest = PAIRS<X> && !A.along_k ? NC_PACKED : NC;
-    const size_t width = NR * std::clamp<size_t>(ceil_div(N, NR) / (2 * T), 1, widest / NR), across = ceil_div(N, width);
-    size_t down = chunks > 1 ? ceil_div(M, SUMS / width) : 1;
+    // At least two blocks for each thread, and a number that threads can share out evenly. Each block packs its share of B,
+    // so C is cut into columns first; but into rows where B is not packed, or A is.
+    const bool packs_A = PAIRS<X> && !A.along_k, into_rows = packs_A || B_is_close;
+    const size_t T = thread_count(), panels = ceil_div(N, NR), widest = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
+    const size_t width = NR * (into_rows ? widest : std::clamp<size_t>(panels / (2 * T), 1, widest));
+    const size_t across = ceil_div(N, width);
+    size_t down = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1, into_rows ? ceil_div(2 * T, across) : 1);
     while (across * down % T != 0 && across * down < 8 * T && M / down > 4 * MR<X>) down++;
     const size_t height = round_up(ceil_div(M, down), AMX<X> ? MR<X> : 1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
