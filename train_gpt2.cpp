@@ -3193,6 +3193,18 @@ static void matmul_plain(Sum* c, size_t M, size_t N, size_t K, Operand<X> A, Ope
         }
 }
 
+// What to do with finished elements if no more than to store them, = or +=. With this, the microkernel sums in place.
+struct StoreSums {
+    float* c;
+    size_t stride;
+    bool add;
+
+    float* at(size_t m, size_t n) const { return c + m * stride + n; }
+    void operator()(size_t m, size_t n, vec x, size_t count) const {
+        store(at(m, n), add ? load(at(m, n), count) + x : x, count);
+    }
+};
+
 // The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the finished
 // elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ... If it reads
 // another (M, N) array, this may be passed, too, to be prefetched.
@@ -3248,10 +3260,11 @@ static void linear_gelu_forward(const Workspace& ws, X* y, X* h, const X* x, con
 template <class X>
 static void linear_backward_input(const Workspace& ws, X* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC,
                                   size_t lddy, bool first, bool last) {
-    matmul(ws, rows, C, OC, along_k(dy, lddy), across_k(w, C), [=](size_t m, size_t n, vec dyw, size_t count) {
-        const vec sum = first ? dyw : load(ws.dx_sum + m * C + n, count) + dyw;
-        if (last) store(dx + m * C + n, sum, count);
-        else store(ws.dx_sum + m * C + n, sum, count);
+    const Operand<X> A = along_k(dy, lddy), B = across_k(w, C);
+    if constexpr (std::is_same_v<X, float>) return matmul(ws, rows, C, OC, A, B, StoreSums{dx, C, !first});
+    if (!last) return matmul(ws, rows, C, OC, A, B, StoreSums{ws.dx_sum, C, !first});
+    matmul(ws, rows, C, OC, A, B, [=](size_t m, size_t n, vec dyw, size_t count) {
+        store(dx + m * C + n, first ? dyw : load(ws.dx_sum + m * C + n, count) + dyw, count);
     });
 }
 
@@ -3268,10 +3281,7 @@ static void linear_gelu_backward_input(const Workspace& ws, X* dh, X* x, const X
 template <class X>
 static void linear_backward_weight(const Workspace& ws, float* dw, float* db, const X* dy, const X* x, size_t rows,
                                    size_t C, size_t OC, size_t lddy, bool add) {
-    matmul(ws, OC, C, rows, across_k(dy, lddy), across_k(x, C), [=](size_t m, size_t n, vec dyx, size_t count) {
-        float* dw_mn = dw + m * C + n;
-        store(dw_mn, add ? load(dw_mn, count) + dyx : dyx, count);
-    });
+    matmul(ws, OC, C, rows, across_k(dy, lddy), across_k(x, C), StoreSums{dw, C, add});
     if (!db) return;
     constexpr size_t COLUMNS = 64;
 #pragma omp parallel for schedule(static)
@@ -3667,8 +3677,7 @@ static void softmax_cross_entropy(float* losses, X* all_logits, const int* targe
 template <class X>
 static void logits_forward(const Workspace& ws, float* logits, const X* x, const X* wte, size_t rows, size_t C,
                            size_t V, size_t) {
-    matmul(ws, rows, V, C, along_k(x, C), along_k(wte, C),
-           [=](size_t m, size_t v, vec xw, size_t count) { store(logits + m * V + v, xw, count); });
+    matmul(ws, rows, V, C, along_k(x, C), along_k(wte, C), StoreSums{logits, V, false});
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -4080,6 +4089,12 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
                     float* c = chunks > 1 ? sums + m * width : sums;
                     for (size_t n = 0; n < columns; n += NR) {
                         const size_t count_n = std::min(columns - n, NR);
+                        if constexpr (std::is_same_v<Store, StoreSums>)
+                            if (count_n % LANES == 0) {  // the microkernel writes whole vectors
+                                multiply_tile(store.at(m0 + m, n0 + n), store.stride, a, count, b.at(n, 0), b.row, count_n,
+                                              steps<X>(k_count), store.add || k0 > 0);
+                                continue;
+                            }
                         for (size_t i = 0; last && also_read && i < count; i++)
                             for (size_t j = 0; j < count_n; j += 64 / sizeof(X))
                                 __builtin_prefetch(also_read + (m0 + m + i) * N + n0 + n + j);
