@@ -92,7 +92,8 @@ BREAKS = {
     "threads: a faster trial is not kept": ("next", "faster = median < 0.95 * settled_time", "faster = false"),
     "threads: more are never tried again": ("next", "threads == most || (threads > 1 && !fewer)", "threads > 1"),
     "threads: trials do not become rarer": ("next", "2 * interval, 512", "interval, 512"),
-    "threads: long steps are tried": ("next", "median < LONG &&", ""),
+    "threads: long steps stay on few": ("next", "threads = settled = most;", ""),
+    "threads: long steps are tried": ("next", "median >= LONG", "false"),
     "threads: slower steps bring no trial": ("next", "|| (step > 4 && median > 2 * settled_time)", ""),
     "decoding: the last columns of a stream forgotten": (
         "matmul_few_rows", "i < columns", "i + (i0 > 0) < columns"),
