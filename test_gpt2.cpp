@@ -765,12 +765,13 @@ static std::vector<X> random_values(size_t n, uint64_t seed) {
 }
 
 struct TestWorkspace {
-    std::vector<float> local, partial;
+    std::vector<float> local, partial, dx_sum;
     Workspace ws;
 
-    TestWorkspace(size_t local_size) : local(thread_count() * local_size, NAN), partial(1 << 18, NAN) {
+    TestWorkspace(size_t local_size)
+        : local(thread_count() * local_size, NAN), partial(1 << 18, NAN), dx_sum(1 << 18, NAN) {
         ws = {.local = local.data(), .local_size = local_size, .partial = partial.data(), .squares = nullptr,
-              .dx_sum = nullptr};
+              .dx_sum = dx_sum.data()};
     }
 };
 
@@ -1193,7 +1194,7 @@ int main(int argc, char** argv) {
 #ifdef GPT2_CUDA
         fuses = false;
 #else
-        KC = 16;
+        KC = 16, vocabulary_chunk = 32;
 #endif
         check_all(NEVER);
 #ifdef GPT2_CUDA

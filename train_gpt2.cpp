@@ -181,6 +181,7 @@ constexpr size_t SLOT_ALIGNMENT = 32;      // in elements: 64 bytes, a cache lin
 constexpr bool ALWAYS_RECOMPUTES = true;  // on a CPU, computing LayerNorm and GELU again is cheaper than keeping them
 constexpr bool COMPUTES_PADDING = false;  // logits of the vocabulary's padding: not on a CPU
 constexpr size_t CLASSIFIER_LOGITS = 1 << 22;  // logits at a time: 16 MB in fp32
+static size_t vocabulary_chunk = 4096;    // of dlogits, for the classifier's dx: 8 MB are still in L3 when read again
 
 struct Inputs {
     int *x, *y;  // (B, T) tokens and targets
@@ -607,7 +608,9 @@ static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
         linear_forward<X>(m.ws, m.logits, x_r, wte, nullptr, n, C, V, c.Vp);
         softmax_cross_entropy(m.losses + r, m.logits, m.inputs.y + r, n, c.V, c.Vp, gradient_scale);
         if (gradient_scale == 0) continue;
-        linear_backward_input(m.ws, m.dln + r * C, m.logits, wte, n, C, V, c.Vp);
+        for (size_t v = 0; v < V; v += vocabulary_chunk)
+            linear_backward_input(m.ws, m.dln + r * C, m.logits + v, wte + v * C, n, C,
+                                  std::min(V - v, vocabulary_chunk), c.Vp, v == 0, v + vocabulary_chunk >= V);
         linear_backward_weight<X>(m.ws, m.gradient(WTE), nullptr, m.logits, x_r, n, C, V, c.Vp, add || r > 0);
     }
 }
@@ -3774,9 +3777,9 @@ static StepResults read_results(Results& results) { return results; }
 // vectors, and ROWS elements of A, each broadcast to all lanes: 28 multiply-adds and 16 loads with AVX-512, which does two of
 // each in a cycle. So a load is free, wherever its element lies, and packing costs what it takes:
 //     - A is read where it lies, along k or across it.
-//     - B is read where it lies if n is its contiguous index and few rows of A use it. If k is contiguous, as in the
-//       weights of a forward pass, it is transposed into panels [step][NR]; and if many rows use it, it is copied into
-//       panels, which are read without gaps. Either costs as much as 3 to 6 rows of A.
+//     - B is read where it lies if n is its contiguous index and its rows are short: then L2 holds them. If they are long,
+//       it is copied into panels [step][NR], which are read without gaps; if k is contiguous, as in the weights of a forward
+//       pass, it is transposed into them. This costs as much as 3 to 6 rows of A.
 //     - C is cut into blocks, which threads take one by one. A block's share of B stays in L2 while the rows of A go by.
 //     - K is cut into chunks of KC steps, so that ROWS rows of A stay in L1 for all panels of the block. The sums of a
 //       block wait in L2 for the next chunk, and go on where they were: chunks do not change the order of a sum.
@@ -4124,12 +4127,16 @@ template <class X, class Store>
 static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
                    const X* also_read) {
     if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store);
-    constexpr size_t PER = K_PER_STEP<X>, FEW_USES = 1024;  // rows of A: fewer are not worth packing B for
+    constexpr size_t PER = K_PER_STEP<X>;
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
-    // Blocks narrow enough for two per thread, and as many in a row of blocks as threads can share out evenly.
-    const size_t T = thread_count(), widest = (PAIRS<X> && !A.along_k) || chunks > 8 ? NC_PACKED : NC;
-    const size_t width = NR * std::clamp<size_t>(ceil_div(N, NR) / (2 * T), 1, widest / NR), across = ceil_div(N, width);
-    size_t down = chunks > 1 ? ceil_div(M, SUMS / width) : 1;
+    const bool B_is_close = k_chunk * B.stride <= 1 << 16;  // a chunk takes 256 KB of L2, with what lies in between
+    // At least two blocks for each thread, and a number that threads can share out evenly. Each block packs its share of B,
+    // so C is cut into columns first; but into rows where B is not packed, or A is.
+    const bool packs_A = PAIRS<X> && !A.along_k, into_rows = packs_A || B_is_close;
+    const size_t T = thread_count(), panels = ceil_div(N, NR), widest = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
+    const size_t width = NR * (into_rows ? widest : std::clamp<size_t>(panels / (2 * T), 1, widest));
+    const size_t across = ceil_div(N, width);
+    size_t down = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1, into_rows ? ceil_div(2 * T, across) : 1);
     while (across * down % T != 0 && across * down < 8 * T && M / down > 4 * MR<X>) down++;
     const size_t height = round_up(ceil_div(M, down), AMX<X> ? MR<X> : 1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
@@ -4143,7 +4150,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
             for (size_t k0 = 0; k0 < K; k0 += k_chunk) {
                 const size_t k_count = std::min(K - k0, k_chunk);
                 const bool last = k0 + k_count == K;
-                const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, rows < FEW_USES);
+                const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, B_is_close);
                 for (size_t m = 0; m < rows; m += high) {
                     const size_t count = std::min(rows - m, high);
                     const Operand<Cell<X>> a = cells_of_A(a_buffer, A.at(m0 + m, k0), count, k_count);
@@ -4443,7 +4450,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
     const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    all.take(ws.dx_sum, has_chunks(c) ? BT_trained * C : 0, &Memory::scratch);
+    all.take(ws.dx_sum, (has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp)) * C, &Memory::scratch);
 }
 static void backend_free(Inputs&, Results&) {
 #ifdef _OPENMP

@@ -38,6 +38,7 @@ constexpr size_t SLOT_ALIGNMENT = 128;      // in elements: 256 bytes of bf16, t
 constexpr bool ALWAYS_RECOMPUTES = false;  // --recompute decides whether backward computes LayerNorm and GELU again
 constexpr bool COMPUTES_PADDING = true;    // logits of the vocabulary's padding: rows of logits are whole vectors
 constexpr size_t CLASSIFIER_LOGITS = 1 << 30;   // at a time: products large enough for all multiprocessors
+static size_t vocabulary_chunk = SIZE_MAX;      // the classifier's dx is one product
 
 // A batch. There are two buffers, used in turn: while a step computes on one, the next batch is copied into the other.
 struct Inputs {
