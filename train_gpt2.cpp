@@ -3154,50 +3154,7 @@ static int thread_count() {
     return 1;
 #endif
 }
-// Finds the number of threads that is fastest. Threads wait for each other dozens of times in a layer; where other programs
-// use the cores too, or a model is tiny, waiting can take longer than arithmetic. As results are the same for any number,
-// it can be tried out: from time to time a few steps run on half or twice as many threads.
-struct ThreadTrials {
-    int most, threads = most, settled = most;  // allowed; in use; the choice that a trial is compared with
-    int step = 0, interval = 16;               // steps since `threads` changed; steps to the next trial
-    bool fewer = false;
-    double times[3] = {}, settled_time = INFINITY;  // seconds: the last three steps; a step before the trial
-
-    // The number of threads for the next step, after one that took `time`
-    int next(double time) {
-        constexpr double LONG = 0.3;  // such steps are worth all threads
-        times[step++ % 3] = time;
-        if (most == 1 || step < 4) return threads;  // the first step warms up
-        const double median = std::max(std::min(times[0], times[1]), std::min(std::max(times[0], times[1]), times[2]));
-        if (threads != settled) {
-            const bool faster = median < 0.95 * settled_time;
-            interval = faster ? 16 : std::min(2 * interval, 512);
-            if (faster) settled = threads, settled_time = median;
-            else threads = settled;
-            step = 0;
-        } else if (median >= LONG) {
-            threads = settled = most;
-        } else if (step >= interval || (step > 4 && median > 2 * settled_time)) {
-            fewer = threads == most || (threads > 1 && !fewer);
-            threads = fewer ? threads / 2 : std::min(2 * threads, most);
-            settled_time = median;
-            step = 0;
-        }
-        return threads;
-    }
-};
-
-static ThreadTrials thread_trials = {.most = 0};  // of the newest model
-
-// Called once in each step
-static void choose_threads() {
-#ifdef _OPENMP
-    static double last = 0;
-    const double now = seconds();
-    if (omp_get_max_threads() == thread_trials.threads) omp_set_num_threads(thread_trials.next(now - last));
-    last = now;
-#endif
-}
+static void choose_threads();  // for the next step (in "The machine")
 static float* local_scratch(const Workspace& ws) { return ws.local + thread_id() * ws.local_size; }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -3837,55 +3794,44 @@ static inline void transpose(vec (&rows)[LANES]) {
     }
 }
 
-// LANES cells along k of a's first row, which has `left` more values
+// The cells of a's first row from its first k on, of which `left` values remain; behind these, zeros
 template <class X>
 static inline vec cells_along_k(Operand<X> a, size_t left) {
     if constexpr (PAIRS<X>) return load_bytes(a.data, left * sizeof(X));  // a pair is two neighbours as they lie
     else return load(a.data, left);
 }
 
-// One cell, k (and k + 1, of a pair), of each of a's first n rows, of which there are K values. Others are 0.
+// One cell of each of a's first n rows, of whose values `left` remain; others are 0.
 template <class X>
-static inline vec cells_across_k(Operand<X> a, size_t k, size_t K, size_t n) {
-    if (n == 0 || k >= K) return vec{};
+static inline vec cells_across_k(Operand<X> a, size_t left, size_t n) {
+    if (n == 0 || left == 0) return vec{};
     const vec low = load(a.data, n);
     if constexpr (!PAIRS<X>) return low;
-    const vec high = k + 1 < K ? load(a.at(0, 1).data, n) : vec{};
+    const vec high = left > 1 ? load(a.at(0, 1).data, n) : vec{};
     return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
-// Packs n rows of A, or columns of B, into panels of `width`, a multiple of LANES, one after the other:
-// panels[i / width][step][i % width] = a(i, k), k < K. Cells past n or K are 0.
+// Packs n rows of A, or columns of B, over K: into panels [n / width][step][width], or if `along` into rows [n][step] as AMX
+// takes A. Cells past n or K are 0, up to whole panels and steps. `width` is a multiple of LANES.
 template <class X>
-static void pack(Cell<X>* panels, size_t width, Operand<X> a, size_t n, size_t K) {
-    constexpr size_t PER = K_PER_STEP<X>, AHEAD = 8 * PER;  // prefetch 8 steps ahead
-    const size_t S = steps<X>(K);
-    auto lanes = [&](size_t i) { return i < n ? std::min<size_t>(n - i, LANES) : 0; };
-    auto put = [&](size_t panel, size_t i, size_t step, vec cells) {
-        store((float*)(panels + panel * S + step * width + i), cells);
-    };
-    if (a.along_k) {
-        for (size_t panel = 0; panel < n; panel += width)
-            for (size_t i0 = 0; i0 < width; i0 += LANES)
-                for (size_t step = 0; step < S; step += LANES) {
-                    vec block[LANES];
-                    const size_t rows = lanes(panel + i0), left = K - std::min(K, step * PER);
+static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n, size_t K) {
+    constexpr size_t PER = K_PER_STEP<X>;
+    const size_t S = steps<X>(K), high = round_up(n, width) / LANES, wide = ceil_div(S, LANES);
+    for (size_t i = 0; i < high * wide; i++) {  // blocks of LANES × LANES cells, in the order in which they lie
+        const size_t n0 = LANES * (a.along_k ? i / wide : i % high), step0 = LANES * (a.along_k ? i % wide : i / high);
+        const size_t count = std::min<size_t>(n - std::min(n, n0), LANES);
+        auto left = [&](size_t step) { return K - std::min(K, step * PER); };
+        vec block[LANES];
 #pragma GCC unroll 16
-                    for (size_t i = 0; i < LANES; i++)
-                        block[i] = i < rows ? cells_along_k(a.at(panel + i0 + i, step * PER), left) : vec{};
-                    transpose(block);
+        for (size_t j = 0; j < LANES; j++) {
+            if (!a.along_k) block[j] = cells_across_k(a.at(n0, (step0 + j) * PER), left(step0 + j), count);
+            else block[j] = j < count ? cells_along_k(a.at(n0 + j, step0 * PER), left(step0)) : vec{};
+        }
+        if (a.along_k != along) transpose(block);
+        Cell<X>* to = along ? out + n0 * S + step0 : out + n0 / width * width * S + step0 * width + n0 % width;
 #pragma GCC unroll 16
-                    for (size_t j = 0; j < LANES; j++)
-                        if (j < S - step) put(panel, i0, step + j, block[j]);
-                }
-    } else {  // step by step through all panels, since the values of one k lie side by side
-        for (size_t step = 0; step < S; step++)
-            for (size_t panel = 0; panel < n; panel += width)
-                for (size_t i = 0; i < width; i += LANES) {
-                    Operand<X> from = a.at(panel + i, step * PER);
-                    for (size_t k = 0; k < PER; k++) __builtin_prefetch(from.at(0, AHEAD + k).data);
-                    put(panel, i, step, cells_across_k(from, step * PER, K, lanes(panel + i)));
-                }
+        for (size_t j = 0; j < LANES; j++)
+            if (along || step0 + j < S) store((float*)(to + j * (along ? S : width)), block[j]);
     }
 }
 
@@ -3900,26 +3846,9 @@ static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size
         if (PER == 1 || (a.along_k && a.stride % PER == 0 && K % PER == 0 && whole))
             return {(const Cell<X>*)a.data, a.stride / (a.along_k ? PER : 1), a.along_k};
     }
-    if constexpr (!AMX<X>) {
-        const size_t width = round_up(n, LANES);
-        pack(buffer, width, a, n, K);
-        return across_k<Cell<X>>(buffer, width);
-    }
-    const size_t S = steps<X>(K);  // for AMX along k, in whole tiles
-    for (size_t i0 = 0; i0 < round_up(n, MR<X>); i0 += LANES)
-        for (size_t step = 0; step < S; step += LANES) {
-            const size_t rows = i0 < n ? std::min<size_t>(n - i0, LANES) : 0, k0 = step * PER;
-            vec block[LANES] = {};
-            if (a.along_k) {
-                for (size_t i = 0; i < rows && k0 < K; i++) block[i] = cells_along_k(a.at(i0 + i, k0), K - k0);
-            } else {
-                for (size_t j = 0; j < LANES; j++)
-                    block[j] = cells_across_k(a.at(i0, k0 + j * PER), k0 + j * PER, K, rows);
-                transpose(block);
-            }
-            for (size_t i = 0; i < LANES; i++) store((float*)(buffer + (i0 + i) * S + step), block[i]);
-        }
-    return along_k<Cell<X>>(buffer, S);
+    const size_t width = round_up(n, AMX<X> ? MR<X> : LANES);
+    pack(buffer, AMX<X>, width, a, n, K);
+    return {buffer, AMX<X> ? steps<X>(K) : width, AMX<X>};
 }
 
 // Columns of B as the microkernel takes them, in panels of NR. Cell (n, step) lies at at(n, step), n a multiple of NR, and
@@ -3937,7 +3866,7 @@ template <class X>
 static Panels<Cell<X>> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, bool in_place = true) {
     if constexpr (std::is_same_v<X, float>)
         if (in_place && !b.along_k && n % LANES == 0) return {b.data, b.stride, NR};
-    pack(buffer, NR, b, n, K);
+    pack(buffer, false, NR, b, n, K);
     return {buffer, NR, NR * steps<X>(K)};
 }
 
@@ -4011,19 +3940,13 @@ static inline void shape_tiles() {
 static inline void multiply_tile(float* c, size_t ldc, Operand<Pair> a, size_t, const Pair* b, size_t ldb, size_t,
                                  size_t steps, bool add) {
     const size_t c_row = ldc * sizeof *c, a_row = a.stride * sizeof *b, b_row = ldb * sizeof *b;
+    for (size_t i = 0; !add && i < MR<bf16>; i++) std::fill_n(c + i * ldc, NR, 0.0f);
     shape_tiles();
     asm volatile("" : : : "memory");  // the tile loads below read memory, which the compiler does not know
-    if (add) {
-        _tile_loadd(0, c, c_row);
-        _tile_loadd(1, c + LANES, c_row);
-        _tile_loadd(2, c + LANES * ldc, c_row);
-        _tile_loadd(3, c + LANES * ldc + LANES, c_row);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    _tile_loadd(0, c, c_row);
+    _tile_loadd(1, c + LANES, c_row);
+    _tile_loadd(2, c + LANES * ldc, c_row);
+    _tile_loadd(3, c + LANES * ldc + LANES, c_row);
     for (size_t step = 0; step < steps; step += LANES, b += ldb * LANES) {
         _tile_loadd(4, a.data + step, a_row);
         _tile_loadd(6, b, b_row);
@@ -4192,17 +4115,16 @@ template <class X> constexpr size_t KEYS = 8 * MR<X>;
 // A thread's scratch memory for one head of T keys, laid out from `local` on
 template <class X>
 struct HeadScratch {
-    float* s;                    // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
-    X* p;                        // pᵀ (KEYS, NR), rounded to X
-    float* oT;                   // (HS, NR)
-    Cell<X>*q, *p_columns;       // operands, packed where they need it: qᵀ; p or ds for a sum over keys
-    Cell<X>*k, *vT;
+    float* s;                         // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
+    X* p;                             // pᵀ (KEYS, NR), rounded to X
+    float* sum;                       // o, or in backward dq (NR, HS); rows of round_up(HS, NR)
+    Cell<X>*q, *k, *v_rows, *p_rows;  // operands, where they have to be packed
     // In backward, also
-    float* dp;                   // dpᵀ (KEYS, NR)
-    X* ds;                       // scale·dsᵀ (KEYS, NR), rounded to X
-    float *dk_sum, *dv_sum;      // (T, HS), rows of round_up(HS, NR)
-    Cell<X>*dout, *q_rows, *dout_rows, *p_rows, *v, *kT;
-    size_t size = 0;             // floats in all
+    float* dp;                        // dpᵀ (KEYS, NR)
+    X* ds;                            // scale·dsᵀ (KEYS, NR), rounded to X
+    float *dk_sum, *dv_sum;           // (T, HS), rows of round_up(HS, NR)
+    Cell<X>*dout, *q_rows, *dout_rows, *v, *k_rows;
+    size_t size = 0;                  // floats in all
 
     HeadScratch(float* local, size_t T, size_t HS, bool backward) {
         auto take = [&]<class Element>(Element*& array, size_t n) {  // local == null: only count
@@ -4210,29 +4132,26 @@ struct HeadScratch {
             size += round_up(n, CACHE_LINE);
         };
         constexpr bool same = std::is_same_v<X, float>;  // p takes the place of s, and ds that of dp
-        const size_t rows_T = round_up(T, 2 * LANES), rows_HS = round_up(HS, 2 * LANES), columns_HS = round_up(HS, NR);
-        const size_t kept = same ? 0 : rows_T * steps<X>(HS), kept_T = same ? 0 : rows_HS * steps<X>(T);
-        const size_t high_HS = std::max(rows_HS, round_up(HS, MR<X>));
-        take(s, KEYS<X> * NR);
+        const size_t tile = KEYS<X> * NR, columns = round_up(HS, NR), rows_T = same ? 0 : round_up(T, 2 * LANES);
+        take(s, tile);
         if constexpr (same) p = s;
-        else take(p, KEYS<X> * NR);
-        take(oT, high_HS * NR);
+        else take(p, tile);
+        take(sum, std::max(NR, MR<X>) * columns);
         take(q, steps<X>(HS) * NR);
-        take(p_columns, same ? 0 : steps<X>(KEYS<X>) * NR);
-        take(k, kept);
-        take(vT, kept_T);
+        take(k, rows_T * steps<X>(HS));
+        take(v_rows, steps<X>(T) * columns);
+        take(p_rows, same ? 0 : tile);
         if (!backward) return;
-        take(dp, KEYS<X> * NR);
+        take(dp, tile);
         if constexpr (same) ds = dp;
-        else take(ds, KEYS<X> * NR);
-        take(dk_sum, round_up(T, MR<X>) * columns_HS);
-        take(dv_sum, round_up(T, MR<X>) * columns_HS);
+        else take(ds, tile);
+        take(dk_sum, round_up(T, MR<X>) * columns);
+        take(dv_sum, round_up(T, MR<X>) * columns);
         take(dout, steps<X>(HS) * NR);
-        take(q_rows, columns_HS * steps<X>(NR));
-        take(dout_rows, columns_HS * steps<X>(NR));
-        take(p_rows, same ? 0 : round_up(KEYS<X>, 2 * LANES) * steps<X>(NR));
-        take(v, kept);
-        take(kT, kept_T);
+        take(q_rows, steps<X>(NR) * columns);
+        take(dout_rows, steps<X>(NR) * columns);
+        take(v, rows_T * steps<X>(HS));
+        take(k_rows, steps<X>(T) * columns);
     }
 };
 
@@ -4245,6 +4164,12 @@ static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Pane
         for (size_t n = 0; n < columns; n += NR)
             multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, high), b.at(n, 0), b.row,
                           std::min(columns - n, NR), steps<X>(K), add);
+}
+
+// The same panels from the step of k on
+template <class X>
+static Panels<Cell<X>> from_step(Panels<Cell<X>> b, size_t k) {
+    return {b.at(0, k / K_PER_STEP<X>), b.row, b.panel};
 }
 
 // Calls f(j0, keys, first) for the tiles of keys that n queries see, the first of them at position i0: keys from j0 on, and
@@ -4269,18 +4194,6 @@ static void scores_tile(float* s, Operand<Cell<X>> k, Panels<Cell<X>> q, size_t 
         for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
 
-// out (n, HS) = tileᵀ; tile (HS, NR) has room for a multiple of LANES rows
-template <class X>
-static void transpose_tile(Rows<X> out, const float* tile, size_t n, size_t HS) {
-    for (size_t d0 = 0; d0 < HS; d0 += LANES)
-        for (size_t i0 = 0; i0 < n; i0 += LANES) {
-            vec block[LANES];
-            for (size_t d = 0; d < LANES; d++) block[d] = load(tile + (d0 + d) * NR + i0);
-            transpose(block);
-            for (size_t i = 0; i < std::min<size_t>(n - i0, LANES); i++) store(out[i0 + i] + d0, block[i], HS - d0);
-        }
-}
-
 // The largest of `start` and of s, (rows, NR), lane by lane
 static inline vec column_maximum(vec start, const float* s, size_t rows) {
     vec most[4] = {start, start, start, start};  // four comparisons do not wait for each other
@@ -4298,16 +4211,17 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
                                    Rows<const X> v, size_t queries, size_t before, size_t HS) {
     const size_t T = before + queries;
     const float scale = 1.0f / sqrtf(HS);
+    const size_t columns = round_up(HS, NR);
     const HeadScratch<X> h(local, T, HS, false);
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
-    const Operand<Cell<X>> vT_cells = cells_of_A(h.vT, across_k(v.data, v.stride), HS, T);
+    const Panels<Cell<X>> v_rows = cells_of_B(h.v_rows, across_k(v.data, v.stride), HS, T);
 
     for (size_t i0 = 0; i0 < queries; i0 += NR) {
         const size_t n = std::min(queries - i0, NR), lanes = round_up(n, LANES);
-        float max[NR], sum[NR];
+        float max[NR], sum[NR], rescale[NR];
         std::fill_n(max, NR, -INFINITY);
         std::fill_n(sum, NR, 0.0f);
-        std::fill_n(h.oT, HS * NR, 0.0f);
+        std::fill_n(h.sum, NR * columns, 0.0f);  // o
         const Panels<Cell<X>> q_cells = cells_of_B(h.q, along_k(q[i0], q.stride), n, HS);
         for_key_tiles<X>(before + i0, n, [&](size_t j0, size_t keys, size_t first) {
             scores_tile<X>(h.s, k_cells.at(j0, 0), q_cells, keys, n, j0, before + i0, first, HS);
@@ -4319,20 +4233,19 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
                     store(h.p + r * NR + lane, p);
                     total += p;
                 }
-                const vec rescale = exp_approx(scale * (old - most));
+                store(rescale + lane, exp_approx(scale * (old - most)));
                 store(max + lane, most);
-                store(sum + lane, load(sum + lane) * rescale + total);
-                for (size_t d = 0; d < HS; d++)
-                    store(h.oT + d * NR + lane, load(h.oT + d * NR + lane) * rescale);
+                store(sum + lane, load(sum + lane) * load(rescale + lane) + total);
             }
-            const Panels<Cell<X>> p = cells_of_B(h.p_columns, across_k<X>(h.p + first, NR), lanes - first, keys);
-            multiply<X>(h.oT + first, NR, vT_cells.at(0, j0 / K_PER_STEP<X>), HS, p, n - first, keys, true);
+            for (size_t i = first; i < n; i++)
+                for (float* o_i = h.sum + i * columns; o_i < h.sum + i * columns + HS; o_i += LANES)
+                    store(o_i, load(o_i) * rescale[i]);
+            const Operand<Cell<X>> p = cells_of_A(h.p_rows, across_k<X>(h.p + first, NR), n - first, keys);
+            multiply<X>(h.sum + first * columns, columns, p, n - first, from_step<X>(v_rows, j0), HS, keys, true);
         });
-        for (size_t lane = 0; lane < lanes; lane += LANES) {
-            const vec rescale = 1.0f / load(sum + lane);
-            for (size_t d = 0; d < HS; d++) store(h.oT + d * NR + lane, load(h.oT + d * NR + lane) * rescale);
-        }
-        transpose_tile(Rows<X>{o[i0], o.stride}, h.oT, n, HS);
+        for (size_t i = 0; i < n; i++)
+            for (size_t d = 0; d < HS; d += LANES)
+                store(o[i0 + i] + d, load(h.sum + i * columns + d) * (1 / sum[i]), HS - d);
         for (size_t i = 0; lse && i < n; i++) lse[i0 + i] = scale * max[i] + logf(sum[i]);
     }
 }
@@ -4343,13 +4256,12 @@ template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
                                     Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
                                     Rows<const X> v, size_t T, size_t HS) {
-    constexpr size_t PER = K_PER_STEP<X>;
     const size_t columns = round_up(HS, NR);
     const float scale = 1.0f / sqrtf(HS);
     const HeadScratch<X> h(local, T, HS, true);
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
     const Operand<Cell<X>> v_cells = cells_of_A(h.v, along_k(v.data, v.stride), T, HS);
-    const Operand<Cell<X>> kT_cells = cells_of_A(h.kT, across_k(k.data, k.stride), HS, T);
+    const Panels<Cell<X>> k_rows = cells_of_B(h.k_rows, across_k(k.data, k.stride), HS, T);
     std::fill_n(h.dk_sum, round_up(T, MR<X>) * columns, 0.0f);
     std::fill_n(h.dv_sum, round_up(T, MR<X>) * columns, 0.0f);
 
@@ -4368,7 +4280,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
         const Panels<Cell<X>> dout_cells = cells_of_B(h.dout, along_k(dout[i0], dout.stride), n, HS);
         const Panels<Cell<X>> q_rows = cells_of_B(h.q_rows, across_k(q[i0], q.stride), HS, n);
         const Panels<Cell<X>> dout_rows = cells_of_B(h.dout_rows, across_k(dout[i0], dout.stride), HS, n);
-        std::fill_n(h.oT, HS * NR, 0.0f);  // dqᵀ
+        std::fill_n(h.sum, NR * columns, 0.0f);  // dq
         for_key_tiles<X>(i0, n, [&](size_t j0, size_t keys, size_t first) {
             scores_tile<X>(h.s, k_cells.at(j0, 0), q_cells, keys, n, j0, i0, first, HS);
             multiply<X>(h.dp + first, NR, v_cells.at(j0, 0), keys, {dout_cells.data + first, dout_cells.row, 0},
@@ -4380,18 +4292,17 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
                     store(h.ds + i, scale * p * (load(h.dp + i) - load(delta + lane)));
                     store(h.p + i, p);
                 }
-            // dv += p do, dk += ds q, sums over queries; dqᵀ += kᵀ dsᵀ, a sum over keys
+            // Sums over queries, dv += p do and dk += ds q; and over keys, dq += ds k
             const Operand<X> p = along_k<X>(h.p + first, NR), ds = along_k<X>(h.ds + first, NR);
-            auto from_first = [&](Panels<Cell<X>> b) { return Panels<Cell<X>>{b.at(0, first / PER), b.row, b.panel}; };
             multiply<X>(h.dv_sum + j0 * columns, columns, cells_of_A(h.p_rows, p, keys, n - first), keys,
-                        from_first(dout_rows), HS, n - first, true);
+                        from_step<X>(dout_rows, first), HS, n - first, true);
             multiply<X>(h.dk_sum + j0 * columns, columns, cells_of_A(h.p_rows, ds, keys, n - first), keys,
-                        from_first(q_rows), HS, n - first, true);
+                        from_step<X>(q_rows, first), HS, n - first, true);
             const Operand<X> dsT = across_k<X>(h.ds + first, NR);
-            multiply<X>(h.oT + first, NR, kT_cells.at(0, j0 / PER), HS,
-                        cells_of_B(h.p_columns, dsT, lanes - first, keys), n - first, keys, true);
+            multiply<X>(h.sum + first * columns, columns, cells_of_A(h.p_rows, dsT, n - first, keys), n - first,
+                        from_step<X>(k_rows, j0), HS, keys, true);
         });
-        transpose_tile(Rows<X>{dq[i0], dq.stride}, h.oT, n, HS);
+        for (size_t i = 0; i < n; i++) std::copy_n(h.sum + i * columns, HS, dq[i0 + i]);
     }
     for (size_t t = 0; t < T; t++) {
         std::copy_n(h.dk_sum + t * columns, HS, dk[t]);
@@ -4436,6 +4347,50 @@ static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> 
 // --------------------------------------------------------------------------------------------------------------------
 // The machine
 
+// Finds the number of threads that is fastest. Threads wait for each other dozens of times in a layer; where other programs
+// use the cores too, or a model is tiny, waiting can take longer than arithmetic. As results are the same for any number,
+// it can be tried out: from time to time a few steps run on half or twice as many threads.
+struct ThreadTrials {
+    int most, threads = most, settled = most;  // allowed; in use; the choice that a trial is compared with
+    int step = 0, interval = 16;               // steps since `threads` changed; steps to the next trial
+    bool fewer = false;
+    double times[3] = {}, settled_time = INFINITY;  // seconds: the last three steps; a step before the trial
+
+    // The number of threads for the next step, after one that took `time`
+    int next(double time) {
+        constexpr double LONG = 0.3;  // such steps are worth all threads
+        times[step++ % 3] = time;
+        if (most == 1 || step < 4) return threads;  // the first step warms up
+        const double median = std::max(std::min(times[0], times[1]), std::min(std::max(times[0], times[1]), times[2]));
+        if (threads != settled) {
+            const bool faster = median < 0.95 * settled_time;
+            interval = faster ? 16 : std::min(2 * interval, 512);
+            if (faster) settled = threads, settled_time = median;
+            else threads = settled;
+            step = 0;
+        } else if (median >= LONG) {
+            threads = settled = most;
+        } else if (step >= interval || (step > 4 && median > 2 * settled_time)) {
+            fewer = threads == most || (threads > 1 && !fewer);
+            threads = fewer ? threads / 2 : std::min(2 * threads, most);
+            settled_time = median;
+            step = 0;
+        }
+        return threads;
+    }
+};
+
+static ThreadTrials thread_trials = {.most = 0};  // of the newest model
+
+// Called once in each step
+static void choose_threads() {
+#ifdef _OPENMP
+    static double last = 0;
+    const double now = seconds();
+    if (omp_get_max_threads() == thread_trials.threads) omp_set_num_threads(thread_trials.next(now - last));
+    last = now;
+#endif
+}
 template <class X>
 static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Results&, const Config& c,
                            const Workload& work) {

@@ -53,13 +53,12 @@ BREAKS = {
     "attention: pairs, a strip ends within one": (
         "for_key_tiles", "round_up(i0 + first + STRIP, PER)", "i0 + first + STRIP"),
     "attention: scores of the strip's first query": ("scores_tile", "q.data + first", "q.data"),
-    "attention: dk, dv from the strip's first query on": (
-        "attention_head_backward", "b.at(0, first / PER)", "b.at(0, 0)"),
+    "attention: dk from the strip's first query on": (
+        "attention_head_backward", "from_step<X>(q_rows, «first»)", "0"),
     "attention: one running maximum of four": ("column_maximum", "i < 4", "i < 3"),
-    "attention: sum not rescaled": ("attention_head_forward", "load(sum + lane) «* rescale»", ""),
-    "attention: o not rescaled": (
-        "attention_head_forward", "+ total);"
-        "for (size_t d = 0; d < HS; d++) store(h.oT + d * NR + lane, load(h.oT + d * NR + lane) «* rescale»", ""),
+    "attention: sum not rescaled": ("attention_head_forward", "load(sum + lane) «* load(rescale + lane)»", ""),
+    "attention: o not rescaled": ("attention_head_forward", "load(o_i) «* rescale[i]»", ""),
+    "attention: values of the first tile's keys": ("attention_head_forward", "from_step<X>(v_rows, «j0»)", "0"),
     "attention: δ of the last query of a vector": (
         "attention_head_backward", "std::min(n, lane + LANES)", "std::min(n, lane + LANES - 1)"),
     "attention: δ of channels past the last whole vector": (
@@ -79,7 +78,7 @@ BREAKS = {
     "matmul: pairs, odd K of A in place": ("cells_of_A", "K % PER == 0 &&", ""),
     "matmul: pairs, odd distance of rows of A in place": ("cells_of_A", "a.stride % PER == 0 &&", ""),
     "matmul: pairs, distance of rows of A in place": ("cells_of_A", "a.stride / (a.along_k ? PER : 1)", "a.stride"),
-    "matmul: pairs, odd K across k": ("cells_across_k", "k + 1 < K", "true"),
+    "matmul: pairs, odd K across k": ("cells_across_k", "left > 1", "true"),
     "vectors: bf16 rounds ties down": ("rounded", "+ (b >> 16 & 1)", ""),
     "vectors: bf16's NaN": ("rounded", "(nan & 0x7fc00000) | (~nan & up & 0xffff0000)", "up & 0xffff0000"),
     "vectors: a partial load forgets its last value": ("load", "n * sizeof *p", "(n - (n > 1)) * sizeof *p"),
