@@ -775,20 +775,36 @@ struct TestWorkspace {
     }
 };
 
-// The fast matmul equals matmul_plain for either order of either operand.
+// The fast matmul equals matmul_plain for either order of either operand, and stores each element once. Between the
+// operands' rows lies NaN.
 template <class X>
 static void test_matmul(const char* type) {
+    constexpr size_t PER = K_PER_STEP<X>;
+    const size_t whole_KC = KC;
     Worst worst;
-    TestWorkspace space(matmul_local_size<X>());
-    auto check = [&](size_t M, size_t N, size_t K) {
-        std::vector<X> a = random_values<X>(M * K, M), b = random_values<X>(N * K, N + 1);
+    size_t turn = 0;
+    auto check = [&](const TestWorkspace& space, size_t M, size_t N, size_t K) {
+        // Rows at even and odd distances, and beginning at a multiple of four bytes or not
+        const size_t gap = turn % 4, begin = turn / 4 % 2, tail = turn / 8 % 2;
+        const bool prefetch = turn++ / 16 % 2;
+        auto operand = [&](std::vector<X>& values, size_t n, bool is_along_k, uint64_t seed) {
+            const size_t rows = is_along_k ? n : K, columns = is_along_k ? K : n, stride = columns + gap;
+            const std::vector<X> inner = random_values<X>(rows * columns, seed);
+            values.assign(begin + (rows - 1) * stride + columns + tail * stride, NAN);
+            for (size_t r = 0; r < rows; r++) std::copy_n(&inner[r * columns], columns, &values[begin + r * stride]);
+            return Operand<X>{values.data() + begin, stride, is_along_k};
+        };
+        const std::vector<X> other(prefetch ? M * N : 0, NAN);
+        std::vector<X> a, b;
         std::vector<float> c(M * N);
         std::vector<double> expected(M * N);
         for (int layout = 0; layout < 4; layout++) {
-            Operand<X> A = layout & 1 ? along_k(a.data(), K) : across_k(a.data(), M);
-            Operand<X> B = layout & 2 ? along_k(b.data(), K) : across_k(b.data(), N);
-            std::fill(c.begin(), c.end(), NAN);
-            matmul(space.ws, M, N, K, A, B, [&](size_t m, size_t n, vec x, size_t count) { store(&c[m * N + n], x, count); });
+            const Operand<X> A = operand(a, M, layout & 1, M), B = operand(b, N, layout & 2, N + 1);
+            std::fill(c.begin(), c.end(), 0.0f);
+            matmul(space.ws, M, N, K, A, B, [&](size_t m, size_t n, vec x, size_t count) {
+                float* c_mn = &c[m * N + n];
+                store(c_mn, load(c_mn, count) + x, count);
+            }, prefetch ? other.data() : nullptr);
             matmul_plain(expected.data(), M, N, K, A, B);
             for (size_t m = 0; m < M; m++)
                 for (size_t n = 0; n < N; n++) {
@@ -796,29 +812,143 @@ static void test_matmul(const char* type) {
                     for (size_t k = 0; k < K; k++) absolute += fabs((double)*A.at(m, k).data * *B.at(n, k).data);
                     // Each product and each addition rounds by at most 2^-24 of a partial sum.
                     if (worst.see(fabs(c[m * N + n] - expected[m * N + n]), (K + 2.0) * 0x1p-24 * absolute + 1e-30))
-                        worst.where = format("%zu x %zu x %zu, layout %d", M, N, K, layout);
+                        worst.where = format("%zu x %zu x %zu, layout %d, gap %zu", M, N, K, layout, gap);
                 }
         }
     };
+    const TestWorkspace space(matmul_local_size<X>());
     for (size_t n = 1; n <= 70; n++)
         for (size_t other : {1, 17, 33})
             for (size_t third : {1, 17, 33}) {
-                check(n, other, third);
-                check(other, n, third);
-                check(other, third, n);
+                check(space, n, other, third);
+                check(space, other, n, third);
+                check(space, other, third, n);
             }
     Random random = {11};
-    for (int i = 0; i < 10; i++) check(1 + random.below(200), 1 + random.below(300), 1 + random.below(900));
-    for (size_t M = 1; M <= FEW_ROWS; M++) check(M, 16 * LANES * thread_count() + 5, 70);
-    check(1, 37, 1301);
-    // More columns than a block has, more steps than a chunk, more rows than a block has if its sums must wait, and B packed
-    // for many rows
-    check(1067, NC_PACKED + 5, 19);
-    check(29, 2 * NC + 1, 2 * KC + 1);
-    check(31, 130, 4 * KC - 1);
-    check(SUMS / NR + 7, 8, 2 * KC + 2);
-    check(517, 64, 38);
+    for (int i = 0; i < 10; i++) check(space, 1 + random.below(200), 1 + random.below(300), 1 + random.below(900));
+    for (size_t M = 1; M <= FEW_ROWS; M++) check(space, M, 16 * LANES * thread_count() + 5, 70);
+    check(space, 1, 37, 1301);
+    check(space, 29, 2 * NC + 1, 2 * KC + 1);
+
+    const int threads = thread_count();
+    KC = AMX<X> ? LANES : 4;
+    for (int n : {1, 3}) {
+#ifdef _OPENMP
+        omp_set_num_threads(n);  // few, for wide and high blocks
+#else
+        if (n > 1) continue;
+#endif
+        const TestWorkspace few(matmul_local_size<X>());
+        for (size_t i = 0; i < 4; i++) {  // with each gap
+            check(few, 31, 130, 4 * KC * PER - 1);                     // some chunks of K
+            check(few, 15, NR + LANES, 3 * KC * PER - 2 * PER);        // B in place, but not in whole panels
+            check(few, 15, 2 * NC_PACKED + 5, 10 * KC * PER + 1 - i);  // more columns than a block has
+            check(few, 1027 * n, NR + LANES - i, 2 * PER + 1);         // blocks of rows
+            check(few, 5, (1 << 15) + LANES, 5);                       // rows of B far apart: packed
+        }
+        check(few, SUMS / NR + 7, 8, 2 * KC * PER + 1);  // sums that wait for the next chunk: blocks of rows
+        check(few, SUMS / NC_PACKED + 9, 2 * NC_PACKED, 8 * KC * PER + PER);
+    }
+    KC = whole_KC;
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#else
+    (void)threads;
+#endif
     report(worst.ok(), format("matmul of %s equals its three loops", type), worst.text());
+}
+
+// Loads and stores of some lanes leave others alone, and round as bf16's constructor does.
+template <class X>
+static void test_vectors(const char* type) {
+    auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
+    bool some = true, all = true;
+    for (size_t n = 0; n <= LANES + 3; n++) {
+        const size_t lanes = std::min<size_t>(n, LANES);
+        std::vector<X> from = random_values<X>(lanes, n + 1), to(LANES + 4, (X)7.0f);
+        const vec v = load(from.data(), n < LANES ? n : LANES + n);  // nothing lies behind the n values
+        store(to.data() + 1, v, n);
+        for (size_t i = 0; i < LANES; i++) some = some && v[i] == (i < lanes ? (float)from[i] : 0.0f);
+        for (size_t i = 0; i < to.size(); i++)
+            some = some && (float)to[i] == (i > 0 && i <= lanes ? (float)from[i - 1] : 7.0f);
+    }
+    report(some, format("%s: loads and stores of some lanes", type));
+    for (uint32_t upper = 0; upper <= 0xffff; upper++) {
+        const uint32_t lower[] = {0, 1, 0x7fff, 0x8000, 0x8001, 0xffff};
+        vec v;
+        for (int i = 0; i < LANES; i++) v[i] = std::bit_cast<float>(upper << 16 | lower[i % 6]);
+        const vec r = rounded<X>(v);
+        X to[LANES];
+        store(to, v);
+        const vec back = load(to);
+        for (int i = 0; i < LANES; i++) {
+            const float expected = (X)(float)v[i];
+            for (float value : {r[i], (float)to[i], back[i]}) all = all && bits(value) == bits(expected);
+        }
+    }
+    report(all, format("%s: vectors round to it as single values do", type));
+}
+
+static void test_column_maximum() {
+    bool largest = true;
+    for (size_t rows = 0; rows < 12; rows++) {
+        const std::vector<float> s = random_values<float>(11 * NR + LANES, rows);
+        const vec start = load(random_values<float>(LANES, 100).data()), most = column_maximum(start, s.data(), rows);
+        for (int lane = 0; lane < LANES; lane++) {
+            float expected = start[lane];
+            for (size_t r = 0; r < rows; r++) expected = std::max(expected, s[r * NR + lane]);
+            largest = largest && most[lane] == expected;
+        }
+    }
+    report(largest, "column_maximum");
+}
+
+// What ThreadTrials makes of times that depend on the number of threads: it settles on the fastest number, returns to
+// it after trials, which become rarer, and follows when the times change.
+static void test_thread_trials() {
+    // Trials of four steps, the first after 16 steps, each after twice as many as the one before, up to 512
+    constexpr int MANY = 10000, ON_TRIAL = 4 * (6 + MANY / 512);
+    for (int most : {1, 2, 3, 16}) {
+        std::string wrong;
+        auto expect = [&](bool holds, const char* what) {
+            if (!holds && wrong.empty()) wrong = what;
+        };
+        auto steps = [&](ThreadTrials& trials, int n, auto time) {  // how many of n steps took each number of threads
+            std::vector<int> used(most + 1, 0);
+            for (int i = 0; i < n; i++) {
+                const int threads = trials.threads;
+                const bool in_range = threads >= 1 && threads <= most;
+                expect(in_range, "no more than are allowed, and at least one");
+                if (in_range) used[threads]++;
+                expect(trials.next(time(threads)) == trials.threads, "`next` returns the number in use");
+            }
+            return used;
+        };
+        auto settles = [&](ThreadTrials& trials, int at, auto time) {
+            steps(trials, 4000, time);
+            const int others = MANY - steps(trials, MANY, time)[at];
+            return others <= ON_TRIAL && (most == 1 || others > 0);
+        };
+        const int some = std::max(1, most / 4);
+        auto all_fastest = [](int threads) { return 0.1 / threads; };
+        auto one_fastest = [](int threads) { return 0.001 * threads; };
+        auto some_fastest = [&](int threads) { return 0.01 * (1 + abs(threads - some)); };
+        auto long_steps = [](int threads) { return 0.31 * threads; };
+
+        ThreadTrials trials = {.most = most};
+        expect(200 - steps(trials, 200, all_fastest)[most] <= ON_TRIAL, "from the start all threads");
+        expect(settles(trials, most, all_fastest), "all threads are fastest");
+        expect(settles(trials, 1, one_fastest), "then one is");
+        expect(settles(trials, most, all_fastest), "then all are again");
+        expect(settles(trials, some, some_fastest), "then some are");
+        expect(settles(trials, most, all_fastest), "then all are again, from there");
+        const int before_trial = steps(trials, 40, [&](int threads) { return threads == most ? 0.25 : 0.01; })[most];
+        expect(most == 1 || before_trial < 20, "a step that takes twice as long brings on a trial");
+        expect(settles(trials, 1, one_fastest), "then one is again");
+        steps(trials, 8, long_steps);  // four may belong to a trial
+        expect(steps(trials, MANY, long_steps)[most] == MANY, "long steps take all threads, and no trials");
+        report(wrong.empty(), format("number of threads tried out, %d allowed", most), wrong);
+    }
 }
 
 // Holds results against what they should be: each may be off by a share of its size, of the root mean square of all,
@@ -857,6 +987,8 @@ static void test_attention_head(const char* type, double tolerance) {
         std::vector<X> q = random_values<X>(T * ld, 1), k = random_values<X>(T * ld, 2);
         std::vector<X> v = random_values<X>(T * ld, 3), dout = random_values<X>(T * ld, 4);
         std::vector<X> o(T * ld, NAN), dq(o), dk(o), dv(o);
+        for (auto* a : {&q, &k, &v, &dout})
+            for (size_t t = 0; t < T; t++) std::fill_n(&(*a)[t * ld + HS], ld - HS, (X)NAN);
         auto in = [&](const std::vector<X>& a, size_t row = 0) { return Rows<const X>{&a[row * ld], ld}; };
         auto out = [&](std::vector<X>& a) { return Rows<X>{a.data(), ld}; };
         std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS, true).size, NAN);
@@ -880,6 +1012,11 @@ static void test_attention_head(const char* type, double tolerance) {
                 see_all(worst, one.data(), HS, o_i, HS, tolerance, "decode" + at);
                 see_all(worst, &few[ld], HS, o_i, HS, tolerance, "prompt" + at);
             }
+        }
+        if (T > 1) {  // the first is cached: where bf16 is multiplied in pairs, a vector of queries ends within one
+            std::vector<X> rest(T * ld, NAN);
+            attention_head_forward(local.data(), out(rest), nullptr, in(q, 1), in(k), in(v), T - 1, 1, HS);
+            see_all(worst, rest.data(), ld, std::vector<double>(ro.begin() + HS, ro.end()), HS, tolerance, "rest" + at);
         }
         see_all(worst, lse.data(), 1, rlse, 1, tolerance, "log-sum-exp" + at);
         see_all(worst, o.data(), ld, ro, HS, tolerance, "o" + at);
@@ -1019,8 +1156,13 @@ static void test_exp() {
         if (worst.see(fabs(lane - y), 0)) worst.where = format("in a vector, at %g", x);
     }
     report(worst.ok(), "exp_approx", worst.text());
-    report(exp_approx(-INFINITY) == 0 && exp_approx(-88.0f) == 0 && exp_approx(0.0f) == 1 && std::isnan(exp_approx(NAN)) &&
-               exp_approx(88.0f) == exp_approx(87.0f) && exp_approx(INFINITY) == exp_approx(87.0f),
+    bool same = true;
+    for (float x : {-INFINITY, -88.0f, -87.0f, -0.0f, 87.0f, 88.0f, INFINITY})
+        for (int lane = 0; lane < LANES; lane++) same = same && exp_approx(vec{} + x)[lane] == exp_approx(x);
+    report(same && std::isnan(exp_approx(vec{} + NAN)[0]), "exp_approx of -inf, 0, inf and NaN, in a vector");
+    report(exp_approx(-INFINITY) == 0 && exp_approx(-88.0f) == 0 && exp_approx(0.0f) == 1 &&
+               std::isnan(exp_approx(NAN)) && exp_approx(88.0f) == exp_approx(87.0f) &&
+               exp_approx(INFINITY) == exp_approx(87.0f),
            "exp_approx of -inf, 0, inf and NaN");
 }
 #endif
@@ -1066,6 +1208,10 @@ int main(int argc, char** argv) {
 #else
         KC = 384;
         test_exp();
+        test_vectors<float>("fp32");
+        test_vectors<bf16>("bf16");
+        test_column_maximum();
+        test_thread_trials();
         test_matmul<float>("fp32");
         test_matmul<bf16>("bf16");
         test_attention_head<float>("fp32", 1e-5);

@@ -4383,7 +4383,9 @@ struct ThreadTrials {
             if (faster) settled = threads, settled_time = median;
             else threads = settled;
             step = 0;
-        } else if (median < LONG && (step >= interval || (step > 4 && median > 2 * settled_time))) {
+        } else if (median >= LONG) {
+            threads = settled = most;
+        } else if (step >= interval || (step > 4 && median > 2 * settled_time)) {
             fewer = threads == most || (threads > 1 && !fewer);
             threads = fewer ? threads / 2 : std::min(2 * threads, most);
             settled_time = median;
