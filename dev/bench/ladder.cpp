@@ -123,7 +123,7 @@ template <class F>
 static void multiply_blocks(const Linear& l, F rows_of_x) {
     for (size_t n0 = 0; n0 < l.OC; n0 += NC) {
         const size_t columns = std::min(l.OC - n0, NC);
-        pack(l.w_panels, NR, along_k(l.w + n0 * l.C, l.C), columns, l.C);
+        pack(l.w_panels, false, NR, along_k(l.w + n0 * l.C, l.C), columns, l.C);
         for (size_t m = 0; m < l.rows; m += ROWS) {
             const size_t count = std::min<size_t>(l.rows - m, ROWS);
             for (size_t n = 0; n < columns; n += NR)
@@ -136,7 +136,7 @@ static void multiply_blocks(const Linear& l, F rows_of_x) {
 static void both_packed(const Linear& l) {
     auto panel = [&](size_t m) { return l.x_panels + m / ROWS * X_WIDTH * l.C; };
     for (size_t m = 0; m < l.rows; m += ROWS)
-        pack(panel(m), X_WIDTH, along_k(l.x + m * l.C, l.C), std::min<size_t>(l.rows - m, ROWS), l.C);
+        pack(panel(m), false, X_WIDTH, along_k(l.x + m * l.C, l.C), std::min<size_t>(l.rows - m, ROWS), l.C);
     multiply_blocks(l, [&](size_t m) { return across_k<float>(panel(m), X_WIDTH); });
 }
 
