@@ -3098,9 +3098,9 @@ static inline void store(X* p, vec v, size_t n) {  // the first n lanes
     store_bytes(p, bytes, n * sizeof *p);
 }
 
-// e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers vectorise
-// loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose reciprocal is no
-// denormal yet; NaN stays NaN.
+// e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers
+// vectorise loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose
+// reciprocal is no denormal yet; NaN stays NaN.
 template <class F>
 [[gnu::always_inline]] static inline F exp_approx(F x) {
     using Bits = std::conditional_t<std::is_same_v<F, float>, uint32_t, bits_vec>;
@@ -3115,8 +3115,8 @@ template <class F>
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const F power = std::bit_cast<F>((Bits)((std::bit_cast<Bits>(shifted) + 127u) << 23));  // 2^n: n+127 in the exponent
-    return x < zero - 87.0f ? zero : p * power;
+    const Bits power = (std::bit_cast<Bits>(shifted) + 127u) << 23;  // 2^n: n+127 in the exponent
+    return x < zero - 87.0f ? zero : p * std::bit_cast<F>(power);
 }
 
 template <class X>
@@ -3205,9 +3205,9 @@ struct StoreSums {
     }
 };
 
-// The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the finished
-// elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ... If it reads
-// another (M, N) array, this may be passed, too, to be prefetched.
+// The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the
+// finished elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ... If it
+// reads another (M, N) array, pass it as also_read, and it is prefetched.
 template <class X, class Store>
 static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
                    const X* also_read = nullptr);
@@ -3690,7 +3690,8 @@ static void sum_losses(Results& results, const float* losses, size_t n, bool add
 
 constexpr size_t UPDATE_CHUNK = 1 << 12;  // elements that a thread goes through at a time
 
-// Σ g², over chunks, then over the chunks in order. As this ends a step's gradients, the number of threads may change here.
+// Σ g², over chunks, then over the chunks in order. As this ends a step's gradients, the number of threads may change
+// here.
 static void global_norm(const Workspace& ws, Results& results, const float* g, size_t n, float clip) {
     const size_t chunks = ceil_div(n, UPDATE_CHUNK);
 #pragma omp parallel for schedule(static)
@@ -3739,19 +3740,19 @@ static StepResults read_results(Results& results) { return results; }
 // --------------------------------------------------------------------------------------------------------------------
 // What makes the layers fast: matmul
 //
-// The microkernel sums up ROWS × NR elements of C in registers. A step, one k, takes NR neighbouring elements of B, as NV
-// vectors, and ROWS elements of A, each broadcast to all lanes: 28 multiply-adds and 16 loads with AVX-512, which does two of
-// each in a cycle. So a load is free, wherever its element lies, and packing costs what it takes:
+// The microkernel sums up ROWS × NR elements of C in registers. A step, one k, takes NR neighbouring elements of B as
+// NV vectors, and ROWS elements of A, each broadcast to all lanes: with AVX-512, 28 multiply-adds and 16 loads.
+// Processors do two of each per cycle, so the loads hide behind the arithmetic, wherever A's elements lie. Therefore:
 //     - A is read where it lies, along k or across it.
-//     - B is read where it lies if n is its contiguous index and its rows are short: then L2 holds them. If they are long,
-//       it is copied into panels [step][NR], which are read without gaps; if k is contiguous, as in the weights of a forward
-//       pass, it is transposed into them. This costs as much as 3 to 6 rows of A.
-//     - C is cut into blocks, which threads take one by one. A block's share of B stays in L2 while the rows of A go by.
-//     - K is cut into chunks of KC steps, so that ROWS rows of A stay in L1 for all panels of the block. The sums of a
-//       block wait in L2 for the next chunk, and go on where they were: chunks do not change the order of a sum.
-//     - Finished sums go through `store`: bias, GELU, residual and the like cost no pass over memory.
-// Each element is summed over k in order, whatever the number of threads. (The design: "Anatomy of High-Performance Matrix
-// Multiplication", Goto and van de Geijn 2008, and BLIS; both pack A too.)
+//     - B is read where it lies if n is its contiguous index and its rows are short, so that L2 holds them. Long rows
+//       are copied into panels [step][NR], without gaps. If k is contiguous, as in the weights of a forward pass, B is
+//       transposed into panels. Either takes as long as multiplying 3 to 6 rows of A.
+//     - C is cut into blocks, which threads take one by one. A block's part of B stays in L2 while the rows of A go by.
+//     - K is cut into chunks of KC steps, so that ROWS rows of A stay in L1 while they meet all panels of a block.
+//       Between chunks, a block's partial sums wait in L2; each is then continued, in the same order.
+//     - Finished sums go through `store`: bias, GELU and residual need no pass over memory of their own.
+// Every element is summed over k in order, for any number of threads. (After "Anatomy of High-Performance Matrix
+// Multiplication", Goto and van de Geijn 2008, and BLIS, which pack A too.)
 
 // A cell is four bytes, what the microkernel multiplies in one lane and step: a float, or two neighbours along k if the
 // processor multiplies pairs of bf16. On other processors bf16 is converted to float when it is packed.
@@ -3820,8 +3821,8 @@ static inline vec cells_across_k(Operand<X> a, size_t left, size_t n) {
     return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
-// Packs n rows of A, or columns of B, over K: into panels [n / width][step][width], or if `along` into rows [n][step] as AMX
-// takes A. Cells past n or K are 0, up to whole panels and steps. `width` is a multiple of LANES.
+// Packs n rows of A, or columns of B, over K: into panels [n / width][step][width], or if `along` into rows [n][step]
+// as AMX takes A. Cells past n or K are 0, up to whole panels and steps. `width` is a multiple of LANES.
 template <class X>
 static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
@@ -3844,9 +3845,9 @@ static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n,
     }
 }
 
-// n rows of A as the microkernel takes them: where they lie, or packed into `buffer`, of steps(K) · round_up(n, 2·LANES)
-// cells. Packed are pairs whose halves are not neighbours, bf16 that has to become float, and for AMX what does not fill
-// its tiles.
+// n rows of A as the microkernel takes them: where they lie, or packed into `buffer`, of steps(K) · round_up(n,
+// 2·LANES) cells. It packs pairs that are not neighbours or not whole, bf16 that must become float, and for AMX rows
+// that do not fill its tiles.
 template <class X>
 static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
@@ -3860,17 +3861,18 @@ static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size
     return {buffer, AMX<X> ? steps<X>(K) : width, AMX<X>};
 }
 
-// Columns of B as the microkernel takes them, in panels of NR. Cell (n, step) lies at at(n, step), n a multiple of NR, and
-// the others of its panel behind it.
+// Columns of B as the microkernel takes them, in panels of NR. at(n, step), with n a multiple of NR, is where the
+// panel's NR cells of this step lie.
 template <class CellType>
 struct Panels {
     const CellType* data;
-    size_t row, panel;  // from step to step, and from panel to panel
+    size_t row, panel;  // distance between steps, between panels
 
     const CellType* at(size_t n, size_t step) const { return data + n / NR * panel + step * row; }
 };
 
-// n columns of B where they lie if they can be read there, else packed into `buffer`, of steps(K) · round_up(n, NR) cells.
+// n columns of B where they lie if they can be read there, else packed into `buffer`, of steps(K) · round_up(n, NR)
+// cells.
 template <class X>
 static Panels<Cell<X>> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, bool in_place = true) {
     if constexpr (std::is_same_v<X, float>)
@@ -3909,8 +3911,8 @@ template <int R, int V, bool A_ALONG_K, class CellType>
         for (int j = 0; j < V; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
 
-// How many rows the tiles have that `rows` are cut into: at most MR, and all about the same, since a tile of very few has
-// too few sums to hide the latency of a multiply-add.
+// How many rows the tiles have that `rows` are cut into: at most MR, and all about the same, since a tile of very few
+// has too few sums to hide the latency of a multiply-add.
 template <class X> constexpr size_t tile_rows(size_t rows) {
     return AMX<X> ? MR<X> : ceil_div(rows, ceil_div(rows, MR<X>));
 }
@@ -4043,16 +4045,18 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
     }
 }
 
-// What a thread computes at a time: KC steps of a block of C, of at most NC columns. (KC is a variable, since the tests make
-// it small.) Where A is packed, blocks are wider, since each has to pack it.
+// A thread computes one block of C at a time, at most NC columns wide, in chunks of KC steps. Blocks are up to
+// NC_PACKED wide where A is packed, since every block packs it again. (KC is a variable, since the tests make it
+// small.)
 static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1
 constexpr size_t NC = 128 / NR * NR, NC_PACKED = 3 * NC;
-constexpr size_t SUMS = 1 << 17;  // of a block that waits for its next chunk: 512 KB
+constexpr size_t SUMS = 1 << 17;    // a block's sums, if they have to wait for another chunk: 512 KB, half of L2
+constexpr size_t CLOSE = 1 << 16;   // a chunk of B that is read in place: 256 KB of L2, gaps included
 
 // The size of a thread's scratch memory for a product
 template <class X>
 static size_t matmul_local_size() {
-    return KC * (NC_PACKED + 2 * LANES) + SUMS + MR<X> * NC_PACKED;
+    return SUMS + MR<X> * NC_PACKED + KC * (2 * LANES + NC_PACKED);
 }
 
 template <class X, class Store>
@@ -4061,48 +4065,49 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store);
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
-    const bool B_is_close = k_chunk * B.stride <= 1 << 16;  // a chunk takes 256 KB of L2, with what lies in between
-    // At least two blocks for each thread, and a number that threads can share out evenly. Each block packs its share of B,
-    // so C is cut into columns first; but into rows where B is not packed, or A is.
-    const bool packs_A = PAIRS<X> && !A.along_k, into_rows = packs_A || B_is_close;
-    const size_t T = thread_count(), panels = ceil_div(N, NR), widest = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
-    const size_t width = NR * (into_rows ? widest : std::clamp<size_t>(panels / (2 * T), 1, widest));
+    const bool packs_A = PAIRS<X> && !A.along_k;
+    const bool packs_B = !std::is_same_v<X, float> || B.along_k || k_chunk * B.stride > CLOSE;
+    // At least two blocks for each thread, and a number that threads can share out evenly. As each block packs its part
+    // of B, C is first cut into columns; but into rows if B is not packed, or A is.
+    const bool by_rows = packs_A || !packs_B;
+    const size_t T = thread_count(), panels = ceil_div(N, NR), most = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
+    const size_t width = NR * (by_rows ? most : std::clamp<size_t>(panels / (2 * T), 1, most));
     const size_t across = ceil_div(N, width);
-    size_t down = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1, into_rows ? ceil_div(2 * T, across) : 1);
+    size_t down = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1, by_rows ? ceil_div(2 * T, across) : 1);
     while (across * down % T != 0 && across * down < 8 * T && M / down > 4 * MR<X>) down++;
     const size_t height = round_up(ceil_div(M, down), AMX<X> ? MR<X> : 1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (size_t m0 = 0; m0 < M; m0 += height) {  // A's rows are in L3 for one block of columns after the other
+    for (size_t m0 = 0; m0 < M; m0 += height) {  // these rows of A stay in L3 while all blocks of columns use them
         for (size_t n0 = 0; n0 < N; n0 += width) {
-            const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height);
-            const size_t high = tile_rows<X>(rows);
-            float* sums = local_scratch(ws);  // (rows, width); (MR, width) is enough if K is one chunk
+            const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height), high = tile_rows<X>(rows);
+            float* sums = local_scratch(ws);  // (rows, width), or just of one tile if K is one chunk
             Cell<X>* a_buffer = (Cell<X>*)(sums + SUMS + MR<X> * NC_PACKED);
             Cell<X>* b_buffer = a_buffer + KC * 2 * LANES;
             for (size_t k0 = 0; k0 < K; k0 += k_chunk) {
                 const size_t k_count = std::min(K - k0, k_chunk);
-                const bool last = k0 + k_count == K;
-                const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, B_is_close);
+                const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, !packs_B);
                 for (size_t m = 0; m < rows; m += high) {
-                    const size_t count = std::min(rows - m, high);
-                    const Operand<Cell<X>> a = cells_of_A(a_buffer, A.at(m0 + m, k0), count, k_count);
-                    float* c = chunks > 1 ? sums + m * width : sums;
+                    const size_t tile_m = std::min(rows - m, high);
+                    const Operand<Cell<X>> a = cells_of_A(a_buffer, A.at(m0 + m, k0), tile_m, k_count);
                     for (size_t n = 0; n < columns; n += NR) {
-                        const size_t count_n = std::min(columns - n, NR);
+                        const size_t tile_n = std::min(columns - n, NR);
+                        float* c = sums + (chunks > 1 ? m : 0) * width + n;
+                        size_t ldc = width;
+                        bool add = k0 > 0, finish = k0 + k_count == K;
                         if constexpr (std::is_same_v<Store, StoreSums>)
-                            if (count_n % LANES == 0) {  // the microkernel writes whole vectors
-                                multiply_tile(store.at(m0 + m, n0 + n), store.stride, a, count, b.at(n, 0), b.row, count_n,
-                                              steps<X>(k_count), store.add || k0 > 0);
-                                continue;
+                            if (AMX<X> ? tile_m == MR<X> && tile_n == NR : tile_n % LANES == 0) {
+                                // What the microkernel writes, whole vectors or tiles, is all wanted: it sums in place.
+                                c = store.at(m0 + m, n0 + n), ldc = store.stride;
+                                add = add || store.add, finish = false;
                             }
-                        for (size_t i = 0; last && also_read && i < count; i++)
-                            for (size_t j = 0; j < count_n; j += 64 / sizeof(X))
+                        for (size_t i = 0; also_read && finish && i < tile_m; i++)
+                            for (size_t j = 0; j < tile_n; j += 64 / sizeof(X))  // a cache line
                                 __builtin_prefetch(also_read + (m0 + m + i) * N + n0 + n + j);
-                        multiply_tile(c + n, width, a, count, b.at(n, 0), b.row, count_n, steps<X>(k_count), k0 > 0);
-                        for (size_t i = 0; last && i < count; i++)
-                            for (size_t j = 0; j < count_n; j += LANES)
-                                store(m0 + m + i, n0 + n + j, load(c + i * width + n + j),
-                                      std::min<size_t>(count_n - j, LANES));
+                        multiply_tile(c, ldc, a, tile_m, b.at(n, 0), b.row, tile_n, steps<X>(k_count), add);
+                        for (size_t i = 0; finish && i < tile_m; i++)
+                            for (size_t j = 0; j < tile_n; j += LANES)
+                                store(m0 + m + i, n0 + n + j, load(c + i * ldc + j),
+                                      std::min<size_t>(tile_n - j, LANES));
                     }
                 }
             }
@@ -4114,8 +4119,8 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
 // What makes the layers fast: attention
 //
 // Attention works on tiles of up to KEYS keys and NR queries; nothing of size T × T exists. Scores are computed
-// transposed, sᵀ = k qᵀ: each of the NR lanes of a row belongs to one query, so maxima and sums over keys go lane by lane.
-// In fp32, q and dout are all that is packed: every other operand is read where it lies.
+// transposed, sᵀ = k qᵀ: each of the NR lanes of a row belongs to one query, so maxima and sums over keys go lane by
+// lane. In fp32 only q and dout are packed; every other operand is read where it lies.
 //
 // Online softmax (Milakov and Gimelshein 2018; FlashAttention). For each query, keep over the keys seen so far
 //     max = max_j s_j      sum = Σ_j e^(s_j - max)      o = Σ_j e^(s_j - max) v_j
@@ -4187,8 +4192,8 @@ static Panels<Cell<X>> from_step(Panels<Cell<X>> b, size_t k) {
     return {b.at(0, k / K_PER_STEP<X>), b.row, b.panel};
 }
 
-// Calls f(j0, keys, first) for the tiles of keys that n queries see, the first of them at position i0: keys from j0 on, and
-// the queries from `first` on. Earlier queries see none of these keys.
+// Calls f(j0, keys, first) for the tiles of keys that n queries see, the first of them at position i0: keys from j0 on,
+// and the queries from `first` on. Earlier queries see none of these keys.
 template <class X, class F>
 static void for_key_tiles(size_t i0, size_t n, F f) {
     constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
@@ -4199,8 +4204,8 @@ static void for_key_tiles(size_t i0, size_t n, F f) {
     }
 }
 
-// sᵀ (keys, NR), in the columns of the queries from `first` to n, whose positions begin with i0. k (keys, HS) begins with j0.
-// Query i sees key j if j ≤ i.
+// sᵀ (keys, NR), in the columns of the queries from `first` to n, whose positions begin with i0. k (keys, HS) begins
+// with j0. Query i sees key j if j ≤ i.
 template <class X>
 static void scores_tile(float* s, Operand<Cell<X>> k, Panels<Cell<X>> q, size_t keys, size_t n, size_t j0, size_t i0,
                         size_t first, size_t HS) {
@@ -4362,9 +4367,9 @@ static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> 
 // --------------------------------------------------------------------------------------------------------------------
 // The machine
 
-// Finds the number of threads that is fastest. Threads wait for each other dozens of times in a layer; where other programs
-// use the cores too, or a model is tiny, waiting can take longer than arithmetic. As results are the same for any number,
-// it can be tried out: from time to time a few steps run on half or twice as many threads.
+// Finds the number of threads that is fastest. Threads wait for each other dozens of times in a layer; where other
+// programs use the cores too, or a model is tiny, waiting can take longer than arithmetic. As results are the same for
+// any number, it can be tried out: from time to time a few steps run on half or twice as many threads.
 struct ThreadTrials {
     int most, threads = most, settled = most;  // allowed; in use; the choice that a trial is compared with
     int step = 0, interval = 16;               // steps since `threads` changed; steps to the next trial
@@ -4517,9 +4522,10 @@ static const char* const instruction_set = "128-bit vectors";
 
 static void device_init([[maybe_unused]] char** argv, bool) {
 #ifdef _OPENMP
-    // OpenMP's threads spin for milliseconds when they wait for each other. On cores that are shared with other
-    // programs this makes small steps several times slower; spinning for a tenth of a millisecond is as fast on idle
-    // cores. OpenMP reads these variables when it is loaded, so the program starts itself again.
+    // By default, OpenMP's threads spin for milliseconds when they wait for each other, which on cores that other
+    // programs use too makes small steps many times slower. 10,000 rounds are a fraction of a millisecond: enough to
+    // stay awake from one loop to the next. OpenMP reads these variables when it is loaded, so the program starts
+    // itself again. (Where even this is too long, ThreadTrials finds that fewer threads are faster.)
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "10000", 0);

@@ -64,12 +64,14 @@ BREAKS = {
     "attention: δ of channels past the last whole vector": (
         "attention_head_backward", "load(o[i0 + i] + d, HS - d)", "(d + LANES > HS ? vec{} : load(o[i0 + i] + d))"),
     "attention: sees one key ahead": ("scores_tile", "j0 + r - i0, NR", "j0 + r - i0 - (j0 + r > i0), NR"),
-    "matmul: the last of many k forgotten": ("matmul", "steps<X>(k_count)«,»", "- (k0 > 0 && last),"),
-    "matmul: a chunk of k overwrites those before": ("matmul", "steps<X>(k_count), «k0 > 0»", "k0 > k_chunk"),
-    "matmul: sums stored after each chunk of k": ("matmul", "last = «k0 + k_count == K»", "true"),
-    "matmul: sums that wait for the next chunk, the wrong rows": ("matmul", "sums + «m» * width", "m / 2"),
+    "matmul: the last of many k forgotten": ("matmul", "steps<X>(k_count)«, add»", "- (k0 > 0), add"),
+    "matmul: a chunk of k overwrites those before": ("matmul", "add = «k0 > 0»", "k0 > k_chunk"),
+    "matmul: sums stored after each chunk of k": ("matmul", "finish = «k0 + k_count == K»", "true"),
+    "matmul: sums that wait for the next chunk, the wrong rows": ("matmul", "chunks > 1 ? «m» : 0", "m / 2"),
     "matmul: results depend on what is only prefetched": (
-        "matmul", "«last» && i < count", "last && !also_read"),
+        "matmul", "«finish» && i < tile_m; i++)\n                            for (size_t j = 0; j < tile_n; j += LANES",
+        "finish && !also_read"),
+    "matmul: sums in place forget what was there": ("matmul", "add || store.add", "add"),
     "matmul: the last row of a tile of three": ("multiply_tile", "rows < R", "rows < R || R == 3"),
     "matmul: a single column in a tile's last vector": (
         "multiply_tile", "columns <= (V - 1) * LANES", "columns <= (V - 1) * LANES + 1"),
