@@ -194,7 +194,7 @@ struct Workspace {
     size_t local_size;
     float* partial;    // layernorm_backward: sums over chunks of tokens
     double* squares;   // global_norm: sums over chunks of gradients
-    float* dx_sum;     // linear_backward_input, chunk by chunk: (rows, C)
+    float* dx_sum;     // bf16: linear_backward_input's sums over chunks, (rows, C)
 };
 #endif
 
@@ -324,8 +324,8 @@ template <class X> static void linear_residual_forward(const Workspace&, X* y, c
 template <class X> static void linear_gelu_forward(const Workspace&, X* y, X* h, const X* x, const X* w, const X* b,
                                                    size_t rows, size_t C, size_t OC);
 // dx (rows, C) = dy (rows, OC) w. Rows of dy begin lddy elements apart. If dy and w come in chunks, each a range
-// of the OC columns of dy, the first call begins a sum in fp32 and the last one writes it to dx; other
-// layers may be called in between.
+// of the OC columns of dy, the first call begins a sum in fp32 and the last one completes dx, which until then
+// holds nothing or part of it; other layers may be called in between.
 template <class X> static void linear_backward_input(const Workspace&, X* dx, const X* dy, const X* w, size_t rows,
                                                      size_t C, size_t OC, size_t lddy, bool first = true,
                                                      bool last = true);
@@ -3119,16 +3119,23 @@ template <class F>
     return x < zero - 87.0f ? zero : p * std::bit_cast<F>(power);
 }
 
+// The largest of `start` and of `rows` registers at x, `stride` apart, lane by lane
+template <class X>
+static inline vec maxima(vec start, const X* x, size_t stride, size_t rows) {
+    vec most[4] = {start, start, start, start};  // four comparisons do not wait for each other
+    for (size_t r = 0; r < rows; r++) {
+        const vec x_r = load(x + r * stride);
+        most[r % 4] = x_r > most[r % 4] ? x_r : most[r % 4];
+    }
+    for (int i = 1; i < 4; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+    return most[0];
+}
 template <class X>
 static float maximum(const X* x, size_t n) {
-    constexpr size_t SEVERAL = 32;  // running maxima: few compilers vectorize a single one
-    float maxima[SEVERAL], max = -INFINITY;
-    std::fill_n(maxima, SEVERAL, -INFINITY);
-    size_t i = 0;
-    for (; i + SEVERAL <= n; i += SEVERAL)
-        for (size_t lane = 0; lane < SEVERAL; lane++) maxima[lane] = std::max(maxima[lane], (float)x[i + lane]);
-    for (float m : maxima) max = std::max(max, m);
-    for (; i < n; i++) max = std::max(max, (float)x[i]);
+    const vec most = maxima(vec{} - INFINITY, x, LANES, n / LANES);
+    float max = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) max = std::max(max, most[lane]);
+    for (size_t i = n / LANES * LANES; i < n; i++) max = std::max(max, (float)x[i]);
     return max;
 }
 
@@ -4065,7 +4072,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store);
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
-    const bool packs_A = PAIRS<X> && !A.along_k;
+    const bool packs_A = !std::is_same_v<X, float> && !(PAIRS<X> && A.along_k);
     const bool packs_B = !std::is_same_v<X, float> || B.along_k || k_chunk * B.stride > CLOSE;
     // At least two blocks for each thread, and a number that threads can share out evenly. As each block packs its part
     // of B, C is first cut into columns; but into rows if B is not packed, or A is.
@@ -4214,17 +4221,6 @@ static void scores_tile(float* s, Operand<Cell<X>> k, Panels<Cell<X>> q, size_t 
         for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
 
-// The largest of `start` and of s, (rows, NR), lane by lane
-static inline vec column_maximum(vec start, const float* s, size_t rows) {
-    vec most[4] = {start, start, start, start};  // four comparisons do not wait for each other
-    for (size_t r = 0; r < rows; r++) {
-        const vec s_r = load(s + r * NR);
-        most[r % 4] = s_r > most[r % 4] ? s_r : most[r % 4];
-    }
-    for (int i = 1; i < 4; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
-    return most[0];
-}
-
 // o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
 template <class X>
 static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
@@ -4246,7 +4242,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
         for_key_tiles<X>(before + i0, n, [&](size_t j0, size_t keys, size_t first) {
             scores_tile<X>(h.s, k_cells.at(j0, 0), q_cells, keys, n, j0, before + i0, first, HS);
             for (size_t lane = first; lane < lanes; lane += LANES) {
-                const vec old = load(max + lane), most = column_maximum(old, h.s + lane, keys);
+                const vec old = load(max + lane), most = maxima(old, h.s + lane, NR, keys);
                 vec total = {};
                 for (size_t r = 0; r < keys; r++) {
                     const vec p = exp_approx(scale * (load(h.s + r * NR + lane) - most));
@@ -4371,25 +4367,23 @@ static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> 
 // programs use the cores too, or a model is tiny, waiting can take longer than arithmetic. As results are the same for
 // any number, it can be tried out: from time to time a few steps run on half or twice as many threads.
 struct ThreadTrials {
-    int most, threads = most, settled = most;  // allowed; in use; the choice that a trial is compared with
+    int most, threads = most, settled = most;  // allowed; in use; the best found so far, which trials are compared with
     int step = 0, interval = 16;               // steps since `threads` changed; steps to the next trial
-    bool fewer = false;
-    double times[3] = {}, settled_time = INFINITY;  // seconds: the last three steps; a step before the trial
+    bool fewer = false;                        // whether the last trial used fewer threads
+    double times[3] = {}, settled_time = INFINITY;  // seconds: the last three steps; their median before the trial
 
     // The number of threads for the next step, after one that took `time`
     int next(double time) {
-        constexpr double LONG = 0.3;  // such steps are worth all threads
         times[step++ % 3] = time;
-        if (most == 1 || step < 4) return threads;  // the first step warms up
+        const bool on_trial = threads != settled, slower = on_trial && step > 1 && time > 1.5 * settled_time;
+        if (most == 1 || (step < 4 && !slower)) return threads;  // the first step warms up
         const double median = std::max(std::min(times[0], times[1]), std::min(std::max(times[0], times[1]), times[2]));
-        if (threads != settled) {
-            const bool faster = median < 0.95 * settled_time;
+        if (on_trial) {
+            const bool faster = !slower && median < 0.95 * settled_time;
             interval = faster ? 16 : std::min(2 * interval, 512);
             if (faster) settled = threads, settled_time = median;
             else threads = settled;
             step = 0;
-        } else if (median >= LONG) {
-            threads = settled = most;
         } else if (step >= interval || (step > 4 && median > 2 * settled_time)) {
             fewer = threads == most || (threads > 1 && !fewer);
             threads = fewer ? threads / 2 : std::min(2 * threads, most);
@@ -4411,6 +4405,7 @@ static void choose_threads() {
     last = now;
 #endif
 }
+
 template <class X>
 static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Results&, const Config& c,
                            const Workload& work) {
@@ -4425,7 +4420,8 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
     const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    all.take(ws.dx_sum, (has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp)) * C, &Memory::scratch);
+    const size_t summed = has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp);
+    all.take(ws.dx_sum, std::is_same_v<X, float> ? 0 : summed * C, &Memory::scratch);  // in fp32, dx gathers the sums
 }
 static void backend_free(Inputs&, Results&) {
 #ifdef _OPENMP

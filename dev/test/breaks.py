@@ -55,7 +55,7 @@ BREAKS = {
     "attention: scores of the strip's first query": ("scores_tile", "q.data + first", "q.data"),
     "attention: dk from the strip's first query on": (
         "attention_head_backward", "from_step<X>(q_rows, «first»)", "0"),
-    "attention: one running maximum of four": ("column_maximum", "i < 4", "i < 3"),
+    "attention: one running maximum of four": ("maxima", "i < 4", "i < 3"),
     "attention: sum not rescaled": ("attention_head_forward", "load(sum + lane) «* load(rescale + lane)»", ""),
     "attention: o not rescaled": ("attention_head_forward", "load(o_i) «* rescale[i]»", ""),
     "attention: values of the first tile's keys": ("attention_head_forward", "from_step<X>(v_rows, «j0»)", "0"),
@@ -94,8 +94,7 @@ BREAKS = {
     "threads: a faster trial is not kept": ("next", "faster = median < 0.95 * settled_time", "faster = false"),
     "threads: more are never tried again": ("next", "threads == most || (threads > 1 && !fewer)", "threads > 1"),
     "threads: trials do not become rarer": ("next", "2 * interval, 512", "interval, 512"),
-    "threads: long steps stay on few": ("next", "threads = settled = most;", ""),
-    "threads: long steps are tried": ("next", "median >= LONG", "false"),
+    "threads: a slower trial goes on": ("next", "on_trial && step > 1 && time > 1.5 * settled_time", "false"),
     "threads: slower steps bring no trial": ("next", "|| (step > 4 && median > 2 * settled_time)", ""),
     "decoding: the last columns of a stream forgotten": (
         "matmul_few_rows", "i < columns", "i + (i0 > 0) < columns"),
