@@ -3052,15 +3052,9 @@ static inline vec load_bytes(const void* p, size_t n) {
     return (vec)_mm512_maskz_loadu_epi8(n < sizeof(vec) ? (1ull << n) - 1 : ~0ull, p);
 #else
     vec v = {};
-    memcpy(&v, p, n < sizeof v ? n : sizeof v);
+    if (n >= sizeof v) memcpy(&v, p, sizeof v);
+    else memcpy(&v, p, n);
     return v;
-#endif
-}
-static inline void store_bytes(void* p, const vec& v, size_t n) {
-#ifdef __AVX512BW__
-    _mm512_mask_storeu_epi8(p, (1ull << n) - 1, (__m512i)v);
-#else
-    memcpy(p, &v, n);
 #endif
 }
 
@@ -3093,9 +3087,9 @@ static inline void store(bf16* p, vec v) {
 template <class X>
 static inline void store(X* p, vec v, size_t n) {  // the first n lanes
     if (n >= LANES) return store(p, v);
-    vec bytes = v;
-    if constexpr (!std::is_same_v<X, float>) store((X*)&bytes, v);
-    store_bytes(p, bytes, n * sizeof *p);
+    X all[LANES];
+    store(all, v);
+    memcpy(p, all, n * sizeof *p);
 }
 
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers
@@ -3785,13 +3779,9 @@ template <class X> constexpr size_t steps(size_t K) {  // with AMX, whole tiles;
 constexpr size_t NR = NV * LANES;
 template <class X> constexpr size_t MR = AMX<X> ? 2 * LANES : ROWS;
 
-template <size_t... I>
-static vec interleave_low(vec a, vec b, std::index_sequence<I...>) {  // a0 b0 a1 b1 ...
-    return __builtin_shufflevector(a, b, (I / 2 + I % 2 * LANES)...);
-}
-template <size_t... I>
-static vec interleave_high(vec a, vec b, std::index_sequence<I...>) {  // the same of the upper halves
-    return __builtin_shufflevector(a, b, (LANES / 2 + I / 2 + I % 2 * LANES)...);
+template <size_t FROM, size_t... I>
+static vec interleave(vec a, vec b, std::index_sequence<I...>) {  // a[FROM] b[FROM] a[FROM + 1] b[FROM + 1] ...
+    return __builtin_shufflevector(a, b, (FROM + I / 2 + I % 2 * LANES)...);
 }
 
 // Transposes LANES × LANES cells in registers. Interleaving rows i and i + LANES/2 rotates the bits of (row, column) by
@@ -3803,8 +3793,8 @@ static inline void transpose(vec (&rows)[LANES]) {
     for (int stage = 1; stage < LANES; stage *= 2) {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES / 2; i++) {
-            other[2 * i] = interleave_low(rows[i], rows[i + LANES / 2], lanes);
-            other[2 * i + 1] = interleave_high(rows[i], rows[i + LANES / 2], lanes);
+            other[2 * i] = interleave<0>(rows[i], rows[i + LANES / 2], lanes);
+            other[2 * i + 1] = interleave<LANES / 2>(rows[i], rows[i + LANES / 2], lanes);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) rows[i] = other[i];
@@ -3868,20 +3858,21 @@ static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size
     return {buffer, AMX<X> ? steps<X>(K) : width, AMX<X>};
 }
 
-// Columns of B as the microkernel takes them, in panels of NR. at(n, step), with n a multiple of NR, is where the
-// panel's NR cells of this step lie.
-template <class CellType>
+// Columns of B as the microkernel takes them, in panels of NR
+template <class X>
 struct Panels {
-    const CellType* data;
-    size_t row, panel;  // distance between steps, between panels
+    const Cell<X>* data;
+    size_t step_stride, panel_stride;
 
-    const CellType* at(size_t n, size_t step) const { return data + n / NR * panel + step * row; }
+    const Cell<X>* at(size_t n) const { return data + n / NR * panel_stride; }  // n: a multiple of NR
+    Panels from_k(size_t k) const { return {data + k / K_PER_STEP<X> * step_stride, step_stride, panel_stride}; }
+    Panels from_n(size_t n) const { return {data + n, step_stride, panel_stride}; }  // within the first panel
 };
 
 // n columns of B where they lie if they can be read there, else packed into `buffer`, of steps(K) · round_up(n, NR)
 // cells.
 template <class X>
-static Panels<Cell<X>> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, bool in_place = true) {
+static Panels<X> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, bool in_place = true) {
     if constexpr (std::is_same_v<X, float>)
         if (in_place && !b.along_k && n % LANES == 0) return {b.data, b.stride, NR};
     pack(buffer, false, NR, b, n, K);
@@ -3897,20 +3888,19 @@ static inline void multiply_add(vec& sum, Pair a, const Pair* b) {  // sum += a.
 #endif
 
 // The microkernel: c (R, V·LANES) = or += Σ over steps of a[., step] ⊗ b[step, .]. All of c is in registers meanwhile.
-template <int R, int V, bool A_ALONG_K, class CellType>
-[[gnu::noinline]] static void microkernel(float* c, size_t ldc, const CellType* a, size_t lda, const CellType* b,
-                                          size_t ldb, size_t steps, bool add) {
+template <int R, int V, class CellType>
+[[gnu::noinline]] static void microkernel(float* c, size_t ldc, const CellType* a, size_t a_row, size_t a_step,
+                                          const CellType* b, size_t ldb, size_t steps, bool add) {
     vec sum[R][V];
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < V; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES) : vec{};
-    for (size_t step = 0; step < steps; step++, b += ldb) {
+    for (size_t step = 0; step < steps; step++, a += a_step, b += ldb) {
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < V; j++)
-                multiply_add(sum[i][j], A_ALONG_K ? a[i * lda + step] : a[step * lda + i], b + j * LANES);
+            for (int j = 0; j < V; j++) multiply_add(sum[i][j], a[i * a_row], b + j * LANES);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
@@ -3932,8 +3922,8 @@ static inline void multiply_tile(float* c, size_t ldc, Operand<CellType> a, size
         if (rows < R) return multiply_tile<R - 1, V>(c, ldc, a, rows, b, ldb, columns, steps, add);
     if constexpr (V > 1)
         if (columns <= (V - 1) * LANES) return multiply_tile<R, V - 1>(c, ldc, a, rows, b, ldb, columns, steps, add);
-    if (a.along_k) microkernel<R, V, true>(c, ldc, a.data, a.stride, b, ldb, steps, add);
-    else microkernel<R, V, false>(c, ldc, a.data, a.stride, b, ldb, steps, add);
+    const size_t a_row = a.along_k ? a.stride : 1, a_step = a.along_k ? 1 : a.stride;
+    microkernel<R, V>(c, ldc, a.data, a_row, a_step, b, ldb, steps, add);
 }
 
 #ifdef __AMX_BF16__
@@ -4030,19 +4020,16 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
                     const X* b[STREAMS];
                     vec sum[STREAMS] = {};
                     for (size_t s = 0; s < STREAMS; s++) b[s] = B.data + std::min(n0(s) + i, end - 1) * B.stride;
-                    size_t k = 0;
-                    for (; k + STEP <= K; k += STEP) {
+                    for (size_t k = 0; k < K; k += STEP) {
+                        const size_t rest = (K - k) * sizeof(X);
+                        const vec a_k = load_bytes(a + k, rest);
 #pragma GCC unroll 8
                         for (size_t s = 0; s < STREAMS; s++) {
                             __builtin_prefetch(b[s] + k + AHEAD);
-                            add_products<X>(sum[s], load_bytes(a + k, sizeof(vec)), load_bytes(b[s] + k, sizeof(vec)));
+                            add_products<X>(sum[s], a_k, load_bytes(b[s] + k, rest));
                         }
                     }
-                    for (size_t s = 0; s < STREAMS; s++) {
-                        const size_t rest = (K - k) * sizeof(X);
-                        if (k < K) add_products<X>(sum[s], load_bytes(a + k, rest), load_bytes(b[s] + k, rest));
-                        sums[s][i] = sum[s];
-                    }
+                    for (size_t s = 0; s < STREAMS; s++) sums[s][i] = sum[s];
                 }
                 for (size_t s = 0; s < STREAMS && n0(s) < end; s++) {
                     store(m, n0(s), add_up(sums[s]), std::min(columns, end - n0(s)));
@@ -4092,7 +4079,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
             Cell<X>* b_buffer = a_buffer + KC * 2 * LANES;
             for (size_t k0 = 0; k0 < K; k0 += k_chunk) {
                 const size_t k_count = std::min(K - k0, k_chunk);
-                const Panels<Cell<X>> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, !packs_B);
+                const Panels<X> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, !packs_B);
                 for (size_t m = 0; m < rows; m += high) {
                     const size_t tile_m = std::min(rows - m, high);
                     const Operand<Cell<X>> a = cells_of_A(a_buffer, A.at(m0 + m, k0), tile_m, k_count);
@@ -4110,7 +4097,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
                         for (size_t i = 0; also_read && finish && i < tile_m; i++)
                             for (size_t j = 0; j < tile_n; j += 64 / sizeof(X))  // a cache line
                                 __builtin_prefetch(also_read + (m0 + m + i) * N + n0 + n + j);
-                        multiply_tile(c, ldc, a, tile_m, b.at(n, 0), b.row, tile_n, steps<X>(k_count), add);
+                        multiply_tile(c, ldc, a, tile_m, b.at(n), b.step_stride, tile_n, steps<X>(k_count), add);
                         for (size_t i = 0; finish && i < tile_m; i++)
                             for (size_t j = 0; j < tile_n; j += LANES)
                                 store(m0 + m + i, n0 + n + j, load(c + i * ldc + j),
@@ -4184,19 +4171,13 @@ struct HeadScratch {
 
 // c (rows, columns) = or += a b over K
 template <class X>
-static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Panels<Cell<X>> b, size_t columns, size_t K,
+static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Panels<X> b, size_t columns, size_t K,
                      bool add) {
     const size_t high = tile_rows<X>(rows);
     for (size_t m = 0; m < rows; m += high)
         for (size_t n = 0; n < columns; n += NR)
-            multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, high), b.at(n, 0), b.row,
+            multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, high), b.at(n), b.step_stride,
                           std::min(columns - n, NR), steps<X>(K), add);
-}
-
-// The same panels from the step of k on
-template <class X>
-static Panels<Cell<X>> from_step(Panels<Cell<X>> b, size_t k) {
-    return {b.at(0, k / K_PER_STEP<X>), b.row, b.panel};
 }
 
 // Calls f(j0, keys, first) for the tiles of keys that n queries see, the first of them at position i0: keys from j0 on,
@@ -4214,9 +4195,9 @@ static void for_key_tiles(size_t i0, size_t n, F f) {
 // sᵀ (keys, NR), in the columns of the queries from `first` to n, whose positions begin with i0. k (keys, HS) begins
 // with j0. Query i sees key j if j ≤ i.
 template <class X>
-static void scores_tile(float* s, Operand<Cell<X>> k, Panels<Cell<X>> q, size_t keys, size_t n, size_t j0, size_t i0,
+static void scores_tile(float* s, Operand<Cell<X>> k, Panels<X> q, size_t keys, size_t n, size_t j0, size_t i0,
                         size_t first, size_t HS) {
-    multiply<X>(s + first, NR, k, keys, {q.data + first, q.row, q.panel}, n - first, HS, false);
+    multiply<X>(s + first, NR, k, keys, q.from_n(first), n - first, HS, false);
     for (size_t r = i0 + first > j0 ? i0 + first - j0 : 0; r < keys; r++)
         for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
@@ -4230,7 +4211,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
     const size_t columns = round_up(HS, NR);
     const HeadScratch<X> h(local, T, HS, false);
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
-    const Panels<Cell<X>> v_rows = cells_of_B(h.v_rows, across_k(v.data, v.stride), HS, T);
+    const Panels<X> v_rows = cells_of_B(h.v_rows, across_k(v.data, v.stride), HS, T);
 
     for (size_t i0 = 0; i0 < queries; i0 += NR) {
         const size_t n = std::min(queries - i0, NR), lanes = round_up(n, LANES);
@@ -4238,7 +4219,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
         std::fill_n(max, NR, -INFINITY);
         std::fill_n(sum, NR, 0.0f);
         std::fill_n(h.sum, NR * columns, 0.0f);  // o
-        const Panels<Cell<X>> q_cells = cells_of_B(h.q, along_k(q[i0], q.stride), n, HS);
+        const Panels<X> q_cells = cells_of_B(h.q, along_k(q[i0], q.stride), n, HS);
         for_key_tiles<X>(before + i0, n, [&](size_t j0, size_t keys, size_t first) {
             scores_tile<X>(h.s, k_cells.at(j0, 0), q_cells, keys, n, j0, before + i0, first, HS);
             for (size_t lane = first; lane < lanes; lane += LANES) {
@@ -4257,7 +4238,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
                 for (float* o_i = h.sum + i * columns; o_i < h.sum + i * columns + HS; o_i += LANES)
                     store(o_i, load(o_i) * rescale[i]);
             const Operand<Cell<X>> p = cells_of_A(h.p_rows, across_k<X>(h.p + first, NR), n - first, keys);
-            multiply<X>(h.sum + first * columns, columns, p, n - first, from_step<X>(v_rows, j0), HS, keys, true);
+            multiply<X>(h.sum + first * columns, columns, p, n - first, v_rows.from_k(j0), HS, keys, true);
         });
         for (size_t i = 0; i < n; i++)
             for (size_t d = 0; d < HS; d += LANES)
@@ -4277,7 +4258,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
     const HeadScratch<X> h(local, T, HS, true);
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
     const Operand<Cell<X>> v_cells = cells_of_A(h.v, along_k(v.data, v.stride), T, HS);
-    const Panels<Cell<X>> k_rows = cells_of_B(h.k_rows, across_k(k.data, k.stride), HS, T);
+    const Panels<X> k_rows = cells_of_B(h.k_rows, across_k(k.data, k.stride), HS, T);
     std::fill_n(h.dk_sum, round_up(T, MR<X>) * columns, 0.0f);
     std::fill_n(h.dv_sum, round_up(T, MR<X>) * columns, 0.0f);
 
@@ -4292,15 +4273,14 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
                     sums[i - lane] += load(dout[i0 + i] + d, HS - d) * load(o[i0 + i] + d, HS - d);
             store(delta + lane, add_up(sums));
         }
-        const Panels<Cell<X>> q_cells = cells_of_B(h.q, along_k(q[i0], q.stride), n, HS);
-        const Panels<Cell<X>> dout_cells = cells_of_B(h.dout, along_k(dout[i0], dout.stride), n, HS);
-        const Panels<Cell<X>> q_rows = cells_of_B(h.q_rows, across_k(q[i0], q.stride), HS, n);
-        const Panels<Cell<X>> dout_rows = cells_of_B(h.dout_rows, across_k(dout[i0], dout.stride), HS, n);
+        const Panels<X> q_cells = cells_of_B(h.q, along_k(q[i0], q.stride), n, HS);
+        const Panels<X> dout_cells = cells_of_B(h.dout, along_k(dout[i0], dout.stride), n, HS);
+        const Panels<X> q_rows = cells_of_B(h.q_rows, across_k(q[i0], q.stride), HS, n);
+        const Panels<X> dout_rows = cells_of_B(h.dout_rows, across_k(dout[i0], dout.stride), HS, n);
         std::fill_n(h.sum, NR * columns, 0.0f);  // dq
         for_key_tiles<X>(i0, n, [&](size_t j0, size_t keys, size_t first) {
             scores_tile<X>(h.s, k_cells.at(j0, 0), q_cells, keys, n, j0, i0, first, HS);
-            multiply<X>(h.dp + first, NR, v_cells.at(j0, 0), keys, {dout_cells.data + first, dout_cells.row, 0},
-                        n - first, HS, false);
+            multiply<X>(h.dp + first, NR, v_cells.at(j0, 0), keys, dout_cells.from_n(first), n - first, HS, false);
             for (size_t r = 0; r < keys; r++)
                 for (size_t lane = first; lane < lanes; lane += LANES) {
                     const size_t i = r * NR + lane;
@@ -4311,12 +4291,12 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
             // Sums over queries, dv += p do and dk += ds q; and over keys, dq += ds k
             const Operand<X> p = along_k<X>(h.p + first, NR), ds = along_k<X>(h.ds + first, NR);
             multiply<X>(h.dv_sum + j0 * columns, columns, cells_of_A(h.p_rows, p, keys, n - first), keys,
-                        from_step<X>(dout_rows, first), HS, n - first, true);
+                        dout_rows.from_k(first), HS, n - first, true);
             multiply<X>(h.dk_sum + j0 * columns, columns, cells_of_A(h.p_rows, ds, keys, n - first), keys,
-                        from_step<X>(q_rows, first), HS, n - first, true);
+                        q_rows.from_k(first), HS, n - first, true);
             const Operand<X> dsT = across_k<X>(h.ds + first, NR);
             multiply<X>(h.sum + first * columns, columns, cells_of_A(h.p_rows, dsT, n - first, keys), n - first,
-                        from_step<X>(k_rows, j0), HS, keys, true);
+                        k_rows.from_k(j0), HS, keys, true);
         });
         for (size_t i = 0; i < n; i++) std::copy_n(h.sum + i * columns, HS, dq[i0 + i]);
     }

@@ -52,13 +52,13 @@ BREAKS = {
     "attention: keys after those of the first strip": ("for_key_tiles", "j0 = end;", ""),
     "attention: pairs, a strip ends within one": (
         "for_key_tiles", "round_up(i0 + first + STRIP, PER)", "i0 + first + STRIP"),
-    "attention: scores of the strip's first query": ("scores_tile", "q.data + first", "q.data"),
+    "attention: scores of the strip's first query": ("scores_tile", "q«.from_n(first)»", ""),
     "attention: dk from the strip's first query on": (
-        "attention_head_backward", "from_step<X>(q_rows, «first»)", "0"),
+        "attention_head_backward", "q_rows.from_k(«first»)", "0"),
     "attention: one running maximum of four": ("maxima", "i < 4", "i < 3"),
     "attention: sum not rescaled": ("attention_head_forward", "load(sum + lane) «* load(rescale + lane)»", ""),
     "attention: o not rescaled": ("attention_head_forward", "load(o_i) «* rescale[i]»", ""),
-    "attention: values of the first tile's keys": ("attention_head_forward", "from_step<X>(v_rows, «j0»)", "0"),
+    "attention: values of the first tile's keys": ("attention_head_forward", "v_rows.from_k(«j0»)", "0"),
     "attention: δ of the last query of a vector": (
         "attention_head_backward", "std::min(n, lane + LANES)", "std::min(n, lane + LANES - 1)"),
     "attention: δ of channels past the last whole vector": (
@@ -85,20 +85,20 @@ BREAKS = {
     "vectors: bf16's NaN": ("rounded", "(nan & 0x7fc00000) | (~nan & up & 0xffff0000)", "up & 0xffff0000"),
     "vectors: a partial load forgets its last value": ("load", "n * sizeof *p", "(n - (n > 1)) * sizeof *p"),
     "vectors: a partial store forgets its last value": (
-        "store", "bytes, n * sizeof *p", "bytes, (n - (n > 1)) * sizeof *p"),
+        "store", "all, n * sizeof *p", "all, (n - (n > 1)) * sizeof *p"),
     "exp: 0 below": ("exp_approx", "x < zero - 87.0f ? zero :", ""),
     "exp: most above": ("exp_approx", "x > most ? most : x", "x"),
     "exp: ln 2 in one part": ("exp_approx", "- n * -2.12194440e-4f", "+ n * 2.12e-4f"),
     "threads: more than allowed": ("next", "std::min(2 * threads, most)", "2 * threads"),
     "threads: a slower trial is kept": ("next", "else threads = settled;", ""),
-    "threads: a faster trial is not kept": ("next", "faster = median < 0.95 * settled_time", "faster = false"),
+    "threads: a faster trial is not kept": ("next", "faster = !slower && median < 0.95 * settled_time", "faster = false"),
     "threads: more are never tried again": ("next", "threads == most || (threads > 1 && !fewer)", "threads > 1"),
     "threads: trials do not become rarer": ("next", "2 * interval, 512", "interval, 512"),
     "threads: a slower trial goes on": ("next", "on_trial && step > 1 && time > 1.5 * settled_time", "false"),
     "threads: slower steps bring no trial": ("next", "|| (step > 4 && median > 2 * settled_time)", ""),
     "decoding: the last columns of a stream forgotten": (
         "matmul_few_rows", "i < columns", "i + (i0 > 0) < columns"),
-    "decoding: k past the last whole vector forgotten": ("matmul_few_rows", "if (k < K)", "if (k < K && false)"),
+    "decoding: k past the last whole vector forgotten": ("matmul_few_rows", "«k < K»; k += STEP", "k + STEP <= K"),
     "decoding: the last keys forgotten": ("attention_head_decode", "(; j < keys", "(; j + 1 < keys"),
     "decoding: other values are mixed": ("depth_forward", "t = shape.before + i", "t = i"),
     "decoding: keys overwrite the first ones": ("cache_append", "k.at(b, h, s.before + i)", "k.at(b, h, i)"),
