@@ -128,13 +128,9 @@ def signal_mask(process, field, signal_number):
     return bool(int(mask, 16) >> (signal_number - 1) & 1)
 
 
-def is_open(process, path):
-    folder = f"/proc/{process.pid}/fd"
-    for name in os.listdir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            if os.readlink(f"{folder}/{name}") == str(path):
-                return True
-    return False
+def bytes_read(process):
+    with open(f"/proc/{process.pid}/io") as file:
+        return int(file.readline().split()[1])  # rchar
 
 
 def training(data, out, *more, steps=10, save_every=3):
