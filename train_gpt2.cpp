@@ -181,7 +181,7 @@ constexpr size_t SLOT_ALIGNMENT = 32;      // in elements: 64 bytes, a cache lin
 constexpr bool ALWAYS_RECOMPUTES = true;  // on a CPU, computing LayerNorm and GELU again is cheaper than keeping them
 constexpr bool COMPUTES_PADDING = false;  // logits of the vocabulary's padding: not on a CPU
 constexpr size_t CLASSIFIER_LOGITS = 1 << 22;  // logits at a time: 16 MB in fp32
-static size_t vocabulary_chunk = 4096;    // of dlogits, for the classifier's dx: 8 MB are still in L3 when read again
+static size_t vocabulary_chunk = 4096;    // columns of dlogits per product for dx: 8 MB, which stay in L3 meanwhile
 
 struct Inputs {
     int *x, *y;  // (B, T) tokens and targets
@@ -3194,7 +3194,7 @@ static void matmul_plain(Sum* c, size_t M, size_t N, size_t K, Operand<X> A, Ope
         }
 }
 
-// What to do with finished elements if no more than to store them, = or +=. With this, the microkernel sums in place.
+// Stores finished elements in an array of floats, = or +=. matmul knows this type: its microkernel then sums in place.
 struct StoreSums {
     float* c;
     size_t stride;
@@ -4061,8 +4061,8 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
     const bool packs_A = !std::is_same_v<X, float> && !(PAIRS<X> && A.along_k);
     const bool packs_B = !std::is_same_v<X, float> || B.along_k || k_chunk * B.stride > CLOSE;
-    // At least two blocks for each thread, and a number that threads can share out evenly. As each block packs its part
-    // of B, C is first cut into columns; but into rows if B is not packed, or A is.
+    // Two blocks or more for each thread where C is large enough, and a number that threads can share evenly. As each
+    // block packs its part of B, C is first cut into columns; but into rows if B is not packed, or A is.
     const bool by_rows = packs_A || !packs_B;
     const size_t T = thread_count(), panels = ceil_div(N, NR), most = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
     const size_t width = NR * (by_rows ? most : std::clamp<size_t>(panels / (2 * T), 1, most));
@@ -4114,7 +4114,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
 //
 // Attention works on tiles of up to KEYS keys and NR queries; nothing of size T × T exists. Scores are computed
 // transposed, sᵀ = k qᵀ: each of the NR lanes of a row belongs to one query, so maxima and sums over keys go lane by
-// lane. In fp32 only q and dout are packed; every other operand is read where it lies.
+// lane. In fp32 only q and dout are packed, unless HS is not a multiple of LANES.
 //
 // Online softmax (Milakov and Gimelshein 2018; FlashAttention). For each query, keep over the keys seen so far
 //     max = max_j s_j      sum = Σ_j e^(s_j - max)      o = Σ_j e^(s_j - max) v_j
@@ -4180,8 +4180,8 @@ static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Pane
                           std::min(columns - n, NR), steps<X>(K), add);
 }
 
-// Calls f(j0, keys, first) for the tiles of keys that n queries see, the first of them at position i0: keys from j0 on,
-// and the queries from `first` on. Earlier queries see none of these keys.
+// Calls f(j0, keys, first) for each tile of keys that n queries, at positions i0, i0 + 1, ..., attend to. The tile's keys
+// begin with j0; queries before `first` see none of them.
 template <class X, class F>
 static void for_key_tiles(size_t i0, size_t n, F f) {
     constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
