@@ -4180,8 +4180,8 @@ static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Pane
                           std::min(columns - n, NR), steps<X>(K), add);
 }
 
-// Calls f(j0, keys, first) for each tile of keys that n queries, at positions i0, i0 + 1, ..., attend to. The tile's keys
-// begin with j0; queries before `first` see none of them.
+// Calls f(j0, keys, first) for each tile of keys that n queries, at positions i0, i0 + 1, ..., attend to. The tile's
+// keys begin with j0; queries before `first` see none of them.
 template <class X, class F>
 static void for_key_tiles(size_t i0, size_t n, F f) {
     constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
