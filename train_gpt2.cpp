@@ -3030,8 +3030,8 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 constexpr size_t CACHE_LINE = 16;  // floats
 
 // A register of floats. GCC's and Clang's vector extension works lane by lane. The matmul's microkernel keeps ROWS × NV
-// vectors of sums in registers: with NV vectors of B and one broadcast element of A they fill the register file, and
-// ROWS·NV is more than latency times throughput of a fused multiply-add.
+// vectors of sums in registers, beside NV vectors of B and one broadcast element of A: as many as there is room for, so
+// that a multiply-add need not wait for the one before it in its sum.
 #if defined(__AVX512F__)                     // 32 registers of 16 floats
 constexpr int LANES = 16, ROWS = 14, NV = 2;
 #elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
@@ -3093,7 +3093,7 @@ static inline void store(X* p, vec v, size_t n) {  // the first n lanes
 }
 
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers
-// vectorise loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose
+// vectorize loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose
 // reciprocal is no denormal yet; NaN stays NaN.
 template <class F>
 [[gnu::always_inline]] static inline F exp_approx(F x) {
@@ -3801,20 +3801,20 @@ static inline void transpose(vec (&rows)[LANES]) {
     }
 }
 
-// The cells of a's first row from its first k on, of which `left` values remain; behind these, zeros
+// The cells of a's first row from its first k on, of which `remaining` values are left; behind these, zeros
 template <class X>
-static inline vec cells_along_k(Operand<X> a, size_t left) {
-    if constexpr (PAIRS<X>) return load_bytes(a.data, left * sizeof(X));  // a pair is two neighbours as they lie
-    else return load(a.data, left);
+static inline vec cells_along_k(Operand<X> a, size_t remaining) {
+    if constexpr (PAIRS<X>) return load_bytes(a.data, remaining * sizeof(X));  // a pair is two neighbours as they lie
+    else return load(a.data, remaining);
 }
 
-// One cell of each of a's first n rows, of whose values `left` remain; others are 0.
+// One cell of each of a's first n rows, with `remaining` values each; others are 0.
 template <class X>
-static inline vec cells_across_k(Operand<X> a, size_t left, size_t n) {
-    if (n == 0 || left == 0) return vec{};
+static inline vec cells_across_k(Operand<X> a, size_t remaining, size_t n) {
+    if (n == 0 || remaining == 0) return vec{};
     const vec low = load(a.data, n);
     if constexpr (!PAIRS<X>) return low;
-    const vec high = left > 1 ? load(a.at(0, 1).data, n) : vec{};
+    const vec high = remaining > 1 ? load(a.at(0, 1).data, n) : vec{};
     return (vec)((bits_vec)low >> 16 | (bits_vec)high);  // bf16 as float is the upper half of each lane
 }
 
@@ -3827,12 +3827,12 @@ static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n,
     for (size_t i = 0; i < high * wide; i++) {  // blocks of LANES × LANES cells, in the order in which they lie
         const size_t n0 = LANES * (a.along_k ? i / wide : i % high), step0 = LANES * (a.along_k ? i % wide : i / high);
         const size_t count = std::min<size_t>(n - std::min(n, n0), LANES);
-        auto left = [&](size_t step) { return K - std::min(K, step * PER); };
+        auto remaining = [&](size_t step) { return K - std::min(K, step * PER); };
         vec block[LANES];
 #pragma GCC unroll 16
         for (size_t j = 0; j < LANES; j++) {
-            if (!a.along_k) block[j] = cells_across_k(a.at(n0, (step0 + j) * PER), left(step0 + j), count);
-            else block[j] = j < count ? cells_along_k(a.at(n0 + j, step0 * PER), left(step0)) : vec{};
+            if (!a.along_k) block[j] = cells_across_k(a.at(n0, (step0 + j) * PER), remaining(step0 + j), count);
+            else block[j] = j < count ? cells_along_k(a.at(n0 + j, step0 * PER), remaining(step0)) : vec{};
         }
         if (a.along_k != along) transpose(block);
         Cell<X>* to = along ? out + n0 * S + step0 : out + n0 / width * width * S + step0 * width + n0 % width;
@@ -4044,8 +4044,8 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
 // small.)
 static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1
 constexpr size_t NC = 128 / NR * NR, NC_PACKED = 3 * NC;
-constexpr size_t SUMS = 1 << 17;    // a block's sums, if they have to wait for another chunk: 512 KB, half of L2
-constexpr size_t CLOSE = 1 << 16;   // a chunk of B that is read in place: 256 KB of L2, gaps included
+constexpr size_t SUMS = 1 << 17;         // a block's sums, if they have to wait for another chunk: 512 KB, half of L2
+constexpr size_t SHORT_CHUNK = 1 << 16;  // a chunk of B that is read in place spans up to 256 KB of L2, gaps included
 
 // The size of a thread's scratch memory for a product
 template <class X>
@@ -4060,28 +4060,31 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
     const bool packs_A = !std::is_same_v<X, float> && !(PAIRS<X> && A.along_k);
-    const bool packs_B = !std::is_same_v<X, float> || B.along_k || k_chunk * B.stride > CLOSE;
+    const bool packs_B = !std::is_same_v<X, float> || B.along_k || k_chunk * B.stride > SHORT_CHUNK;
     // Two blocks or more for each thread where C is large enough, and a number that threads can share evenly. As each
     // block packs its part of B, C is first cut into columns; but into rows if B is not packed, or A is.
     const bool by_rows = packs_A || !packs_B;
     const size_t T = thread_count(), panels = ceil_div(N, NR), most = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
     const size_t width = NR * (by_rows ? most : std::clamp<size_t>(panels / (2 * T), 1, most));
-    const size_t across = ceil_div(N, width);
-    size_t down = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1, by_rows ? ceil_div(2 * T, across) : 1);
-    while (across * down % T != 0 && across * down < 8 * T && M / down > 4 * MR<X>) down++;
-    const size_t height = round_up(ceil_div(M, down), AMX<X> ? MR<X> : 1);
+    const size_t column_blocks = ceil_div(N, width);
+    size_t row_blocks = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1,
+                                 by_rows ? ceil_div(2 * T, column_blocks) : 1);
+    auto blocks = [&] { return column_blocks * row_blocks; };
+    while (blocks() % T != 0 && blocks() < 8 * T && M / row_blocks > 4 * MR<X>) row_blocks++;
+    const size_t height = round_up(ceil_div(M, row_blocks), AMX<X> ? MR<X> : 1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t m0 = 0; m0 < M; m0 += height) {  // these rows of A stay in L3 while all blocks of columns use them
         for (size_t n0 = 0; n0 < N; n0 += width) {
-            const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height), high = tile_rows<X>(rows);
+            const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height);
+            const size_t tile_height = tile_rows<X>(rows);
             float* sums = local_scratch(ws);  // (rows, width), or just of one tile if K is one chunk
             Cell<X>* a_buffer = (Cell<X>*)(sums + SUMS + MR<X> * NC_PACKED);
             Cell<X>* b_buffer = a_buffer + KC * 2 * LANES;
             for (size_t k0 = 0; k0 < K; k0 += k_chunk) {
                 const size_t k_count = std::min(K - k0, k_chunk);
                 const Panels<X> b = cells_of_B(b_buffer, B.at(n0, k0), columns, k_count, !packs_B);
-                for (size_t m = 0; m < rows; m += high) {
-                    const size_t tile_m = std::min(rows - m, high);
+                for (size_t m = 0; m < rows; m += tile_height) {
+                    const size_t tile_m = std::min(rows - m, tile_height);
                     const Operand<Cell<X>> a = cells_of_A(a_buffer, A.at(m0 + m, k0), tile_m, k_count);
                     for (size_t n = 0; n < columns; n += NR) {
                         const size_t tile_n = std::min(columns - n, NR);
@@ -4173,10 +4176,10 @@ struct HeadScratch {
 template <class X>
 static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Panels<X> b, size_t columns, size_t K,
                      bool add) {
-    const size_t high = tile_rows<X>(rows);
-    for (size_t m = 0; m < rows; m += high)
+    const size_t height = tile_rows<X>(rows);
+    for (size_t m = 0; m < rows; m += height)
         for (size_t n = 0; n < columns; n += NR)
-            multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, high), b.at(n), b.step_stride,
+            multiply_tile(c + m * ldc + n, ldc, a.at(m, 0), std::min(rows - m, height), b.at(n), b.step_stride,
                           std::min(columns - n, NR), steps<X>(K), add);
 }
 
@@ -4329,13 +4332,7 @@ static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> 
         sum += p[j];
     }
     std::fill_n(sum_o, HS, 0.0f);
-    size_t j = 0;
-    for (; j + 4 <= keys; j += 4) {  // four at a time: fewer passes over sum_o
-        const X *v0 = v[j], *v1 = v[j + 1], *v2 = v[j + 2], *v3 = v[j + 3];
-        const float p0 = p[j], p1 = p[j + 1], p2 = p[j + 2], p3 = p[j + 3];
-        for (size_t d = 0; d < HS; d++) sum_o[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d];
-    }
-    for (; j < keys; j++)
+    for (size_t j = 0; j < keys; j++)
         for (size_t d = 0; d < HS; d++) sum_o[d] += p[j] * v[j][d];
     for (size_t d = 0; d < HS; d++) o[d] = sum_o[d] / sum;
 }
@@ -4375,14 +4372,18 @@ struct ThreadTrials {
 };
 
 static ThreadTrials thread_trials = {.most = 0};  // of the newest model
+static double batch_start;                        // when the newest batch was set: trials compare a step's last batch
 
-// Called once in each step
+// Called once in each step, after its last backward
 static void choose_threads() {
 #ifdef _OPENMP
-    static double last = 0;
-    const double now = seconds();
-    if (omp_get_max_threads() == thread_trials.threads) omp_set_num_threads(thread_trials.next(now - last));
-    last = now;
+    if (thread_count() == thread_trials.threads)
+        omp_set_num_threads(thread_trials.next(seconds() - batch_start));
+#endif
+}
+static void end_thread_trials() {
+#ifdef _OPENMP
+    if (thread_count() == thread_trials.threads) omp_set_num_threads(thread_trials.most);
 #endif
 }
 
@@ -4390,7 +4391,7 @@ template <class X>
 static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Results&, const Config& c,
                            const Workload& work) {
     const size_t C = c.C, HS = c.head_size(), BT = work.tokens(), BT_trained = work.train ? BT : 0;
-    if (!all.dry) thread_trials = {.most = thread_count()};
+    if (!all.dry) end_thread_trials(), thread_trials = {.most = thread_count()};
     all.take(inputs.x, BT, &Memory::activations);
     all.take(inputs.y, BT, &Memory::activations);
     size_t head = HeadScratch<X>(nullptr, work.T, HS, work.train).size;
@@ -4403,13 +4404,10 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     const size_t summed = has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp);
     all.take(ws.dx_sum, std::is_same_v<X, float> ? 0 : summed * C, &Memory::scratch);  // in fp32, dx gathers the sums
 }
-static void backend_free(Inputs&, Results&) {
-#ifdef _OPENMP
-    if (thread_trials.most > 0) omp_set_num_threads(thread_trials.most);
-#endif
-}
+static void backend_free(Inputs&, Results&) { end_thread_trials(); }
 
 static void set_inputs(Inputs& inputs, const int* x, const int* y, size_t BT, size_t) {
+    batch_start = seconds();
     std::copy_n(x, BT, inputs.x);
     std::copy_n(y, BT, inputs.y);
 }
@@ -4502,7 +4500,8 @@ static void device_init([[maybe_unused]] char** argv, bool) {
     // programs use too makes small steps many times slower. 10,000 rounds are a fraction of a millisecond: enough to
     // stay awake from one loop to the next. OpenMP reads these variables when it is loaded, so the program starts
     // itself again. (Where even this is too long, ThreadTrials finds that fewer threads are faster.)
-    if (!getenv("OMP_WAIT_POLICY")) {
+    // Not if threads are bound to processors: OpenMP has bound the first one by now, and the program would inherit that.
+    if (!getenv("OMP_WAIT_POLICY") && !getenv("OMP_PROC_BIND") && !getenv("OMP_PLACES")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "10000", 0);
         std::error_code error;

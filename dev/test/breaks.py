@@ -80,7 +80,7 @@ BREAKS = {
     "matmul: pairs, odd K of A in place": ("cells_of_A", "K % PER == 0 &&", ""),
     "matmul: pairs, odd distance of rows of A in place": ("cells_of_A", "a.stride % PER == 0 &&", ""),
     "matmul: pairs, distance of rows of A in place": ("cells_of_A", "a.stride / (a.along_k ? PER : 1)", "a.stride"),
-    "matmul: pairs, odd K across k": ("cells_across_k", "left > 1", "true"),
+    "matmul: pairs, odd K across k": ("cells_across_k", "remaining > 1", "true"),
     "vectors: bf16 rounds ties down": ("rounded", "+ (b >> 16 & 1)", ""),
     "vectors: bf16's NaN": ("rounded", "(nan & 0x7fc00000) | (~nan & up & 0xffff0000)", "up & 0xffff0000"),
     "vectors: a partial load forgets its last value": ("load", "n * sizeof *p", "(n - (n > 1)) * sizeof *p"),
