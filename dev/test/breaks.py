@@ -4,8 +4,8 @@
     dev/test/breaks.py [WORD ...]      all breaks, or those whose names contain one of the words
 
 Each break is made in a copy. `worst` is by how many times the worst of the dumps exceeds its tolerance.
-Exit status 1 if a break goes unnoticed, or if only the dumps notice it and by less than ten times. Breaks of pairs have an effect only where
-the processor multiplies pairs of bf16 (AVX-512 with bf16).
+Exit status 1 if a break goes unnoticed, or if only the dumps notice it and by less than ten times. Breaks of pairs have
+an effect only where the processor multiplies pairs of bf16 (AVX-512 with bf16).
 """
 
 import re
