@@ -1,5 +1,5 @@
 # make           builds train_gpt2 and test_gpt2
-# make run       trains a small model for a minute on this repository's text (on yours: TEXT="a.txt 'my b.txt'")
+# make run       trains a small model for a minute on Python's documentation (on yours: TEXT="a.txt 'my b.txt'")
 # make test      runs every test that needs no PyTorch; installs pytest, numpy and tiktoken into .venv
 # make gpu       builds train_gpt2cu and test_gpt2cu, if nvcc is installed
 # make bench     measures training and decoding with each attention
@@ -14,9 +14,12 @@ MAKEFLAGS += $(JOBS)
 # $(call builds,FLAGS) is "yes" if the compiler can build a program with these flags, else empty.
 builds = $(shell echo 'int main() {}' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
 # OpenMP runs loops on all cores. A trial, because clang++ accepts the flag even if its OpenMP library is missing.
-OPENMP := $(if $(call builds,-fopenmp -include omp.h),-fopenmp)
+# On macOS, from Homebrew: brew install libomp.
+LIBOMP := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+OPENMP := $(if $(call builds,-fopenmp -include omp.h),-fopenmp,$(if \
+    $(LIBOMP),-Xclang -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp))
 # This machine's instruction set. The second flag: some compilers use only half of an AVX-512 register by default.
-ARCH := -march=native $(if $(call builds,-mprefer-vector-width=512),-mprefer-vector-width=512)
+ARCH := $(if $(call builds,-march=native),-march=native,-mcpu=native) $(if $(call builds,-mprefer-vector-width=512),-mprefer-vector-width=512)
 # Not -ffast-math, which also reorders sums and ignores NaN, but its parts that keep every result well defined: sqrt
 # sets no errno, so it is one instruction; no operation traps, so a vector loop may compute both sides of a condition;
 # a * b + c is rounded once. -fopenmp-simd applies `omp simd` without OpenMP too.
@@ -51,13 +54,17 @@ test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
 .flags .flags_gpu: always
 	@echo '$(made_by)' | cmp -s - $@ || echo '$(made_by)' > $@
 
-TEXT = $(wildcard data_prep/*.py dev/*.py dev/test/*.py) train_gpt2.cpp test_gpt2.cpp
+# The prose of Python's own documentation; where Python comes without, this repository's comments.
+TEXT = data/demo.txt
+data/demo.txt: data_prep/demo_text.py
+	mkdir -p data && python3 $< $(wildcard *.cpp *.cu dev/*/*.h dev/*/*.cpp) > $@.tmp && mv $@.tmp $@
 # 0.45 million parameters, 2 million tokens. A short context trains fastest, because each position comes up more often.
-run: train_gpt2
+run: train_gpt2 $(filter data/demo.txt,$(TEXT))
 	python3 data_prep/prepare.py --tokenizer bytes --out data/demo --overwrite $(TEXT)
 	./train_gpt2 train --train 'data/demo/train_*.bin' --val 'data/demo/val_*.bin' --out run/demo --overwrite \
 	    --layers 2 --heads 4 --channels 128 --context 64 --batch 8 \
 	    --steps 4000 --lr 3e-3 --val-every 500 --val-batches 0 --save-every 500
+	@echo 'To train on text of your own: make run TEXT="mine.txt"'
 test:
 	@$(MAKE) JOBS= --no-print-directory -f dev/Makefile test-all
 bench: dev/bench/bench

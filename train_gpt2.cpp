@@ -913,6 +913,7 @@ static void device_init(char** argv, bool computes = true);
 static std::string device_name();               // "2 threads, AVX-512"
 static Precision device_precision();            // the default for --precision
 static const char* device_help();               // how the user chooses threads or the GPU
+static std::string device_build();              // what the program was compiled for: "AVX-512, OpenMP"
 static size_t device_free_memory();             // bytes that can still be allocated
 static bool device_is_host();                   // model memory is host memory
 static void device_check(const Config&, const Workload&);    // exits if the device cannot run such a model
@@ -1198,19 +1199,19 @@ struct Setting {
     const char* help;
 };
 static const Setting config_settings[] = {
-    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "layers; with the next four, the shape of a new model"},
-    {"heads", &Config::NH, SHAPE, 1, 65536, 5, nullptr, "heads per layer; channels must be a multiple of it"},
+    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "number of layers"},
+    {"heads", &Config::NH, SHAPE, 1, 65536, 5, nullptr, "attention heads per layer; must divide channels"},
     {"channels", &Config::C, SHAPE, 1, 65536, 6, nullptr, "width of the residual stream"},
-    {"context", &Config::maxT, SHAPE, 1, 1 << 20, 2, nullptr, "longest sequence"},
-    {"vocab", &Config::V, SHAPE, 1, 65536, 3, nullptr, "vocabulary size [the tokenizer's, or 50257 without one]"},
+    {"context", &Config::maxT, SHAPE, 1, 1 << 20, 2, nullptr, "maximum sequence length"},
+    {"vocab", &Config::V, SHAPE, 1, 65536, 3, nullptr, "vocabulary size [the tokenizer's, or 50257]"},
     {"skip-distance", &Config::skip_distance, SKIP, 1, 65536, 9,
-     [](const Config& c) { return std::max(1, 3 * c.L / 4); }, "skipping heads read layer l - N [3/4 of all layers]"},
+     [](const Config& c) { return std::max(1, 3 * c.L / 4); }, "skip: heads read N layers below [3/4 of layers]"},
     {"skip-heads", &Config::skip_heads, SKIP, 0, 65536, 10,
-     [](const Config& c) { return std::max(1, 3 * c.NH / 4); }, "number of heads that skip [3/4 of all heads]"},
+     [](const Config& c) { return std::max(1, 3 * c.NH / 4); }, "skip: number of such heads [3/4 of heads]"},
     {"depth-stride", &Config::depth_stride, DEPTH, 1, 65536, 11,
-     [](const Config& c) { return std::max(1, c.L / 2); }, "mix in values of every N-th layer [1/2 of all layers]"},
+     [](const Config& c) { return std::max(1, c.L / 2); }, "depth: mix in every N-th layer [half of layers]"},
     {"depth-window", &Config::depth_window, DEPTH, 0, 65536, 12,
-     [](const Config&) { return 0; }, "... and of the N layers just below [0]"},
+     [](const Config&) { return 0; }, "depth: and also the N layers just below [0]"},
 };
 
 enum Schedule { COSINE, LINEAR, CONSTANT, WSD };
@@ -1229,7 +1230,7 @@ struct Options {
     int batch = 4, sequence = 0, total_batch = 0, steps = 0;
     double lr = 6e-4, min_lr = -1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, clip = 1;
     int warmup = -1, schedule = COSINE;
-    int val_every = 100, val_batches = -1, sample_every = 0, save_every = 100;
+    int log_every = 0, val_every = 100, val_batches = -1, sample_every = 0, save_every = 100;
 
     std::string prompt, prompt_tokens;
     int tokens = 200, top_k = 0;
@@ -1275,40 +1276,41 @@ using OptionTable = std::vector<Option>;
 [[maybe_unused]] static OptionTable option_table(Options& o) {
     const int most = INT_MAX;
     OptionTable table = {
-        {"train", o.train, "GLOB", TRAIN, CHANGEABLE, "shards to train on, like 'data/train_*.bin' (quoted)"},
-        {"val", o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "shards to measure the loss on"},
-        {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, metrics.csv and tokenizer.bin"},
-        {"resume", o.resume, TRAIN, TRANSIENT, "continue from DIR/model.bin as if never stopped"},
+        {"train", o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
+        {"val", o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
+        {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, metrics.csv, tokenizer.bin"},
+        {"resume", o.resume, TRAIN, TRANSIENT, "continue the run in DIR"},
         {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
-        {"batch", o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE, FIXED, "sequences computed at a time"},
-        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [context, up to 1024]"},
-        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per step, a multiple of batch x sequence [that]"},
-        {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "on a GPU: save memory, compute cheap activations again"},
-        {"steps", o.steps, 1, most, TRAIN, FIXED, "number of updates [one pass over the training tokens]"},
+        {"batch", o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE, FIXED, "sequences per forward pass"},
+        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens per sequence [context, up to 1024]"},
+        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update [batch x sequence, or a multiple]"},
+        {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
+        {"steps", o.steps, 1, most, TRAIN, FIXED, "number of updates [one pass over the data]"},
         {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
-        {"min-lr", o.min_lr, 0, 10, TRAIN, FIXED, "learning rate of the last step [1/10 of --lr]"},
-        {"warmup", o.warmup, 0, most, TRAIN, FIXED, "steps in which the rate rises to --lr [1/20 of all steps]"},
-        {"schedule", o.schedule, schedule_names, TRAIN, FIXED, "how the rate falls then; wsd: in the last fifth"},
-        {"weight-decay", o.weight_decay, 0, 10, TRAIN, FIXED, "of AdamW, on matrices and embeddings"},
-        {"beta1", o.beta1, 0, 0.9999999, TRAIN, FIXED, "of AdamW"},
-        {"beta2", o.beta2, 0, 0.9999999, TRAIN, FIXED, "of AdamW"},
-        {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: unlimited"},
+        {"min-lr", o.min_lr, 0, 10, TRAIN, FIXED, "final learning rate [1/10 of --lr]"},
+        {"warmup", o.warmup, 0, most, TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
+        {"schedule", o.schedule, schedule_names, TRAIN, FIXED, "decay after warmup; wsd: in the last fifth"},
+        {"weight-decay", o.weight_decay, 0, 10, TRAIN, FIXED, "weight decay of matrices and embeddings"},
+        {"beta1", o.beta1, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the gradient's mean"},
+        {"beta2", o.beta2, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the squared gradient's mean"},
+        {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
+        {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between printed lines; 0: every second"},
         {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-batches", o.val_batches, 0, most, TRAIN | EVAL, CHANGEABLE, "batches in each; 0: all [20, in eval all]"},
+        {"val-batches", o.val_batches, 0, most, TRAIN | EVAL, CHANGEABLE, "batches per validation; 0: all [20; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: only at the end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "keep every checkpoint, as DIR/model_STEP.bin"},
-        {"prompt", o.prompt, "TEXT", GENERATE, TRANSIENT, "text to continue [end-of-text, or else a newline]"},
+        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each checkpoint as DIR/model_STEP.bin"},
+        {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, TRANSIENT, "text to continue [end-of-text, or a newline]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", GENERATE, TRANSIENT, "the prompt as token numbers, like 1,2,3"},
-        {"tokens", o.tokens, 0, most, GENERATE, TRANSIENT, "number of tokens to add, unless end-of-text comes first"},
-        {"temperature", o.temperature, 0, 100, GENERATE, TRANSIENT, "0: always the likeliest token"},
-        {"top-k", o.top_k, 0, 65536, GENERATE, TRANSIENT, "sample from the k likeliest tokens; 0: all"},
-        {"top-p", o.top_p, 0, 1, GENERATE, TRANSIENT, "... and from the likeliest that together reach probability p"},
-        {"model", o.model, "NAME|FILE", EVERY, FIXED, "weights, or a shape: gpt2, or gpt2-medium, -large, -xl [gpt2]"},
-        {"attention", o.attention, attention_names, EVERY, FIXED, "a model can run under any [its file's, or vanilla]"},
-        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "[tokenizer.bin beside shards or model]"},
-        {"precision", o.precision, precision_names, EVERY, FIXED, "number format of the computation"},
-        {"seed", o.seed, 0, most, EVERY, FIXED, "of initial weights, order of the data, and samples"},
+        {"tokens", o.tokens, 0, most, GENERATE, TRANSIENT, "generate up to N tokens"},
+        {"temperature", o.temperature, 0, 100, GENERATE, TRANSIENT, "0: always the most likely token"},
+        {"top-k", o.top_k, 0, 65536, GENERATE, TRANSIENT, "sample from the N most likely tokens; 0: all"},
+        {"top-p", o.top_p, 0, 1, GENERATE, TRANSIENT, "... from the fewest with total probability X"},
+        {"model", o.model, "NAME|FILE", EVERY, FIXED, "gpt2, gpt2-medium, -large, -xl, or a file [gpt2]"},
+        {"attention", o.attention, attention_names, EVERY, FIXED, "a model runs under any [its file's, or vanilla]"},
+        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "[tokenizer.bin beside the shards or the model]"},
+        {"precision", o.precision, precision_names, EVERY, FIXED, "format of weights and activations"},
+        {"seed", o.seed, 0, most, EVERY, FIXED, "random seed: weights, data order, samples"},
     };
     for (const Setting& s : config_settings) {
         o.wanted.*s.field = -1;  // not set
@@ -1372,19 +1374,19 @@ struct Command {
 [[maybe_unused]] static void generate(Options&, OptionTable&);
 [[maybe_unused]] static void describe(Options&, OptionTable&);
 static const Command commands[] = {
-    {"train", TRAIN, train, "trains from random weights, from a model, or from where it stopped",
-     "It keeps the newest complete checkpoint in DIR/model.bin and a row per step in DIR/metrics.csv. Ctrl-C finishes\n"
-     "the step and its validation, and saves; a second Ctrl-C ends at once. --resume takes options that are not given\n"
-     "from the checkpoint. How often to validate, save and sample may change, and --train and --val may name other\n"
-     "places where the shards have as many tokens. All other options must stay as they were, --steps too, since the\n"
-     "learning rate depends on it."},
-    {"eval", EVAL, eval, "measures loss, perplexity and bits per byte of a model on shards",
-     "It needs --model FILE and --val GLOB."},
-    {"generate", GENERATE, generate, "writes text: a prompt, and how the model continues it",
-     "It needs --model FILE. It stops after --tokens, or when the model ends the text. Without a tokenizer it writes\n"
-     "token numbers. When the context is full, its second half is read again from position 0."},
-    {"describe", DESCRIBE, describe, "shows a model's tensors and what each attention costs",
-     "Memory is that of training with --batch and --sequence, and of generating one text."},
+    {"train", TRAIN, train, "trains a new or an existing model, or resumes a run",
+     "DIR/model.bin is always the newest complete checkpoint; DIR/metrics.csv has one\n"
+     "row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at\n"
+     "once. --resume takes all options from the checkpoint. You may change how often\n"
+     "it prints, validates, samples and saves, and where the shards lie. Nothing else\n"
+     "may change, not even --steps, since the learning rate depends on it."},
+    {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
+    {"generate", GENERATE, generate, "continues a prompt",
+     "Needs --model FILE. Generation stops after --tokens, or at end-of-text. Without\n"
+     "a tokenizer it prints token numbers. When the context is full, its second half\n"
+     "is processed again from position 0."},
+    {"describe", DESCRIBE, describe, "shows a model's tensors, FLOPs and memory",
+     "Memory is for training with --batch and --sequence, and for generating one text."},
 };
 
 static void print_options(FILE* out, const OptionTable& table, bool common) {
@@ -1404,16 +1406,17 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         print_options(out, table, false);
         fprintf(out, "\n");
     } else {
-        fprintf(out, "%s COMMAND [--option value]...\nGPT-2 with three attentions.\n\nCommands\n", program);
+        fprintf(out, "%s COMMAND [--option value]...\nTrains GPT-2 with three attentions.\n\nCommands\n", program);
         for (const Command& c : commands) fprintf(out, "  %-26s%s\n", c.name, c.summary);
-        fprintf(out, "  %-26s%s\n\n", "COMMAND --help", "lists its options");
+        fprintf(out, "  %-26s%s\n", "COMMAND --help", "lists its options");
+        fprintf(out, "  %-26s%s\n\n", "--version", "what this program was built for");
     }
     fprintf(out, "Options of every command\n");
     print_options(out, table, true);
-    fprintf(out, "\n%s Exit status: 0, or 1 with one line that says what is wrong.\n", device_help());
+    fprintf(out, "\n%s Exit status: 0, or 1 after an error.\n", device_help());
 }
 
-static bool is_help(const std::string& word) { return word == "--help" || word == "-h"; }
+static bool is_help(const std::string& word) { return word == "--help" || word == "-h" || word == "help"; }
 
 // Sets the options that the words of a command line give. Returns false if one of the words is --help.
 static bool parse_options(OptionTable& table, const std::vector<std::string>& words, const char* command,
@@ -1422,7 +1425,8 @@ static bool parse_options(OptionTable& table, const std::vector<std::string>& wo
         const std::string& word = words[i];
         if (is_help(word)) return false;
         if (!word.starts_with("--"))
-            die("'%s' is not an option; put quotes around a GLOB, and around a TEXT with spaces", word.c_str());
+            die("'%s' is not an option: options begin with --; put patterns, and texts with spaces, in quotes",
+                word.c_str());
         const std::string name = split(word.substr(2), '=')[0];
         Option* o = find_option(table, name);
         if (!o) {
@@ -1582,11 +1586,19 @@ static void write_file(OutputFile& f, const void* data, size_t n) {
     }
 }
 
+// Returns once the file is on the disk.
+static int sync_to_disk(int fd) {
+#ifdef F_FULLFSYNC  // macOS, where fsync leaves data in the disk's own cache
+    if (fcntl(fd, F_FULLFSYNC) == 0) return 0;
+#endif
+    return fsync(fd);
+}
+
 static void commit_file(OutputFile& f) {
-    if (fsync(f.fd) != 0 || close(f.fd) != 0 || rename(f.temporary.c_str(), f.path.c_str()) != 0) die_writing(f);
+    if (sync_to_disk(f.fd) != 0 || close(f.fd) != 0 || rename(f.temporary.c_str(), f.path.c_str()) != 0) die_writing(f);
     int folder = open(folder_of(f.path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (folder < 0) return;
-    fsync(folder);  // the new name has to reach the disk, too
+    sync_to_disk(folder);  // the new name, too
     close(folder);
 }
 
@@ -1644,7 +1656,7 @@ static Tokenizer read_tokenizer(const std::string& path) {
         at += 1 + length;
     }
     if (appendix < 0 || f.size != at + appendix)
-        die("%s: damaged: %zu bytes, but header and tokens ask for %zu", name, f.size, at + appendix);
+        die("%s: damaged: %zu bytes, but its header and tokens say %zu", name, f.size, at + appendix);
     if (end_of_text >= 0 && end_of_text < n) t.end_of_text = end_of_text;
     return t;
 }
@@ -1662,16 +1674,20 @@ static size_t utf8_length(uint8_t first) {
     return first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
 }
 
+// Whether some tokens are longer than a byte or a character, as in GPT-2's byte pair encoding
+static bool has_merges(const Tokenizer& t) {
+    for (size_t i = 0; i < t.tokens.size(); i++)
+        if ((int)i != t.end_of_text && t.tokens[i].size() != 1 && t.tokens[i].size() != utf8_length(t.tokens[i][0]))
+            return true;
+    return false;
+}
+
 static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
     if (!t.known()) die("--prompt needs a tokenizer: name one with --tokenizer, or use --prompt-tokens");
+    if (has_merges(t)) die("%s: text cannot be encoded, since this file holds no merges; use --prompt-tokens", t.path.c_str());
     std::map<std::string, int> token_of;
-    for (size_t i = 0; i < t.tokens.size(); i++) {
-        const std::string& token = t.tokens[i];
-        if ((int)i == t.end_of_text) continue;  // in a prompt, its letters are text
-        if (token.size() != 1 && token.size() != utf8_length(token[0]))
-            die("%s: encoding text takes merges, which it does not hold; use --prompt-tokens", t.path.c_str());
-        token_of.emplace(token, i);
-    }
+    for (size_t i = 0; i < t.tokens.size(); i++)
+        if ((int)i != t.end_of_text) token_of.emplace(t.tokens[i], i);  // in a prompt, its letters are text
     std::vector<int> tokens;
     for (size_t at = 0; at < text.size();) {
         size_t length = 4;  // the longest match; a character has at most 4 bytes
@@ -1790,7 +1806,7 @@ static std::vector<Shard> open_shards(const char* option, const std::vector<std:
             s.begin = HEADER_BYTES;
             s.tokens = (uint32_t)header[2];
             size_t bytes = HEADER_BYTES + 2 * s.tokens;
-            if (f.size != bytes) die("%s: damaged: %zu bytes, but its header asks for %zu", name, f.size, bytes);
+            if (f.size != bytes) die("%s: damaged: %zu bytes, but its header says %zu", name, f.size, bytes);
         } else {
             check_headerless(name, f.size, header);
             headerless++;
@@ -2028,7 +2044,7 @@ static ModelFile open_model(const std::string& path) {
     m.values = parameter_count(m.config);
     size_t least = state_begin(m) + (m.trailer ? TRAILER_BYTES : 0);
     if (m.file.size < least || (!m.trailer && m.file.size != least))
-        die("%s: truncated or damaged: %zu bytes, but its header asks for %zu", name, m.file.size, least);
+        die("%s: truncated or damaged: %zu bytes, but its header says %zu", name, m.file.size, least);
     m.state_bytes = m.file.size - least;
     return m;
 }
@@ -2482,6 +2498,7 @@ struct Run {
     uint64_t epoch = 0, position = 0;  // of the loader, after the batches of these updates
     Evaluation validation = {};        // the last one
     FILE* metrics = nullptr;
+    double shown = -INFINITY;          // when a step's line was printed last, in seconds()
 
     std::string path(const std::string& name) const { return o.out + "/" + name; }
 };
@@ -2552,7 +2569,7 @@ static std::vector<Shard> open_run_shards(Run& run, const char* option, const st
     std::vector<Shard> shards = open_shards(option, paths, run.o.sequence);
     const std::string remembered = run.state[std::string(option) + " shards"];
     if (!remembered.empty() && remembered != shard_sizes(shards))
-        die("--%s: the shards' lengths are not those of %s: these are other data", option,
+        die("--%s: the shards' lengths are not those of %s: this is other data", option,
             run.path("model.bin").c_str());
     return shards;
 }
@@ -2599,12 +2616,17 @@ static void next_batch(Run& run) {
     model_set_inputs(run.model, run.x.data(), run.y.data());
 }
 
-static bool can_sample(const Run& run) { return run.tokenizer.known() && start_token(run.tokenizer, run.c.V) >= 0; }
+// What samples begin with: --prompt or else the start token; {-1} if there is none.
+static std::vector<int> sample_prompt(const Run& run) {
+    if (!run.o.prompt.empty()) return encode(run.tokenizer, run.o.prompt);
+    return {run.tokenizer.known() ? start_token(run.tokenizer, run.c.V) : -1};
+}
+static bool can_sample(const Run& run) { return sample_prompt(run)[0] >= 0; }
 
 static void print_sample(const Run& run) {
     show_line(format("sample after step %d:", run.step), true);
     Random r = random_stream(run.o.seed, SAMPLES, run.step);
-    generate_text(run.model, run.c, run.o, run.tokenizer, {start_token(run.tokenizer, run.c.V)}, r);
+    generate_text(run.model, run.c, run.o, run.tokenizer, sample_prompt(run), r);
 }
 
 static void print_start(const Run& run, size_t memory_needed) {
@@ -2622,13 +2644,15 @@ static void print_start(const Run& run, size_t memory_needed) {
     if (!run.val.empty()) printf("validation %s\n", shards_text(run.val).c_str());
     printf("machine    %s, in %s; %s of memory needed, %s free\n", device_name().c_str(), precision_names[o.precision],
            mebibytes(memory_needed).c_str(), mebibytes(device_free_memory()).c_str());
-    printf("options   ");  // except those of the model, which the lines above describe
+    std::string line = "options   ";  // except those of the model, which the lines above describe
     for (const Option& option : run.table) {
         std::string value = value_text(option);
         if (option.text || value.empty() || option.commands == EVERY || option.persistence == TRANSIENT) continue;
-        printf(" %s %s", option.name, value.c_str());
+        const std::string word = format(" %s %s", option.name, value.c_str());
+        if (line.size() + word.size() > 80) printf("%s\n", line.c_str()), line = format("%10s", "");
+        line += word;
     }
-    printf("\n\n");
+    printf("%s\n\n", line.c_str());
     fflush(stdout);
 }
 
@@ -2705,7 +2729,7 @@ static void open_folder(Run& run) {
     if (run.folder < 0) {
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
-        if (error) die("--out %s cannot be made: %s", o.out.c_str(), error.message().c_str());
+        if (error) die("--out %s cannot be created: %s", o.out.c_str(), error.message().c_str());
         check_folder(run);  // again, since another process may have been faster
     }
     if (run.tokenizer.known()) write_whole(run.path("tokenizer.bin"), run.tokenizer.content);
@@ -2722,10 +2746,12 @@ static bool is_due(int every, const Run& run) {
 static void save_run(Run& run) {
     const int step = run.step;
     std::error_code error;
-    if (!std::filesystem::equivalent(run.o.out, format("/proc/self/fd/%d", run.folder), error))
+    struct stat opened, named;
+    if (fstat(run.folder, &opened) != 0 || stat(run.o.out.c_str(), &named) != 0 || opened.st_ino != named.st_ino ||
+        opened.st_dev != named.st_dev)
         die("--out %s: the folder was removed or replaced during the run; step %d could not be saved",
             run.o.out.c_str(), step);
-    fsync(fileno(run.metrics));  // the rows up to this step will not be written again
+    sync_to_disk(fileno(run.metrics));  // the rows up to this step will not be written again
     const State state = run_state(run);
     write_checkpoint(run.path("model.bin"), run.model, run.c, state);
     run.saved = step;
@@ -2743,7 +2769,8 @@ static void check_finite(const Run& run, const char* what, double value) {
         std::isnan(value) ? "NaN" : "infinite", run.step, run.path("model.bin").c_str(), run.saved);
 }
 
-// Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv.
+// Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. In a pipe or a file,
+// as --log-every says, or a line a second.
 static void log_step(Run& run, double loss, double norm, double lr, double step_seconds, double seconds_left) {
     const Options& o = run.o;
     const int step = run.step;
@@ -2759,7 +2786,11 @@ static void log_step(Run& run, double loss, double norm, double lr, double step_
         line += format("  val %.4f", run.validation.loss);
         val_loss = format("%.9g", run.validation.loss);
     }
-    show_line(line, validates || step == o.steps);
+    const bool stays = validates || step == o.steps || (o.log_every > 0 && step % o.log_every == 0);
+    if (stays || on_terminal() || (o.log_every == 0 && seconds() >= run.shown + 1)) {
+        show_line(line, stays);
+        run.shown = seconds();
+    }
     fprintf(run.metrics, "%d,%.9g,%s,%.9g,%.9g,%.2f,%.0f\n", step, loss, val_loss.c_str(), lr, norm, ms, rate);
     if (fflush(run.metrics) != 0) die("%s: %s", run.path("metrics.csv").c_str(), strerror(errno));
 }
@@ -2795,7 +2826,9 @@ static void train_steps(Run& run) {
 }
 
 static void on_signal(int) {
+    static const char text[] = "\nfinishing the step, then saving; Ctrl-C again stops at once\n";
     if (interrupts++ > 0) _exit(130);
+    if (isatty(STDERR_FILENO)) (void)!write(STDERR_FILENO, text, sizeof text - 1);
 }
 
 static void print_end(const Run& run, double run_seconds) {
@@ -2812,9 +2845,9 @@ static void print_end(const Run& run, double run_seconds) {
                run.validation.loss, commas(run.validation.tokens).c_str(), run.validation.entropy);
     if (can_sample(run) && interrupts == 0) print_sample(run);
     const std::string path = run.path("model.bin");
-    printf("\ncheckpoint %s; to generate more text:\n    %s generate --model %s --seed %d%s\n", path.c_str(),
-           o.program.c_str(), path.c_str(), o.seed + 1,
-           start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : "");
+    const bool takes_text = run.tokenizer.known() && !has_merges(run.tokenizer);
+    printf("\ncheckpoint %s; to let it continue a text:\n    %s generate --model %s %s\n", path.c_str(),
+           o.program.c_str(), path.c_str(), takes_text ? "--prompt \"The \"" : "--prompt-tokens 0");
 }
 
 static void train(Options& o, OptionTable& table) {
@@ -2964,6 +2997,8 @@ static void describe(Options& o, OptionTable&) {
 // --------------------------------------------------------------------------------------------------------------------
 // The command line
 
+static const char* const RELEASE = "0.9";
+
 // Runs the command that argv names.
 [[maybe_unused]] static int run_program(int argc, char** argv) {
     Options o;
@@ -2984,6 +3019,7 @@ static void describe(Options& o, OptionTable&) {
         print_help(word.empty() ? stderr : stdout, argv[0], table, nullptr);
         return word.empty();
     }
+    if (word == "--version") return printf("gpt2x3 %s: %s; fp32 and bf16\n", RELEASE, device_build().c_str()) < 0;
     std::string help = format("see %s --help", argv[0]);
     if (!command && word[0] == '-') die("the first word must be a command; %s", help.c_str());
     if (!command) die("there is no command %s; %s", word.c_str(), did_you_mean(word, names, "", help).c_str());
@@ -3014,6 +3050,10 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#include <mach/mach.h>
+#endif
 #include <sys/mman.h>
 
 // ====================================================================================================================
@@ -3030,15 +3070,15 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 constexpr size_t CACHE_LINE = 16;  // floats
 
 // A register of floats. GCC's and Clang's vector extension works lane by lane. The matmul's microkernel keeps ROWS × NV
-// vectors of sums in registers, beside NV vectors of B and one broadcast element of A: as many as there is room for, so
-// that a multiply-add need not wait for the one before it in its sum.
+// vectors of sums in registers, beside NV vectors of B and one broadcast element of A: as many as fit, so that enough
+// independent sums hide the latency of a multiply-add.
 #if defined(__AVX512F__)                     // 32 registers of 16 floats
 constexpr int LANES = 16, ROWS = 14, NV = 2;
 #elif defined(__AVX2__) && defined(__FMA__)  // 16 registers of 8
 constexpr int LANES = 8, ROWS = 6, NV = 2;
 #elif defined(__ARM_NEON)                    // 32 registers of 4
 constexpr int LANES = 4, ROWS = 8, NV = 3;
-#else                                        // x86-64 at its plainest: 16 registers of 4
+#else                                        // baseline x86-64: 16 registers of 4
 constexpr int LANES = 4, ROWS = 4, NV = 2;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), may_alias));
@@ -3094,7 +3134,7 @@ static inline void store(X* p, vec v, size_t n) {  // the first n lanes
 
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers
 // vectorize loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose
-// reciprocal is no denormal yet; NaN stays NaN.
+// reciprocal is still a normal number; NaN stays NaN.
 template <class F>
 [[gnu::always_inline]] static inline F exp_approx(F x) {
     using Bits = std::conditional_t<std::is_same_v<F, float>, uint32_t, bits_vec>;
@@ -3156,6 +3196,7 @@ static int thread_count() {
 #endif
 }
 static void choose_threads();  // for the next step (in "The machine")
+static double pass_start;       // when the newest forward pass began
 static float* local_scratch(const Workspace& ws) { return ws.local + thread_id() * ws.local_size; }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -3208,7 +3249,7 @@ struct StoreSums {
 
 // The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the
 // finished elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ... If it
-// reads another (M, N) array, pass it as also_read, and it is prefetched.
+// reads another (M, N) array, pass it as also_read, and it is prefetched. M, N and K are at least 1.
 template <class X, class Store>
 static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
                    const X* also_read = nullptr);
@@ -3262,11 +3303,15 @@ template <class X>
 static void linear_backward_input(const Workspace& ws, X* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC,
                                   size_t lddy, bool first, bool last) {
     const Operand<X> A = along_k(dy, lddy), B = across_k(w, C);
-    if constexpr (std::is_same_v<X, float>) return matmul(ws, rows, C, OC, A, B, StoreSums{dx, C, !first});
-    if (!last) return matmul(ws, rows, C, OC, A, B, StoreSums{ws.dx_sum, C, !first});
-    matmul(ws, rows, C, OC, A, B, [=](size_t m, size_t n, vec dyw, size_t count) {
-        store(dx + m * C + n, first ? dyw : load(ws.dx_sum + m * C + n, count) + dyw, count);
-    });
+    if constexpr (std::is_same_v<X, float>) {
+        matmul(ws, rows, C, OC, A, B, StoreSums{dx, C, !first});
+    } else if (!last) {
+        matmul(ws, rows, C, OC, A, B, StoreSums{ws.dx_sum, C, !first});
+    } else {
+        matmul(ws, rows, C, OC, A, B, [=](size_t m, size_t n, vec dyw, size_t count) {
+            store(dx + m * C + n, first ? dyw : load(ws.dx_sum + m * C + n, count) + dyw, count);
+        });
+    }
 }
 
 template <class X>
@@ -3300,6 +3345,7 @@ static void linear_backward_weight(const Workspace& ws, float* dw, float* db, co
 
 template <class X>
 static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wpe, size_t B, size_t T, size_t C) {
+    pass_start = seconds();
 #pragma omp parallel for schedule(static) if (B * T > 1)
     for (size_t bt = 0; bt < B * T; bt++) {
         const X *token = wte + tokens[bt] * C, *position = wpe + bt % T * C;
@@ -3843,8 +3889,8 @@ static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n,
 }
 
 // n rows of A as the microkernel takes them: where they lie, or packed into `buffer`, of steps(K) · round_up(n,
-// 2·LANES) cells. It packs pairs that are not neighbours or not whole, bf16 that must become float, and for AMX rows
-// that do not fill its tiles.
+// 2·LANES) cells. Packed are: pairs whose two values are not neighbours, or an odd K; bf16 on processors without pairs;
+// with AMX, rows or steps that do not fill whole tiles.
 template <class X>
 static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
@@ -3908,8 +3954,8 @@ template <int R, int V, class CellType>
         for (int j = 0; j < V; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
 
-// How many rows the tiles have that `rows` are cut into: at most MR, and all about the same, since a tile of very few
-// has too few sums to hide the latency of a multiply-add.
+// Rows per tile. `rows` are split evenly into tiles of at most MR: a tile of only a few rows has too few sums to hide the
+// latency of a multiply-add.
 template <class X> constexpr size_t tile_rows(size_t rows) {
     return AMX<X> ? MR<X> : ceil_div(rows, ceil_div(rows, MR<X>));
 }
@@ -4043,7 +4089,7 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
 // NC_PACKED wide where A is packed, since every block packs it again. (KC is a variable, since the tests make it
 // small.)
 static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1
-constexpr size_t NC = 128 / NR * NR, NC_PACKED = 3 * NC;
+constexpr size_t NC = 128 / NR * NR, NC_PACKED = 3 * NC;  // KC x NC of B are 197 KB, of 1 MB of L2
 constexpr size_t SUMS = 1 << 17;         // a block's sums, if they have to wait for another chunk: 512 KB, half of L2
 constexpr size_t SHORT_CHUNK = 1 << 16;  // a chunk of B that is read in place spans up to 256 KB of L2, gaps included
 
@@ -4064,13 +4110,13 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     // Two blocks or more for each thread where C is large enough, and a number that threads can share evenly. As each
     // block packs its part of B, C is first cut into columns; but into rows if B is not packed, or A is.
     const bool by_rows = packs_A || !packs_B;
-    const size_t T = thread_count(), panels = ceil_div(N, NR), most = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
-    const size_t width = NR * (by_rows ? most : std::clamp<size_t>(panels / (2 * T), 1, most));
+    const size_t threads = thread_count(), panels = ceil_div(N, NR), most = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
+    const size_t width = NR * (by_rows ? most : std::clamp<size_t>(panels / (2 * threads), 1, most));
     const size_t column_blocks = ceil_div(N, width);
     size_t row_blocks = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1,
-                                 by_rows ? ceil_div(2 * T, column_blocks) : 1);
+                                 by_rows ? ceil_div(2 * threads, column_blocks) : 1);
     auto blocks = [&] { return column_blocks * row_blocks; };
-    while (blocks() % T != 0 && blocks() < 8 * T && M / row_blocks > 4 * MR<X>) row_blocks++;
+    while (blocks() % threads != 0 && blocks() < 8 * threads && M / row_blocks > 4 * MR<X>) row_blocks++;
     const size_t height = round_up(ceil_div(M, row_blocks), AMX<X> ? MR<X> : 1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t m0 = 0; m0 < M; m0 += height) {  // these rows of A stay in L3 while all blocks of columns use them
@@ -4127,7 +4173,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
 // In the code s is q·k alone: the factor scale = 1/√HS enters at the exponential, p_j = e^(scale·s_j - lse), and in
 // backward is already part of ds.
 
-template <class X> constexpr size_t KEYS = 8 * MR<X>;
+template <class X> constexpr size_t KEYS = 8 * MR<X>;  // scores of 112 keys and 32 queries: 14 KB, which stay in L1
 
 // A thread's scratch memory for one head of T keys, laid out from `local` on
 template <class X>
@@ -4251,7 +4297,8 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
 }
 
 // Tile by tile, p is computed again from lse. The sum in ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij') runs over a whole
-// row, but equals do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, which is known before.
+// row, but equals do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, which is known before the
+// first tile.
 template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
                                     Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
@@ -4347,7 +4394,8 @@ struct ThreadTrials {
     int most, threads = most, settled = most;  // allowed; in use; the best found so far, which trials are compared with
     int step = 0, interval = 16;               // steps since `threads` changed; steps to the next trial
     bool fewer = false;                        // whether the last trial used fewer threads
-    double times[3] = {}, settled_time = INFINITY;  // seconds: the last three steps; their median before the trial
+    double times[3] = {};                      // of the last three steps, in seconds
+    double settled_time = INFINITY;            // their median before the trial
 
     // The number of threads for the next step, after one that took `time`
     int next(double time) {
@@ -4372,18 +4420,19 @@ struct ThreadTrials {
 };
 
 static ThreadTrials thread_trials = {.most = 0};  // of the newest model
-static double batch_start;                        // when the newest batch was set: trials compare a step's last batch
 
-// Called once in each step, after its last backward
+// Called once in each step, after its last backward. Trials compare the forward and backward pass of a step's last
+// batch.
 static void choose_threads() {
 #ifdef _OPENMP
     if (thread_count() == thread_trials.threads)
-        omp_set_num_threads(thread_trials.next(seconds() - batch_start));
+        omp_set_num_threads(thread_trials.next(seconds() - pass_start));
 #endif
 }
 static void end_thread_trials() {
 #ifdef _OPENMP
     if (thread_count() == thread_trials.threads) omp_set_num_threads(thread_trials.most);
+    thread_trials = {.most = thread_trials.most};
 #endif
 }
 
@@ -4407,7 +4456,6 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
 static void backend_free(Inputs&, Results&) { end_thread_trials(); }
 
 static void set_inputs(Inputs& inputs, const int* x, const int* y, size_t BT, size_t) {
-    batch_start = seconds();
     std::copy_n(x, BT, inputs.x);
     std::copy_n(y, BT, inputs.y);
 }
@@ -4436,7 +4484,8 @@ static void host_parallel_for(size_t n, F f) {
     for (size_t i = 0; i < n; i++) f(i);
 }
 
-// Reads up to two numbers from the start of a system file. Numbers that are missing keep their values.
+// Reads up to two numbers from the start of a system file. If it begins with a word ("max": no
+// limit), the first becomes 0; without the file, nothing changes.
 static void read_numbers(const char* path, double& first, double& second) {
     FILE* file = fopen(path, "r");
     if (!file) return;
@@ -4501,12 +4550,18 @@ static void device_init([[maybe_unused]] char** argv, bool) {
     // stay awake from one loop to the next. OpenMP reads these variables when it is loaded, so the program starts
     // itself again. (Where even this is too long, ThreadTrials finds that fewer threads are faster.)
     // Not if threads are bound to processors: OpenMP has bound the first one by now, and the program would inherit that.
-    if (!getenv("OMP_WAIT_POLICY") && !getenv("OMP_PROC_BIND") && !getenv("OMP_PLACES")) {
+    const bool bound = getenv("OMP_PROC_BIND") || getenv("OMP_PLACES") || getenv("GOMP_CPU_AFFINITY");
+    if (!getenv("OMP_WAIT_POLICY") && !bound) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "10000", 0);
+#ifdef __APPLE__
+        char self[PATH_MAX];
+        uint32_t size = sizeof self;
+        if (_NSGetExecutablePath(self, &size) == 0) execv(self, argv);
+#else
         std::error_code error;
-        std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-        execv(self.c_str(), argv);
+        execv(std::filesystem::read_symlink("/proc/self/exe", error).c_str(), argv);
+#endif
     }
     if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
         double quota = 0, period = 100000, unused;
@@ -4525,6 +4580,13 @@ static std::string device_name() {
     return std::to_string(thread_count()) + (thread_count() == 1 ? " thread, " : " threads, ") + instruction_set;
 }
 
+static std::string device_build() {
+#ifdef _OPENMP
+    return instruction_set + std::string(", OpenMP");
+#else
+    return instruction_set + std::string(", no OpenMP: one thread");
+#endif
+}
 static Precision device_precision() { return FP32; }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
@@ -4542,6 +4604,12 @@ static double number_after(const char* path, const char* word, double otherwise)
 // Memory available without swapping, or what is left of the container's limit if that is less. File caches count as
 // free.
 static size_t device_free_memory() {
+#ifdef __APPLE__
+    vm_statistics64 pages = {};
+    mach_msg_type_number_t count = HOST_VM_INFO64_COUNT;
+    host_statistics64(mach_host_self(), HOST_VM_INFO64, (host_info64_t)&pages, &count);
+    return (pages.free_count + pages.inactive_count + (size_t)pages.purgeable_count) * getpagesize();
+#endif
     double free_bytes = 1024 * number_after("/proc/meminfo", "MemAvailable:", 1e15);
     const struct { const char *limit, *used, *stat; } groups[] = {
         {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},

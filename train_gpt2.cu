@@ -2077,6 +2077,7 @@ static void device_init(char**, bool computes) {
 
 static std::string device_name() { return gpu.name; }
 static Precision device_precision() { return BF16; }
+static std::string device_build() { return "CUDA " + std::to_string(CUDART_VERSION / 1000); }
 static const char* device_help() { return "CUDA_VISIBLE_DEVICES chooses the GPU; the default is the first one."; }
 
 // Less a reserve: the code of kernels, above all cuBLASLt's, is loaded when it is first used, and cudaMalloc rounds up.

@@ -5,7 +5,8 @@
 #
 #     make -C dev test-builds
 #
-# Debian has all of it: apt-get install clang libomp-dev g++-aarch64-linux-gnu qemu-user
+# Debian has nearly all of it: apt-get install clang libomp-dev g++-aarch64-linux-gnu qemu-user. Programs for macOS are
+# only built: with the cross compiler in PyPI's ziglang (.venv/bin/pip install ziglang).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 checkout=$PWD folder=$(mktemp -d) bad=0
@@ -55,4 +56,12 @@ for CXX in g++ clang++; do
 done
 found aarch64-linux-gnu-g++ aarch64 && found qemu-aarch64 aarch64 &&
     tested "qemu-aarch64 -L /usr/aarch64-linux-gnu" test_gpt2 CXX=aarch64-linux-gnu-g++ ARCH=-march=armv8-a
+zig=$(for python in "$checkout/.venv/bin/python" python3; do
+    "$python" -m ziglang version >/dev/null 2>&1 && echo "$python -m ziglang c++" && break
+done)
+[ -n "$zig" ] || echo "PyPI's ziglang is not installed: macOS left out"
+for target in ${zig:+aarch64-macos x86_64-macos}; do
+    builds "$target" "train_gpt2 test_gpt2" CXX="$zig -target $target" ARCH= OPENMP= || continue
+    line "$target" "$warnings warnings, $(file -b test_gpt2 | cut -c 1-40)" '0 warnings, Mach-O 64-bit *'
+done
 [ $bad = 0 ]

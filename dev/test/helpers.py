@@ -137,7 +137,7 @@ def training(data, out, *more, steps=10, save_every=3):
     """The arguments of a short run. What stands in `more` replaces the option's value here."""
     options = {"--train": f"{data}/train_*.bin", "--val": f"{data}/val_*.bin", "--out": out,
                **dict(zip(SHAPE[::2], SHAPE[1::2])), "--total-batch": 2 * BATCH * SEQUENCE, "--steps": steps,
-               "--lr": "3e-3", "--val-every": 4, "--save-every": save_every}
+               "--lr": "3e-3", "--log-every": 1, "--val-every": 4, "--save-every": save_every}
     kept = [word for name, value in options.items() if name not in more for word in (name, value)]
     return ["train", *kept, *more]
 

@@ -122,11 +122,24 @@ def test_help_is_no_error(each_build, args):
     said = each_build.run(*args)
     assert "--attention" in said
     assert ("--lr " in said) == (args[0] == "train")
+    assert max(map(len, said.replace(str(each_build.path), "./train_gpt2").splitlines())) <= 80
+
+
+def test_version(each_build):
+    assert re.fullmatch(r"gpt2x3 [\d.]+: .+; fp32 and bf16\n", each_build.run("--version"))
 
 
 def test_model_too_large_for_memory(each_build, data, tmp_path):
     out = tmp_path / "out"
     each_build.fails(*training(data, out, "--layers", 1000, "--channels", 16384, "--heads", 64), says="of memory")
+    assert not out.exists()
+
+
+def test_prompt_of_samples_is_checked_first(each_build, data, tmp_path):
+    tokenizer = tmp_path / "tokenizer.bin"
+    write_tokenizer(tokenizer, [bytes([i]) for i in range(97, 97 + 26)])
+    out = tmp_path / "out"
+    each_build.fails(*training(data, out, "--tokenizer", tokenizer, "--prompt", "Oh"), says="--prompt: 'O' at byte 0")
     assert not out.exists()
 
 
@@ -149,19 +162,19 @@ def test_glob_that_matches_no_file(each_build, data, tmp_path, option, path, say
 def test_glob_without_quotes(each_build, data, tmp_path):
     """The shell then makes several words of it."""
     args = ["train", "--train", data / "train_0.bin", data / "train_1.bin", "--out", tmp_path / "out"]
-    each_build.fails(*args, says="put quotes around")
+    each_build.fails(*args, says="put patterns, and texts with spaces, in quotes")
 
 
 GOOD_SHARD = header(SHARD_MAGIC, 1, 100) + tokens_bytes(range(100))
 BAD_SHARDS = {
     "empty": (b"", "is empty"),
-    "header cut": (GOOD_SHARD[:500], "500 bytes, but its header asks for 1224"),
-    "token cut": (GOOD_SHARD[:-2], "1222 bytes, but its header asks for 1224"),
-    "token half": (GOOD_SHARD[:-1], "1223 bytes, but its header asks for 1224"),
-    "longer": (GOOD_SHARD + b"xx", "1226 bytes, but its header asks for 1224"),
+    "header cut": (GOOD_SHARD[:500], "500 bytes, but its header says 1224"),
+    "token cut": (GOOD_SHARD[:-2], "1222 bytes, but its header says 1224"),
+    "token half": (GOOD_SHARD[:-1], "1223 bytes, but its header says 1224"),
+    "longer": (GOOD_SHARD + b"xx", "1226 bytes, but its header says 1224"),
     "magic": (changed(GOOD_SHARD, 0, "<i", 1234), "begins with 1234"),
     "version": (changed(GOOD_SHARD, 4, "<i", 2), "shard version 2"),
-    "count": (changed(GOOD_SHARD, 8, "<i", -1), "asks for"),
+    "count": (changed(GOOD_SHARD, 8, "<i", -1), "header says"),
     "half tokens": (b"\x01" * 101, "an odd number of bytes"),
     "text": (b"To be, or not to be.\n" * 100, "looks like text; make shards from it with data_prep/prepare.py"),
     "model": (changed(GOOD_SHARD, 0, "<i", 20240326), "is a model"),
@@ -363,7 +376,7 @@ def test_resume_with_other_data(program, data, tmp_path):
     before = contents(out)
     for option in "train", "val":
         program.fails("train", "--resume", "--out", out, f"--{option}", f"{other}/{option}_*.bin",
-                      says=f"--{option}: .*these are other data")
+                      says=f"--{option}: .*this is other data")
     assert contents(out) == before
 
 
@@ -443,7 +456,7 @@ def test_weights_without_training_state(each_build, finished, tmp_path):
     each_build.run("generate", "--model", out / "model.bin", "--tokens", 3)
     for wrong in weights[:-1], weights + b"x":
         (out / "model.bin").write_bytes(wrong)
-        each_build.fails("generate", "--model", out / "model.bin", says="but its header asks for")
+        each_build.fails("generate", "--model", out / "model.bin", says="but its header says")
 
 
 def test_model_and_options_disagree(each_build, data, finished, tmp_path):
@@ -496,15 +509,15 @@ def bad_tokenizers(folder):
         (good[:100], "not a tokenizer: it has 100 bytes"),
         (good[:HEADER_BYTES + 6], "truncated in token 3 of 257"),
         (good[:-1], "truncated in token 256 of 257"),
-        (good + b"x", "ask for"),
+        (good + b"x", "tokens say"),
         (changed(good, 0, "<i", 5), "begins with 5"),
         (changed(good, 4, "<i", 3), "tokenizer version 3"),
         (changed(good, 8, "<i", 0), "vocabulary of 0"),
         (changed(good, 8, "<i", LARGEST), "vocabulary of 2147483647"),
-        (changed(good, 8, "<i", 256), "ask for"),
+        (changed(good, 8, "<i", 256), "tokens say"),
         (changed(good, 8, "<i", 258), "truncated"),
-        (changed(good, 16, "<i", 1), "ask for"),
-        (changed(good, 16, "<i", -1), "ask for"),
+        (changed(good, 16, "<i", 1), "tokens say"),
+        (changed(good, 16, "<i", -1), "tokens say"),
         (changed(good, HEADER_BYTES, "B", 0), "token 0 is empty"),
     ]
 

@@ -89,7 +89,7 @@ def test_weights_in_bf16_are_read(each_build, finished, tmp_path):
     path.write_bytes(changed(weights[:HEADER_BYTES], 4, "<i", 5) + halves)
     assert len(each_build.run("generate", "--model", path, "--prompt-tokens", "1", "--tokens", 5).split()) <= 6
     path.write_bytes(path.read_bytes() + b"x")
-    each_build.fails("generate", "--model", path, "--prompt-tokens", "1", says="asks for")
+    each_build.fails("generate", "--model", path, "--prompt-tokens", "1", says="header says")
 
 
 # Prompts and text

@@ -1,5 +1,6 @@
 """train_gpt2 train: what a run leaves behind, that it can be stopped at any time, and what steers it."""
 
+import csv
 import os
 import pty
 import random
@@ -12,7 +13,7 @@ import sys
 import time
 import zlib
 
-from math import cos, pi, sqrt
+from math import ceil, cos, pi, sqrt
 
 import pytest
 
@@ -303,7 +304,7 @@ def test_training_begins_from_a_model_with_its_or_another_attention(program, dat
 
 
 def test_terminal_has_one_live_line_and_keeps_validations(program, data, tmp_path):
-    command = program.command(training(data, tmp_path / "out"))
+    command = program.command(training(data, tmp_path / "out", "--log-every", 0))
     pid, terminal = pty.fork()
     if pid == 0:
         os.execve(command[0], command, program.environment())
@@ -317,3 +318,21 @@ def test_terminal_has_one_live_line_and_keeps_validations(program, data, tmp_pat
     assert os.waitpid(pid, 0)[1] == 0
     assert text.count(b"\x1b[K") >= 10
     assert len([line for line in text.split(b"\n") if b"step" in line and b"val " in line]) == 3
+
+
+def test_pipe_gets_a_line_a_second_and_validations(program, data, tmp_path):
+    said = program.run(*training(data, tmp_path / "out", "--log-every", 0, "--val-every", 200, steps=999, save_every=0))
+    shown = [int(step) for step in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
+    seconds = ceil(sum(float(row["ms"]) for row in csv.DictReader(open(tmp_path / "out/metrics.csv"))) * 1e-3)
+    assert {1, 200, 400, 600, 800, 999} <= set(shown)
+    assert len(shown) <= 6 + 2 * seconds  # steps do not last longer than a second together with what is between them
+
+
+def test_log_every(program, data, tmp_path):
+    said = program.run(*training(data, tmp_path / "out", "--log-every", 3, steps=10))
+    assert re.findall(r"^step (\d+)/", said, re.MULTILINE) == ["3", "4", "6", "8", "9", "10"]  # 4, 8: validations
+
+
+def test_samples_begin_with_the_prompt(program, data, tmp_path):
+    said = program.run(*training(data, tmp_path / "out", "--sample-every", 4, "--prompt", "abc d"))
+    assert len(re.findall(r"^sample after step \d+:\nabc d", said, re.MULTILINE)) == 3

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Prints English text for a first small model: the prose of Python's own documentation, which comes with Python. Where
+a system leaves it out, the comments of the source files given.
+
+    demo_text.py [FILE]... > text.txt
+"""
+
+import re
+import sys
+from pathlib import Path
+
+
+def documentation():
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return []
+    return [topics[name] for name in sorted(topics)]
+
+
+def comments(path):
+    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return "\n".join(line.removeprefix("// ") if line.startswith("// ") else "" for line in lines)
+
+
+def paragraphs(text):
+    """Paragraphs of full sentences, each as one line: no headings, code, grammars, tables or lists of names."""
+    text = text.translate(str.maketrans("“”‘’–—\xa0", "\"\"''-- ")).replace("…", "...")
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = re.sub(r"^(?:[*•] |\d+\. |\[\d+\] )", "", " ".join(paragraph.split()))
+        letters = sum(c.isalpha() or c in " ,.'" for c in line)
+        if re.search(r"[.:]$", line) and line[:1].isupper() and len(line) >= 60 and letters >= 0.93 * len(line):
+            yield line
+
+
+def main():
+    texts = documentation() or [comments(path) for path in sys.argv[1:]]
+    lines = dict.fromkeys(line for text in texts for line in paragraphs(text))  # each once: topics share some
+    sys.stdout.reconfigure(encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
