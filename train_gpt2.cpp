@@ -1302,10 +1302,10 @@ using OptionTable = std::vector<Option>;
         {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each checkpoint as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, TRANSIENT, "text to continue [end-of-text, or a newline]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", GENERATE, TRANSIENT, "the prompt as token numbers, like 1,2,3"},
-        {"tokens", o.tokens, 0, most, GENERATE, TRANSIENT, "generate up to N tokens"},
-        {"temperature", o.temperature, 0, 100, GENERATE, TRANSIENT, "0: always the most likely token"},
-        {"top-k", o.top_k, 0, 65536, GENERATE, TRANSIENT, "sample from the N most likely tokens; 0: all"},
-        {"top-p", o.top_p, 0, 1, GENERATE, TRANSIENT, "... from the fewest with total probability X"},
+        {"tokens", o.tokens, 0, most, TRAIN | GENERATE, TRANSIENT, "generate up to N tokens"},
+        {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, TRANSIENT, "0: always the most likely token"},
+        {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, TRANSIENT, "sample from the N most likely tokens; 0: all"},
+        {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, TRANSIENT, "... from the fewest with total probability X"},
         {"model", o.model, "NAME|FILE", EVERY, FIXED, "gpt2, gpt2-medium, -large, -xl, or a file [gpt2]"},
         {"attention", o.attention, attention_names, EVERY, FIXED, "a model runs under any [its file's, or vanilla]"},
         {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "[tokenizer.bin beside the shards or the model]"},
@@ -1684,7 +1684,7 @@ static bool has_merges(const Tokenizer& t) {
 
 static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
     if (!t.known()) die("--prompt needs a tokenizer: name one with --tokenizer, or use --prompt-tokens");
-    if (has_merges(t)) die("%s: text cannot be encoded, since this file holds no merges; use --prompt-tokens", t.path.c_str());
+    if (has_merges(t)) die("%s holds no merges to encode text with; use --prompt-tokens", t.path.c_str());
     std::map<std::string, int> token_of;
     for (size_t i = 0; i < t.tokens.size(); i++)
         if ((int)i != t.end_of_text) token_of.emplace(t.tokens[i], i);  // in a prompt, its letters are text
@@ -4110,7 +4110,8 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     // Two blocks or more for each thread where C is large enough, and a number that threads can share evenly. As each
     // block packs its part of B, C is first cut into columns; but into rows if B is not packed, or A is.
     const bool by_rows = packs_A || !packs_B;
-    const size_t threads = thread_count(), panels = ceil_div(N, NR), most = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
+    const size_t threads = thread_count(), panels = ceil_div(N, NR);
+    const size_t most = std::min(panels, (packs_A ? NC_PACKED : NC) / NR);
     const size_t width = NR * (by_rows ? most : std::clamp<size_t>(panels / (2 * threads), 1, most));
     const size_t column_blocks = ceil_div(N, width);
     size_t row_blocks = std::max(chunks > 1 ? ceil_div(M, SUMS / width) : 1,
