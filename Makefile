@@ -57,7 +57,7 @@ test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
 # The prose of Python's own documentation; where Python comes without, this repository's comments.
 TEXT = data/demo.txt
 data/demo.txt: data_prep/demo_text.py
-	mkdir -p data && python3 $< $(wildcard *.cpp *.cu dev/*/*.h dev/*/*.cpp) > $@.tmp && mv $@.tmp $@
+	@mkdir -p data && python3 $< $(wildcard *.cpp *.cu dev/*/*.h dev/*/*.cpp) > $@.tmp && mv $@.tmp $@
 # 0.66 million parameters, 3 million tokens. A short context trains fastest, because each position comes up more often.
 run: train_gpt2 $(filter data/demo.txt,$(TEXT))
 	python3 data_prep/prepare.py --tokenizer bytes --out data/demo --overwrite $(TEXT)

@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
 GPT2 = 12, 12, 768, 50257, 1024
 MODELS = {
-    "make-run": Shape(2, 4, 128, 257, 64, 8, 64, steps=600),  # the top Makefile's
+    "make-run": Shape(3, 4, 128, 257, 96, 8, 96, steps=300),  # the top Makefile's
     "shakespeare": Shape(4, 4, 128, 65, 64, 12, 64, steps=200),  # nanoGPT's for a CPU
     "baby": Shape(6, 6, 384, 65, 256, 16, 256, steps=5),  # nanoGPT's "baby GPT", with fewer sequences
     "narrow": Shape(12, 12, 96, 4096, 256, 8, 256, steps=20),
