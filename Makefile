@@ -11,15 +11,18 @@
 JOBS := -j$(shell getconf _NPROCESSORS_ONLN)
 MAKEFLAGS += $(JOBS)
 
-# $(call builds,FLAGS) is "yes" if the compiler can build a program with these flags, else empty.
-builds = $(shell echo 'int main() {}' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
+# $(call builds,FLAGS,PROGRAM) is "yes" if the compiler can build a program with these flags, else empty.
+builds = $(shell echo '$(or $(2),int main() {})' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
 # OpenMP runs loops on all cores. A trial, because clang++ accepts the flag even if its OpenMP library is missing.
-# On macOS, from Homebrew: brew install libomp.
+# On macOS it is Homebrew's: brew install libomp.
 LIBOMP := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
-OPENMP := $(if $(call builds,-fopenmp -include omp.h),-fopenmp,$(if \
-    $(LIBOMP),-Xclang -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp))
+HOMEBREW := -Xclang -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp
+calls_openmp = int main() { return omp_get_max_threads() < 1; }
+OPENMP := $(or $(if $(call builds,-fopenmp -include omp.h),-fopenmp),\
+    $(if $(LIBOMP),$(if $(call builds,$(HOMEBREW) -include omp.h,$(calls_openmp)),$(HOMEBREW))))
 # This machine's instruction set. The second flag: some compilers use only half of an AVX-512 register by default.
-ARCH := $(if $(call builds,-march=native),-march=native,-mcpu=native) $(if $(call builds,-mprefer-vector-width=512),-mprefer-vector-width=512)
+ARCH := $(firstword $(foreach flag,-march=native -mcpu=native,$(if $(call builds,$(flag)),$(flag))))
+ARCH += $(if $(call builds,-mprefer-vector-width=512),-mprefer-vector-width=512)
 # Not -ffast-math, which also reorders sums and ignores NaN, but its parts that keep every result well defined: sqrt
 # sets no errno, so it is one instruction; no operation traps, so a vector loop may compute both sides of a condition;
 # a * b + c is rounded once. -fopenmp-simd applies `omp simd` without OpenMP too.
@@ -54,17 +57,19 @@ test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
 .flags .flags_gpu: always
 	@echo '$(made_by)' | cmp -s - $@ || echo '$(made_by)' > $@
 
-# The prose of Python's own documentation; where Python comes without, this repository's comments.
+# The prose of Python's own documentation; if it is not installed, of this repository.
 TEXT = data/demo.txt
+PROSE = README.md dev/README.md dev/bench/ladder.md train_gpt2.cpp train_gpt2.cu test_gpt2.cpp
 data/demo.txt: data_prep/demo_text.py
-	@mkdir -p data && python3 $< $(wildcard *.cpp *.cu dev/*/*.h dev/*/*.cpp) > $@.tmp && mv $@.tmp $@
+	@mkdir -p data && python3 $< $(PROSE) > $@.tmp && mv $@.tmp $@
 # 0.66 million parameters, 3 million tokens. A short context trains fastest, because each position comes up more often.
+own_text = $(filter-out data/demo.txt,$(TEXT))
 run: train_gpt2 $(filter data/demo.txt,$(TEXT))
 	python3 data_prep/prepare.py --tokenizer bytes --out data/demo --overwrite $(TEXT)
 	./train_gpt2 train --train 'data/demo/train_*.bin' --val 'data/demo/val_*.bin' --out run/demo --overwrite \
 	    --layers 3 --heads 4 --channels 128 --context 96 --batch 8 --steps 4000 --lr 4e-3 \
-	    --val-every 500 --val-batches 0 --save-every 500 --prompt 'The ' --temperature 0.6
-	@echo 'To train on text of your own: make run TEXT="mine.txt"'
+	    --val-every 500 --val-batches 0 --save-every 500 --temperature 0.6 $(if $(own_text),,--prompt 'The ')
+	@$(if $(own_text),,echo 'To train on text of your own: make run TEXT="mine.txt"')
 test:
 	@$(MAKE) JOBS= --no-print-directory -f dev/Makefile test-all
 bench: dev/bench/bench

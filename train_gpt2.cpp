@@ -20,7 +20,7 @@ How to read it. These functions, in this order, are GPT-2 and its training. § i
      5  attention_plain_forward, _backward         §4   softmax(q kᵀ/√HS) v in four passes; the gradient of a softmax
      6  skip_attention_backward, skip_backward     §2   gradients where two layers attend to the same keys and values
      7  depth_forward, depth_backward              §4   an attention over layers instead of positions; formulas in §2
-     8  classifier                                 §4   cross-entropy and its gradient, without holding all logits
+     8  classifier                                 §2   cross-entropy and its gradient, without holding all logits
      9  adamw_update                               §4   the optimizer
     10  train_steps                                §3   the training loop
 The program uses a faster matmul and attention than the plain ones: "What makes the layers fast" in section 4.
@@ -907,13 +907,13 @@ static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
 // --------------------------------------------------------------------------------------------------------------------
 // What a backend supplies: the device
 
-// device_precision and device_help work at any time. device_init is called before all others, and exits if
-// there is no device that this binary can use. If `computes` is false, only model_memory will be used after it.
+// device_precision, device_build and device_help work at any time. device_init is called before all others, and exits
+// if there is no device that this binary can use. If `computes` is false, only model_memory will be used after it.
 static void device_init(char** argv, bool computes = true);
 static std::string device_name();               // "2 threads, AVX-512"
 static Precision device_precision();            // the default for --precision
-static const char* device_help();               // how the user chooses threads or the GPU
 static std::string device_build();              // what the program was compiled for: "AVX-512, OpenMP"
+static const char* device_help();               // how the user chooses threads or the GPU
 static size_t device_free_memory();             // bytes that can still be allocated
 static bool device_is_host();                   // model memory is host memory
 static void device_check(const Config&, const Workload&);    // exits if the device cannot run such a model
@@ -1185,6 +1185,7 @@ static std::string did_you_mean(const std::string& word, const std::vector<std::
 // and what a checkpoint remembers.
 
 enum CommandBit { TRAIN = 1, EVAL = 2, GENERATE = 4, DESCRIBE = 8, EVERY = 255 };
+constexpr int SHAPES = TRAIN | DESCRIBE | 256;  // the options of a shape: the other commands have a model file
 
 // The fields of a Config that options set: its shape, which is fixed once a model has weights, and the settings of each
 // attention, which any run may choose anew. A new attention adds its settings here.
@@ -1207,9 +1208,9 @@ static const Setting config_settings[] = {
     {"skip-distance", &Config::skip_distance, SKIP, 1, 65536, 9,
      [](const Config& c) { return std::max(1, 3 * c.L / 4); }, "skip: heads read N layers below [3/4 of layers]"},
     {"skip-heads", &Config::skip_heads, SKIP, 0, 65536, 10,
-     [](const Config& c) { return std::max(1, 3 * c.NH / 4); }, "skip: number of such heads [3/4 of heads]"},
+     [](const Config& c) { return std::max(1, 3 * c.NH / 4); }, "skip: how many heads do so [3/4 of heads]"},
     {"depth-stride", &Config::depth_stride, DEPTH, 1, 65536, 11,
-     [](const Config& c) { return std::max(1, c.L / 2); }, "depth: mix in every N-th layer [half of layers]"},
+     [](const Config& c) { return std::max(1, c.L / 2); }, "depth: mix in layers 0, N, 2N, ... [half of layers]"},
     {"depth-window", &Config::depth_window, DEPTH, 0, 65536, 12,
      [](const Config&) { return 0; }, "depth: and also the N layers just below [0]"},
 };
@@ -1282,8 +1283,8 @@ using OptionTable = std::vector<Option>;
         {"resume", o.resume, TRAIN, TRANSIENT, "continue the run in DIR"},
         {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
         {"batch", o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE, FIXED, "sequences per forward pass"},
-        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens per sequence [context, up to 1024]"},
-        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update [batch x sequence, or a multiple]"},
+        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [context, up to 1024]"},
+        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]"},
         {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
         {"steps", o.steps, 1, most, TRAIN, FIXED, "number of updates [one pass over the data]"},
         {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
@@ -1294,27 +1295,28 @@ using OptionTable = std::vector<Option>;
         {"beta1", o.beta1, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the gradient's mean"},
         {"beta2", o.beta2, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the squared gradient's mean"},
         {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
-        {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between printed lines; 0: every second"},
+        {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
         {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-batches", o.val_batches, 0, most, TRAIN | EVAL, CHANGEABLE, "batches per validation; 0: all [20; eval: all]"},
+        {"val-batches", o.val_batches, 0, most, TRAIN | EVAL, CHANGEABLE, "batches in each; 0: all [20; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: only at the end"},
         {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each checkpoint as DIR/model_STEP.bin"},
-        {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, TRANSIENT, "text to continue [end-of-text, or a newline]"},
-        {"prompt-tokens", o.prompt_tokens, "LIST", GENERATE, TRANSIENT, "the prompt as token numbers, like 1,2,3"},
-        {"tokens", o.tokens, 0, most, TRAIN | GENERATE, TRANSIENT, "generate up to N tokens"},
-        {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, TRANSIENT, "0: always the most likely token"},
-        {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, TRANSIENT, "sample from the N most likely tokens; 0: all"},
-        {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, TRANSIENT, "... from the fewest with total probability X"},
-        {"model", o.model, "NAME|FILE", EVERY, FIXED, "gpt2, gpt2-medium, -large, -xl, or a file [gpt2]"},
-        {"attention", o.attention, attention_names, EVERY, FIXED, "a model runs under any [its file's, or vanilla]"},
-        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "[tokenizer.bin beside the shards or the model]"},
+        {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [end-of-text, or a newline]"},
+        {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
+        {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
+        {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
+        {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, CHANGEABLE, "sample from the N most likely tokens; 0: all"},
+        {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X"},
+        {"model", o.model, "NAME|FILE", EVERY, FIXED, "file or shape: gpt2, -medium, -large, -xl [gpt2]"},
+        {"attention", o.attention, attention_names, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
+        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
         {"precision", o.precision, precision_names, EVERY, FIXED, "format of weights and activations"},
         {"seed", o.seed, 0, most, EVERY, FIXED, "random seed: weights, data order, samples"},
     };
     for (const Setting& s : config_settings) {
         o.wanted.*s.field = -1;  // not set
-        table.emplace_back(s.name, o.wanted.*s.field, s.low, s.high, EVERY, FIXED, s.help);
+        const int commands = s.attention == SHAPE ? SHAPES : (int)EVERY;
+        table.emplace_back(s.name, o.wanted.*s.field, s.low, s.high, commands, FIXED, s.help);
     }
     return table;
 }
@@ -1340,6 +1342,7 @@ static std::string value_text(const Option& o) {
 // Sets the option. Returns what is wrong with the text, or "".
 static std::string set_value(Option& o, const std::string& text) {
     if (o.text) {
+        if (text.empty() && o.form == "LIST") return "is empty";
         *o.text = text;
     } else if (o.flag) {
         *o.flag = true;
@@ -1376,17 +1379,18 @@ struct Command {
 static const Command commands[] = {
     {"train", TRAIN, train, "trains a new or an existing model, or resumes a run",
      "DIR/model.bin is always the newest complete checkpoint; DIR/metrics.csv has one\n"
-     "row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at\n"
-     "once. --resume takes all options from the checkpoint. You may change how often\n"
-     "it prints, validates, samples and saves, and where the shards lie. Nothing else\n"
-     "may change, not even --steps, since the learning rate depends on it."},
+     "row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops\n"
+     "at once. --resume takes options from the checkpoint. You may change the shards'\n"
+     "paths, sampling, and how often it prints, validates, samples and saves; nothing\n"
+     "else, since the result would depend on it."},
     {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
     {"generate", GENERATE, generate, "continues a prompt",
      "Needs --model FILE. Generation stops after --tokens, or at end-of-text. Without\n"
      "a tokenizer it prints token numbers. When the context is full, its second half\n"
      "is processed again from position 0."},
     {"describe", DESCRIBE, describe, "shows a model's tensors, FLOPs and memory",
-     "Memory is for training with --batch and --sequence, and for generating one text."},
+     "It compares the attention variants. Memory is for training with --batch and\n"
+     "--sequence, and for generating one text."},
 };
 
 static void print_options(FILE* out, const OptionTable& table, bool common) {
@@ -1406,14 +1410,15 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         print_options(out, table, false);
         fprintf(out, "\n");
     } else {
-        fprintf(out, "%s COMMAND [--option value]...\nTrains GPT-2 with three attentions.\n\nCommands\n", program);
+        fprintf(out, "%s COMMAND [--option value]...\nTrains GPT-2 with any of three attention variants.\n\nCommands\n",
+                program);
         for (const Command& c : commands) fprintf(out, "  %-26s%s\n", c.name, c.summary);
-        fprintf(out, "  %-26s%s\n", "COMMAND --help", "lists its options");
+        fprintf(out, "  %-26s%s\n", "COMMAND --help", "lists the command's options");
         fprintf(out, "  %-26s%s\n\n", "--version", "what this program was built for");
     }
     fprintf(out, "Options of every command\n");
     print_options(out, table, true);
-    fprintf(out, "\n%s Exit status: 0, or 1 after an error.\n", device_help());
+    fprintf(out, "\n%s\nExit status: 0, or 1 after an error.\n", device_help());
 }
 
 static bool is_help(const std::string& word) { return word == "--help" || word == "-h" || word == "help"; }
@@ -1674,20 +1679,16 @@ static size_t utf8_length(uint8_t first) {
     return first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
 }
 
-// Whether some tokens are longer than a byte or a character, as in GPT-2's byte pair encoding
-static bool has_merges(const Tokenizer& t) {
-    for (size_t i = 0; i < t.tokens.size(); i++)
-        if ((int)i != t.end_of_text && t.tokens[i].size() != 1 && t.tokens[i].size() != utf8_length(t.tokens[i][0]))
-            return true;
-    return false;
-}
-
 static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
     if (!t.known()) die("--prompt needs a tokenizer: name one with --tokenizer, or use --prompt-tokens");
-    if (has_merges(t)) die("%s holds no merges to encode text with; use --prompt-tokens", t.path.c_str());
     std::map<std::string, int> token_of;
-    for (size_t i = 0; i < t.tokens.size(); i++)
-        if ((int)i != t.end_of_text) token_of.emplace(t.tokens[i], i);  // in a prompt, its letters are text
+    for (size_t i = 0; i < t.tokens.size(); i++) {
+        const std::string& token = t.tokens[i];
+        if ((int)i == t.end_of_text) continue;  // in a prompt, its letters are text
+        if (token.size() != 1 && token.size() != utf8_length(token[0]))
+            die("%s holds no merges to encode text with; use --prompt-tokens", t.path.c_str());
+        token_of.emplace(token, i);
+    }
     std::vector<int> tokens;
     for (size_t at = 0; at < text.size();) {
         size_t length = 4;  // the longest match; a character has at most 4 bytes
@@ -1967,7 +1968,7 @@ static size_t chunk_values = 1 << 20;  // values copied at a time; the tests set
 constexpr size_t TRAILER_BYTES = 20;
 
 static std::string config_text(const Config& c) {
-    return format("%s, %s, %d channels, context %d, vocabulary %d (padded %d)", plural(c.L, "layer").c_str(),
+    return format("%s, %s, %d channels, context %d, vocabulary %d (padded to %d)", plural(c.L, "layer").c_str(),
                   plural(c.NH, "head").c_str(), c.C, c.maxT, c.V, c.Vp);
 }
 
@@ -2466,6 +2467,25 @@ static int start_token(const Tokenizer& t, int V) {
     return newline == t.tokens.end() ? -1 : newline - t.tokens.begin();
 }
 
+static std::vector<int> parse_tokens(const std::string& list, int V) {
+    std::vector<int> tokens;
+    for (const std::string& word : split(list, ',')) {
+        bool digits = !word.empty() && word.size() < 10 && word.find_first_not_of("0123456789") == word.npos;
+        int token = digits ? atoi(word.c_str()) : V;
+        if (token >= V) die("--prompt-tokens: '%s' is not a number from 0 to %d, as in 1,2,3", word.c_str(), V - 1);
+        tokens.push_back(token);
+    }
+    return tokens;
+}
+
+// What a text begins with: --prompt-tokens, --prompt, or the start token, which is -1 if there is none.
+static std::vector<int> prompt_of(const Options& o, const Tokenizer& t, int V) {
+    if (!o.prompt_tokens.empty() && !o.prompt.empty()) die("give --prompt or --prompt-tokens, not both");
+    if (!o.prompt_tokens.empty()) return parse_tokens(o.prompt_tokens, V);
+    if (!o.prompt.empty()) return encode(t, o.prompt);
+    return {start_token(t, V)};
+}
+
 // --------------------------------------------------------------------------------------------------------------------
 // Training
 
@@ -2616,38 +2636,38 @@ static void next_batch(Run& run) {
     model_set_inputs(run.model, run.x.data(), run.y.data());
 }
 
-// What samples begin with: --prompt or else the start token; {-1} if there is none.
-static std::vector<int> sample_prompt(const Run& run) {
-    if (!run.o.prompt.empty()) return encode(run.tokenizer, run.o.prompt);
-    return {run.tokenizer.known() ? start_token(run.tokenizer, run.c.V) : -1};
+static bool can_sample(const Run& run) {
+    const bool known = run.tokenizer.known() || !run.o.prompt_tokens.empty();
+    return prompt_of(run.o, run.tokenizer, run.c.V)[0] >= 0 && known;
 }
-static bool can_sample(const Run& run) { return sample_prompt(run)[0] >= 0; }
 
 static void print_sample(const Run& run) {
     show_line(format("sample after step %d:", run.step), true);
     Random r = random_stream(run.o.seed, SAMPLES, run.step);
-    generate_text(run.model, run.c, run.o, run.tokenizer, sample_prompt(run), r);
+    generate_text(run.model, run.c, run.o, run.tokenizer, prompt_of(run.o, run.tokenizer, run.c.V), r);
 }
 
 static void print_start(const Run& run, size_t memory_needed) {
     const Options& o = run.o;
+    const double mflop = flops_per_token(run.c, o.sequence) * 1e-6;
     std::string origin = format("random from seed %d", o.seed);
     if (o.resume) origin = format("as after step %d", run.step);
     else if (run.start) origin = "from " + o.model;
     printf("model      %s\n", config_text(run.c).c_str());
     printf("attention  %s\n", attention_text(run.c).c_str());
-    printf("parameters %s, %s; %.3g GFLOP per token, forward and backward\n", commas(parameter_count(run.c)).c_str(),
-           origin.c_str(), flops_per_token(run.c, o.sequence) * 1e-9);
+    printf("parameters %s, %s; %.*f MFLOP per token, forward and backward\n", commas(parameter_count(run.c)).c_str(),
+           origin.c_str(), mflop < 10 ? 2 : 0, mflop);
     printf("data       %s; %s of %s tokens make %.2f epochs\n", shards_text(run.train).c_str(),
            plural(o.steps, "step").c_str(), commas(o.total_batch).c_str(),
            (double)o.steps * (o.total_batch / o.sequence) / window_count(run.train, o.sequence));
     if (!run.val.empty()) printf("validation %s\n", shards_text(run.val).c_str());
-    printf("machine    %s, in %s; %s of memory needed, %s free\n", device_name().c_str(), precision_names[o.precision],
-           mebibytes(memory_needed).c_str(), mebibytes(device_free_memory()).c_str());
+    printf("machine    %s, computing in %s; %s of memory needed, %s free\n", device_name().c_str(),
+           precision_names[o.precision], mebibytes(memory_needed).c_str(), mebibytes(device_free_memory()).c_str());
     std::string line = "options   ";  // except those of the model, which the lines above describe
     for (const Option& option : run.table) {
         std::string value = value_text(option);
-        if (option.text || value.empty() || option.commands == EVERY || option.persistence == TRANSIENT) continue;
+        const bool of_model = option.commands == EVERY || option.commands == SHAPES;
+        if (option.text || value.empty() || of_model || option.persistence == TRANSIENT) continue;
         const std::string word = format(" %s %s", option.name, value.c_str());
         if (line.size() + word.size() > 80) printf("%s\n", line.c_str()), line = format("%10s", "");
         line += word;
@@ -2769,8 +2789,8 @@ static void check_finite(const Run& run, const char* what, double value) {
         std::isnan(value) ? "NaN" : "infinite", run.step, run.path("model.bin").c_str(), run.saved);
 }
 
-// Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. In a pipe or a file,
-// as --log-every says, or a line a second.
+// Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. Without a terminal and
+// without --log-every, it shows one line a second.
 static void log_step(Run& run, double loss, double norm, double lr, double step_seconds, double seconds_left) {
     const Options& o = run.o;
     const int step = run.step;
@@ -2826,9 +2846,11 @@ static void train_steps(Run& run) {
 }
 
 static void on_signal(int) {
-    static const char text[] = "\nfinishing the step, then saving; Ctrl-C again stops at once\n";
+    static const char text[] = "\nstopping soon; Ctrl-C again stops at once, without saving\n";
     if (interrupts++ > 0) _exit(130);
+    const int old = errno;
     if (isatty(STDERR_FILENO)) (void)!write(STDERR_FILENO, text, sizeof text - 1);
+    errno = old;
 }
 
 static void print_end(const Run& run, double run_seconds) {
@@ -2845,9 +2867,11 @@ static void print_end(const Run& run, double run_seconds) {
                run.validation.loss, commas(run.validation.tokens).c_str(), run.validation.entropy);
     if (can_sample(run) && interrupts == 0) print_sample(run);
     const std::string path = run.path("model.bin");
-    const bool takes_text = run.tokenizer.known() && !has_merges(run.tokenizer);
-    printf("\ncheckpoint %s; to let it continue a text:\n    %s generate --model %s %s\n", path.c_str(),
-           o.program.c_str(), path.c_str(), takes_text ? "--prompt \"The \"" : "--prompt-tokens 0");
+    const bool quotable = !o.prompt.empty() && o.prompt.find_first_of("'\n") == o.prompt.npos;
+    const std::string prompt = quotable ? " --prompt '" + o.prompt + "'" : "";
+    printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d%s\n", path.c_str(),
+           o.program.c_str(), path.c_str(), o.seed + 1,
+           start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : prompt.c_str());
 }
 
 static void train(Options& o, OptionTable& table) {
@@ -2903,27 +2927,12 @@ static void eval(Options& o, OptionTable&) {
     model_free(model);
 }
 
-static std::vector<int> parse_tokens(const std::string& list, int V) {
-    std::vector<int> tokens;
-    for (const std::string& word : split(list, ',')) {
-        bool digits = !word.empty() && word.size() < 10 && word.find_first_not_of("0123456789") == word.npos;
-        int token = digits ? atoi(word.c_str()) : V;
-        if (token >= V) die("--prompt-tokens: '%s' is not a number from 0 to %d, as in 1,2,3", word.c_str(), V - 1);
-        tokens.push_back(token);
-    }
-    return tokens;
-}
-
-static void generate(Options& o, OptionTable& table) {
-    bool numbers = is_given(table, "prompt-tokens");
-    if (numbers && is_given(table, "prompt")) die("give --prompt or --prompt-tokens, not both");
+static void generate(Options& o, OptionTable&) {
     ModelFile file = open_weights(o, "generate");
     Tokenizer tokenizer = find_tokenizer(o.tokenizer, {folder_of(o.model)});
     Config c = configure(o, &file, tokenizer);
-    std::vector<int> prompt = {start_token(tokenizer, c.V)};
-    if (numbers) prompt = parse_tokens(o.prompt_tokens, c.V);
-    else if (!o.prompt.empty()) prompt = encode(tokenizer, o.prompt);
-    else if (prompt[0] < 0) die("an empty prompt means end-of-text, which is unknown here; use --prompt-tokens");
+    const std::vector<int> prompt = prompt_of(o, tokenizer, c.V);
+    if (prompt[0] < 0) die("an empty prompt means end-of-text, which is unknown here; use --prompt-tokens");
     Model* model = load_model(file, c, o, {.sequences = 1});
     Generated g = generate_text(model, c, o, tokenizer, prompt, random_stream(o.seed, SAMPLES));
     fprintf(stderr, "prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s\n",
@@ -3889,7 +3898,7 @@ static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n,
 }
 
 // n rows of A as the microkernel takes them: where they lie, or packed into `buffer`, of steps(K) · round_up(n,
-// 2·LANES) cells. Packed are: pairs whose two values are not neighbours, or an odd K; bf16 on processors without pairs;
+// 2·LANES) cells. It packs pairs whose two values are not neighbours, or an odd K; bf16 on processors without pairs;
 // with AMX, rows or steps that do not fill whole tiles.
 template <class X>
 static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
@@ -3954,8 +3963,8 @@ template <int R, int V, class CellType>
         for (int j = 0; j < V; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
 
-// Rows per tile. `rows` are split evenly into tiles of at most MR: a tile of only a few rows has too few sums to hide the
-// latency of a multiply-add.
+// Rows per tile. `rows` are split evenly into tiles of at most MR: a tile of only a few rows has too few sums to hide
+// the latency of a multiply-add.
 template <class X> constexpr size_t tile_rows(size_t rows) {
     return AMX<X> ? MR<X> : ceil_div(rows, ceil_div(rows, MR<X>));
 }
@@ -4422,8 +4431,8 @@ struct ThreadTrials {
 
 static ThreadTrials thread_trials = {.most = 0};  // of the newest model
 
-// Called once in each step, after its last backward. Trials compare the forward and backward pass of a step's last
-// batch.
+// Called once in each step, after its last backward. Trials compare the passes of a step's last batch, and the
+// reading of the next.
 static void choose_threads() {
 #ifdef _OPENMP
     if (thread_count() == thread_trials.threads)
@@ -4550,8 +4559,9 @@ static void device_init([[maybe_unused]] char** argv, bool) {
     // programs use too makes small steps many times slower. 10,000 rounds are a fraction of a millisecond: enough to
     // stay awake from one loop to the next. OpenMP reads these variables when it is loaded, so the program starts
     // itself again. (Where even this is too long, ThreadTrials finds that fewer threads are faster.)
-    // Not if threads are bound to processors: OpenMP has bound the first one by now, and the program would inherit that.
-    const bool bound = getenv("OMP_PROC_BIND") || getenv("OMP_PLACES") || getenv("GOMP_CPU_AFFINITY");
+    // Not done if threads are bound: OpenMP has already bound the first one, and the new program would inherit that.
+    const char* bind = getenv("OMP_PROC_BIND");
+    const bool bound = (bind && strcasecmp(bind, "false") != 0) || getenv("OMP_PLACES") || getenv("GOMP_CPU_AFFINITY");
     if (!getenv("OMP_WAIT_POLICY") && !bound) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "10000", 0);
@@ -4581,6 +4591,7 @@ static std::string device_name() {
     return std::to_string(thread_count()) + (thread_count() == 1 ? " thread, " : " threads, ") + instruction_set;
 }
 
+static Precision device_precision() { return FP32; }
 static std::string device_build() {
 #ifdef _OPENMP
     return instruction_set + std::string(", OpenMP");
@@ -4588,7 +4599,6 @@ static std::string device_build() {
     return instruction_set + std::string(", no OpenMP: one thread");
 #endif
 }
-static Precision device_precision() { return FP32; }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
 // The number after `word` at the start of a line of a file, or `otherwise` if there is none
@@ -4609,8 +4619,8 @@ static size_t device_free_memory() {
     vm_statistics64 pages = {};
     mach_msg_type_number_t count = HOST_VM_INFO64_COUNT;
     host_statistics64(mach_host_self(), HOST_VM_INFO64, (host_info64_t)&pages, &count);
-    return (pages.free_count + pages.inactive_count + (size_t)pages.purgeable_count) * getpagesize();
-#endif
+    return (pages.free_count + pages.inactive_count + (size_t)pages.purgeable_count) * vm_kernel_page_size;
+#else
     double free_bytes = 1024 * number_after("/proc/meminfo", "MemAvailable:", 1e15);
     const struct { const char *limit, *used, *stat; } groups[] = {
         {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
@@ -4624,6 +4634,7 @@ static size_t device_free_memory() {
         if (limit > 0) free_bytes = std::min(free_bytes, limit - used + caches);
     }
     return (size_t)std::max(0.0, free_bytes);
+#endif
 }
 
 static bool device_is_host() { return true; }

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Prints English text for a first small model: the prose of Python's own documentation, which comes with Python. Where
-a system leaves it out, the comments of the source files given.
+"""Prints English text for a first small model: the prose of Python's own documentation, which comes with Python. If it
+is not installed, it prints the prose of Markdown files and the comments of source files.
 
-    demo_text.py [FILE]... > text.txt
+    data_prep/demo_text.py [FILE]... > text.txt
 """
 
 import re
@@ -18,8 +18,12 @@ def documentation():
     return [topics[name] for name in sorted(topics)]
 
 
-def comments(path):
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+def prose(path):
+    """A Markdown file as it is, or a source file's comments."""
+    text = Path(path).read_text(encoding="utf-8")
+    if path.endswith(".md"):
+        return text
+    lines = (line.strip() for line in text.splitlines())
     return "\n".join(line.removeprefix("// ") if line.startswith("// ") else "" for line in lines)
 
 
@@ -34,7 +38,7 @@ def paragraphs(text):
 
 
 def main():
-    texts = documentation() or [comments(path) for path in sys.argv[1:]]
+    texts = documentation() or [prose(path) for path in sys.argv[1:]]
     lines = dict.fromkeys(line for text in texts for line in paragraphs(text))  # each once: topics share some
     sys.stdout.reconfigure(encoding="utf-8")
     print("\n".join(lines))

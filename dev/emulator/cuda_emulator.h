@@ -79,6 +79,8 @@ Contents
 */
 
 #pragma once
+
+#define CUDART_VERSION 13000
 #define GPT2_EMULATED
 
 #include <algorithm>

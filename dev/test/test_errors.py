@@ -32,7 +32,7 @@ def joined(case):
 @pytest.mark.parametrize("more, says", [
     (["--step", "3"], "train has no option --step; did you mean --steps?"),
     (["--epochs", "3"], "train has no option --epochs; see "),
-    (["--temperature", "1"], "train has no option --temperature; see "),
+    (["--profile", "1"], "train has no option --profile; see "),
     (["stray"], "'stray' is not an option"),
     (["--lr"], "--lr needs a value"),
     (["--lr", "--steps", "5"], "--lr needs a value"),
@@ -461,8 +461,9 @@ def test_weights_without_training_state(each_build, finished, tmp_path):
 
 def test_model_and_options_disagree(each_build, data, finished, tmp_path):
     model = finished["skip"] / "model.bin"
-    each_build.fails("generate", "--model", model, "--layers", LAYERS + 1, says="--layers 4 contradicts .*model.bin")
-    each_build.fails("generate", "--model", model, "--vocab", 4, says="contradicts")
+    each_build.fails("describe", "--model", model, "--layers", LAYERS + 1, says="--layers 4 contradicts .*model.bin")
+    each_build.fails("describe", "--model", model, "--vocab", 4, says="contradicts")
+    each_build.fails("generate", "--model", model, "--layers", LAYERS, says="generate has no option --layers")
     each_build.fails("eval", "--model", model, "--val", data / "val_0.bin", "--sequence", CONTEXT + 1,
                      says="--sequence 33 is longer than the model's context, 32")
     each_build.fails(*training(data, tmp_path / "out", "--model", model, "--channels", 2 * CHANNELS),
@@ -535,12 +536,13 @@ def test_tokenizer_of_another_vocabulary(each_build, model, tmp_path):
     each_build.fails("generate", "--model", model, "--tokenizer", tmp_path / "other.bin", says="has 256 tokens")
 
 
-@pytest.mark.parametrize("tokens", ["1,", ",1", "", "1,,2", "1, 2", "-1", "257", "99999999999", "1.5", "a", "+1"])
+@pytest.mark.parametrize("tokens", ["1,", ",1", "1,,2", "1, 2", "-1", "257", "99999999999", "1.5", "a", "+1"])
 def test_prompt_tokens_are_malformed(each_build, model, tokens):
     each_build.fails("generate", "--model", model, "--prompt-tokens", tokens, says="--prompt-tokens: .*from 0 to 256")
 
 
 def test_two_prompts(each_build, model):
+    each_build.fails("generate", "--model", model, "--prompt-tokens", "", says="--prompt-tokens : is empty")
     each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1", says="not both")
 
 

@@ -37,7 +37,7 @@ def gpu_with(gpu):
 
 @pytest.fixture(scope="session")
 def text_data(root, tmp_path_factory):
-    """Shards of real text, this repository's, as `make run` has them."""
+    """Shards of real text, this repository's."""
     folder = tmp_path_factory.mktemp("text_data")
     subprocess.run([sys.executable, root / "data_prep/prepare.py", "--tokenizer", "bytes", "--out", folder,
                     root / "train_gpt2.cpp", root / "train_gpt2.cu"], check=True, stdout=subprocess.DEVNULL)
@@ -174,6 +174,11 @@ def test_help_is_that_of_the_cpu(program, gpu, args):
         return re.sub(r"\[(fp32|bf16)\]", "[PRECISION]", text)
 
     assert neutral(gpu) == neutral(program)
+    assert max(map(len, gpu.run(*args).replace(str(gpu.path), "./train_gpt2cu").splitlines())) <= 80
+
+
+def test_version(gpu):
+    assert re.fullmatch(r"gpt2x3 [\d.]+: CUDA \d+; fp32 and bf16\n", gpu.run("--version"))
 
 
 # Where there is no GPU, or too little memory

@@ -246,3 +246,22 @@ def test_sigterm_leaves_nothing(root, tmp_path):
         process.terminate()
         assert process.wait() == 1 and "terminated; nothing was written" in process.stderr.read()
     assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("documented", [True, False])
+def test_demo_text_is_prose(root, tmp_path, documented):
+    if not documented:  # a package that hides Python's own
+        (tmp_path / "pydoc_data").mkdir()
+        (tmp_path / "pydoc_data/__init__.py").touch()
+    files = [root / name for name in ("README.md", "dev/README.md", "train_gpt2.cpp", "train_gpt2.cu")]
+    result = subprocess.run([sys.executable, root / "data_prep/demo_text.py", *files], capture_output=True, text=True,
+                            env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    text = prepared(result)
+    assert len(text) > (100_000 if documented else 25_000)
+    assert ("NameError" in text) == documented
+    assert all(line[0].isupper() and line[-1] in ".:" for line in text.splitlines())
+
+
+def test_picture_is_what_its_script_draws(root):
+    drawn = subprocess.run([sys.executable, root / "dev/attentions.py"], capture_output=True, text=True, check=True)
+    assert drawn.stdout == (root / "dev/attentions.svg").read_text(encoding="utf-8")
