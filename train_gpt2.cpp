@@ -2867,11 +2867,9 @@ static void print_end(const Run& run, double run_seconds) {
                run.validation.loss, commas(run.validation.tokens).c_str(), run.validation.entropy);
     if (can_sample(run) && interrupts == 0) print_sample(run);
     const std::string path = run.path("model.bin");
-    const bool quotable = !o.prompt.empty() && o.prompt.find_first_of("'\n") == o.prompt.npos;
-    const std::string prompt = quotable ? " --prompt '" + o.prompt + "'" : "";
     printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d%s\n", path.c_str(),
            o.program.c_str(), path.c_str(), o.seed + 1,
-           start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : prompt.c_str());
+           start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : "");
 }
 
 static void train(Options& o, OptionTable& table) {
@@ -3006,8 +3004,6 @@ static void describe(Options& o, OptionTable&) {
 // --------------------------------------------------------------------------------------------------------------------
 // The command line
 
-static const char* const RELEASE = "0.9";
-
 // Runs the command that argv names.
 [[maybe_unused]] static int run_program(int argc, char** argv) {
     Options o;
@@ -3028,7 +3024,7 @@ static const char* const RELEASE = "0.9";
         print_help(word.empty() ? stderr : stdout, argv[0], table, nullptr);
         return word.empty();
     }
-    if (word == "--version") return printf("gpt2x3 %s: %s; fp32 and bf16\n", RELEASE, device_build().c_str()) < 0;
+    if (word == "--version") return printf("gpt2x3 0.9: %s; fp32 and bf16\n", device_build().c_str()) < 0;
     std::string help = format("see %s --help", argv[0]);
     if (!command && word[0] == '-') die("the first word must be a command; %s", help.c_str());
     if (!command) die("there is no command %s; %s", word.c_str(), did_you_mean(word, names, "", help).c_str());
@@ -3058,10 +3054,6 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 #endif
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#ifdef __APPLE__
-#include <mach-o/dyld.h>
-#include <mach/mach.h>
 #endif
 #include <sys/mman.h>
 
@@ -3312,15 +3304,11 @@ template <class X>
 static void linear_backward_input(const Workspace& ws, X* dx, const X* dy, const X* w, size_t rows, size_t C, size_t OC,
                                   size_t lddy, bool first, bool last) {
     const Operand<X> A = along_k(dy, lddy), B = across_k(w, C);
-    if constexpr (std::is_same_v<X, float>) {
-        matmul(ws, rows, C, OC, A, B, StoreSums{dx, C, !first});
-    } else if (!last) {
-        matmul(ws, rows, C, OC, A, B, StoreSums{ws.dx_sum, C, !first});
-    } else {
-        matmul(ws, rows, C, OC, A, B, [=](size_t m, size_t n, vec dyw, size_t count) {
-            store(dx + m * C + n, first ? dyw : load(ws.dx_sum + m * C + n, count) + dyw, count);
-        });
-    }
+    if constexpr (std::is_same_v<X, float>) return matmul(ws, rows, C, OC, A, B, StoreSums{dx, C, !first});
+    if (!last) return matmul(ws, rows, C, OC, A, B, StoreSums{ws.dx_sum, C, !first});
+    matmul(ws, rows, C, OC, A, B, [=](size_t m, size_t n, vec dyw, size_t count) {
+        store(dx + m * C + n, first ? dyw : load(ws.dx_sum + m * C + n, count) + dyw, count);
+    });
 }
 
 template <class X>
@@ -4565,14 +4553,8 @@ static void device_init([[maybe_unused]] char** argv, bool) {
     if (!getenv("OMP_WAIT_POLICY") && !bound) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "10000", 0);
-#ifdef __APPLE__
-        char self[PATH_MAX];
-        uint32_t size = sizeof self;
-        if (_NSGetExecutablePath(self, &size) == 0) execv(self, argv);
-#else
-        std::error_code error;
+        std::error_code error;  // on macOS there is no such file, and OpenMP reads the variables when it is first used
         execv(std::filesystem::read_symlink("/proc/self/exe", error).c_str(), argv);
-#endif
     }
     if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
         double quota = 0, period = 100000, unused;
@@ -4615,13 +4597,8 @@ static double number_after(const char* path, const char* word, double otherwise)
 // Memory available without swapping, or what is left of the container's limit if that is less. File caches count as
 // free.
 static size_t device_free_memory() {
-#ifdef __APPLE__
-    vm_statistics64 pages = {};
-    mach_msg_type_number_t count = HOST_VM_INFO64_COUNT;
-    host_statistics64(mach_host_self(), HOST_VM_INFO64, (host_info64_t)&pages, &count);
-    return (pages.free_count + pages.inactive_count + (size_t)pages.purgeable_count) * vm_kernel_page_size;
-#else
-    double free_bytes = 1024 * number_after("/proc/meminfo", "MemAvailable:", 1e15);
+    const double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);  // if there is no /proc, as on macOS
+    double free_bytes = 1024 * number_after("/proc/meminfo", "MemAvailable:", all / 1024);
     const struct { const char *limit, *used, *stat; } groups[] = {
         {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
         {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
@@ -4634,7 +4611,6 @@ static size_t device_free_memory() {
         if (limit > 0) free_bytes = std::min(free_bytes, limit - used + caches);
     }
     return (size_t)std::max(0.0, free_bytes);
-#endif
 }
 
 static bool device_is_host() { return true; }
