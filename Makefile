@@ -63,10 +63,11 @@ PROSE = README.md dev/README.md dev/bench/ladder.md train_gpt2.cpp train_gpt2.cu
 data/demo.txt: data_prep/demo_text.py
 	@mkdir -p data && python3 $< $(PROSE) > $@.tmp && mv $@.tmp $@
 # 0.66 million parameters, 3 million tokens. A short context trains fastest, because each position comes up more often.
+NAME = $(if $(own_text),own,demo)
 own_text = $(filter-out data/demo.txt,$(TEXT))
 run: train_gpt2 $(filter data/demo.txt,$(TEXT))
-	python3 data_prep/prepare.py --tokenizer bytes --out data/demo --overwrite $(TEXT)
-	./train_gpt2 train --train 'data/demo/train_*.bin' --val 'data/demo/val_*.bin' --out run/demo --overwrite \
+	python3 data_prep/prepare.py --tokenizer bytes --out data/$(NAME) --overwrite $(TEXT)
+	./train_gpt2 train --train 'data/$(NAME)/train_*.bin' --val 'data/$(NAME)/val_*.bin' --out run/$(NAME) --overwrite \
 	    --layers 3 --heads 4 --channels 128 --context 96 --batch 8 --steps 4000 --lr 4e-3 \
 	    --val-every 500 --val-batches 0 --save-every 500 --temperature 0.6 $(if $(own_text),,--prompt 'The ')
 	@$(if $(own_text),,echo 'To train on text of your own: make run TEXT="mine.txt"')

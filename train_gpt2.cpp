@@ -1301,7 +1301,7 @@ using OptionTable = std::vector<Option>;
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: only at the end"},
         {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each checkpoint as DIR/model_STEP.bin"},
-        {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [end-of-text, or a newline]"},
+        {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
         {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
         {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
@@ -1429,6 +1429,9 @@ static bool parse_options(OptionTable& table, const std::vector<std::string>& wo
     for (size_t i = 0; i < words.size(); i++) {
         const std::string& word = words[i];
         if (is_help(word)) return false;
+        const std::string dashless = word.substr(std::min(word.size(), word.find_first_not_of('-')));
+        if (!word.starts_with("--") && find_option(table, dashless))
+            die("'%s' is not an option; did you mean --%s?", word.c_str(), dashless.c_str());
         if (!word.starts_with("--"))
             die("'%s' is not an option: options begin with --; put patterns, and texts with spaces, in quotes",
                 word.c_str());
@@ -2301,9 +2304,9 @@ static void show_line(const std::string& text, bool stays) {
         printf("%s\n", text.c_str());
     } else {
         winsize window = {};
-        bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 1;
-        int width = known && !stays ? window.ws_col - 1 : text.size();  // a line that wraps could not be drawn over
-        printf("\r%.*s\x1b[K%s", width, text.c_str(), stays ? "\n" : "");
+        bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 3;
+        int width = known && !stays ? window.ws_col - 3 : text.size();  // a line that wraps could not be drawn over
+        printf("\r\x1b[K%.*s%s", width, text.c_str(), stays ? "\n" : "");
     }
     fflush(stdout);
 }
@@ -2459,12 +2462,12 @@ static Generated generate_text(Model* model, const Config& c, const Options& o, 
     return g;
 }
 
-// The token that an empty prompt stands for: end-of-text, else a newline, else -1.
+// The token that an empty prompt stands for: GPT-2's end-of-text; a newline, since a small model has seen few ends of
+// texts; -1 if there is neither.
 static int start_token(const Tokenizer& t, int V) {
     if (!t.known()) return V == 50257 ? 50256 : -1;  // GPT-2's
-    if (t.end_of_text >= 0) return t.end_of_text;
     auto newline = std::find(t.tokens.begin(), t.tokens.end(), "\n");
-    return newline == t.tokens.end() ? -1 : newline - t.tokens.begin();
+    return V == 50257 || newline == t.tokens.end() ? t.end_of_text : newline - t.tokens.begin();
 }
 
 static std::vector<int> parse_tokens(const std::string& list, int V) {
@@ -2789,16 +2792,14 @@ static void check_finite(const Run& run, const char* what, double value) {
         std::isnan(value) ? "NaN" : "infinite", run.step, run.path("model.bin").c_str(), run.saved);
 }
 
-// Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. Without a terminal and
-// without --log-every, it shows one line a second.
+// Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. Of lines that do not
+// stay, it shows ten a second on a terminal, and elsewhere one a second, or none with --log-every.
 static void log_step(Run& run, double loss, double norm, double lr, double step_seconds, double seconds_left) {
     const Options& o = run.o;
     const int step = run.step;
     const bool validates = !run.val.empty() && is_due(o.val_every, run);
     const double ms = step_seconds * 1e3, rate = o.total_batch / step_seconds;
-    std::string line = format("step %d/%d  loss %.4f  norm %.3f  lr %.2e  %.*f ms  %.0f tokens/s", step, o.steps, loss,
-                              norm, lr, ms < 10 ? 1 : 0, ms, rate), val_loss;
-    if (step < o.steps) line += "  " + duration(seconds_left) + " left";
+    std::string line = format("step %d/%d  loss %.4f", step, o.steps, loss), val_loss;
     if (validates) {
         run.validation = evaluate(run.model, run.c, run.val, o, run.tokenizer);
         check_finite(run, "the validation loss", run.validation.loss);
@@ -2806,8 +2807,11 @@ static void log_step(Run& run, double loss, double norm, double lr, double step_
         line += format("  val %.4f", run.validation.loss);
         val_loss = format("%.9g", run.validation.loss);
     }
+    if (step < o.steps) line += "  " + duration(seconds_left) + " left";
+    line += format("  %.*f ms  %.0f tokens/s  lr %.2e  norm %.3f", ms < 10 ? 1 : 0, ms, rate, lr, norm);
     const bool stays = validates || step == o.steps || (o.log_every > 0 && step % o.log_every == 0);
-    if (stays || on_terminal() || (o.log_every == 0 && seconds() >= run.shown + 1)) {
+    const bool may_show = on_terminal() || o.log_every == 0;
+    if (stays || (may_show && seconds() >= run.shown + (on_terminal() ? 0.1 : 1))) {
         show_line(line, stays);
         run.shown = seconds();
     }
@@ -2930,7 +2934,8 @@ static void generate(Options& o, OptionTable&) {
     Tokenizer tokenizer = find_tokenizer(o.tokenizer, {folder_of(o.model)});
     Config c = configure(o, &file, tokenizer);
     const std::vector<int> prompt = prompt_of(o, tokenizer, c.V);
-    if (prompt[0] < 0) die("an empty prompt means end-of-text, which is unknown here; use --prompt-tokens");
+    if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
+    if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
     Model* model = load_model(file, c, o, {.sequences = 1});
     Generated g = generate_text(model, c, o, tokenizer, prompt, random_stream(o.seed, SAMPLES));
     fprintf(stderr, "prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s\n",

@@ -32,6 +32,7 @@ def joined(case):
 @pytest.mark.parametrize("more, says", [
     (["--step", "3"], "train has no option --step; did you mean --steps?"),
     (["--epochs", "3"], "train has no option --epochs; see "),
+    (["-batch", "1"], "did you mean --batch"),
     (["--profile", "1"], "train has no option --profile; see "),
     (["stray"], "'stray' is not an option"),
     (["--lr"], "--lr needs a value"),
@@ -549,7 +550,7 @@ def test_two_prompts(each_build, model):
 def test_prompt_without_tokenizer(each_build, model, tmp_path):
     alone = tmp_path / "model.bin"
     shutil.copy(model, alone)
-    each_build.fails("generate", "--model", alone, says="an empty prompt .* use --prompt-tokens")
+    each_build.fails("generate", "--model", alone, says="no tokenizer.bin beside it: use --tokenizer or --prompt-tokens")
     each_build.fails("generate", "--model", alone, "--prompt", "x", says="--prompt needs a tokenizer")
 
 
@@ -557,7 +558,7 @@ def test_prompt_that_needs_merges(each_build, model, tmp_path):
     tokenizer = tmp_path / "merges.bin"
     write_tokenizer(tokenizer, [b"ab%c" % i for i in range(VOCABULARY - 1)] + [b"x"])
     each_build.fails("generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "a", says="merges")
-    each_build.fails("generate", "--model", model, "--tokenizer", tokenizer, says="an empty prompt")
+    each_build.fails("generate", "--model", model, "--tokenizer", tokenizer, says="no newline")
 
 
 # Dumps, which test_gpt2 reads
