@@ -58,10 +58,10 @@ test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
 	@echo '$(made_by)' | cmp -s - $@ || echo '$(made_by)' > $@
 
 # The prose of Python's own documentation; if it is not installed, of this repository.
-TEXT = data/demo.txt
+TEXT ?= data/demo.txt
 PROSE = README.md dev/README.md dev/bench/ladder.md train_gpt2.cpp train_gpt2.cu test_gpt2.cpp
 data/demo.txt: data_prep/demo_text.py
-	@mkdir -p data && python3 $< $(PROSE) > $@.tmp && mv $@.tmp $@
+	@mkdir -p data && python3 $< $(PROSE) > $@.tmp && mv $@.tmp $@ || { rm -f $@.tmp; exit 1; }
 # 0.66 million parameters, 3 million tokens. A short context trains fastest, because each position comes up more often.
 NAME = $(if $(own_text),own,demo)
 own_text = $(filter-out data/demo.txt,$(TEXT))
@@ -69,7 +69,7 @@ run: train_gpt2 $(filter data/demo.txt,$(TEXT))
 	python3 data_prep/prepare.py --tokenizer bytes --out data/$(NAME) --overwrite $(TEXT)
 	./train_gpt2 train --train 'data/$(NAME)/train_*.bin' --val 'data/$(NAME)/val_*.bin' --out run/$(NAME) --overwrite \
 	    --layers 3 --heads 4 --channels 128 --context 96 --batch 8 --steps 4000 --lr 4e-3 \
-	    --val-every 500 --val-batches 0 --save-every 500 --temperature 0.6 $(if $(own_text),,--prompt 'The ')
+	    --val-every 500 --val-batches 100 --save-every 500 --temperature 0.6 $(if $(own_text),,--prompt 'The ')
 	@$(if $(own_text),,echo 'To train on text of your own: make run TEXT="mine.txt"')
 test:
 	@$(MAKE) JOBS= --no-print-directory -f dev/Makefile test-all

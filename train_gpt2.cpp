@@ -2568,6 +2568,8 @@ static bool open_checkpoint(Run& run) {
     verify_model(*run.start);
     run.state = read_state(*run.start);
     if (run.state.empty()) die("%s has weights without training state; start a new run with --model %s", name, name);
+    if (is_given(run.table, "prompt") || is_given(run.table, "prompt-tokens"))  // one replaces the other
+        run.state.erase("--prompt"), run.state.erase("--prompt-tokens");
     recall_options(run.table, run.state, name);
     auto number = [&](const char* key) { return strtoull(run.state[key].c_str(), nullptr, 10); };
     const uint64_t step = number("step"), steps = run.o.steps;
@@ -2872,7 +2874,7 @@ static void print_end(const Run& run, double run_seconds) {
     if (can_sample(run) && interrupts == 0) print_sample(run);
     const std::string path = run.path("model.bin");
     printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d%s\n", path.c_str(),
-           o.program.c_str(), path.c_str(), o.seed + 1,
+           o.program.c_str(), path.c_str(), o.seed < INT_MAX ? o.seed + 1 : 0,
            start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : "");
 }
 
@@ -2897,8 +2899,8 @@ static void train(Options& o, OptionTable& table) {
     // From here on, files are written.
     signal(SIGPIPE, SIG_IGN);  // training goes on when its output is no longer read
     open_folder(run);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
+    for (int number : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGXCPU})
+        if (signal(number, on_signal) == SIG_IGN) signal(number, SIG_IGN);  // as nohup wants SIGHUP, for example
     const double start = seconds();
     train_steps(run);
     fclose(run.metrics);
@@ -4554,7 +4556,8 @@ static void device_init([[maybe_unused]] char** argv, bool) {
     // itself again. (Where even this is too long, ThreadTrials finds that fewer threads are faster.)
     // Not done if threads are bound: OpenMP has already bound the first one, and the new program would inherit that.
     const char* bind = getenv("OMP_PROC_BIND");
-    const bool bound = (bind && strcasecmp(bind, "false") != 0) || getenv("OMP_PLACES") || getenv("GOMP_CPU_AFFINITY");
+    const bool bound = (bind && strcasecmp(bind, "false") != 0) || getenv("OMP_PLACES") ||
+                       getenv("GOMP_CPU_AFFINITY") || getenv("KMP_AFFINITY");
     if (!getenv("OMP_WAIT_POLICY") && !bound) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         setenv("GOMP_SPINCOUNT", "10000", 0);

@@ -13,14 +13,17 @@ from pathlib import Path
 def documentation():
     try:
         from pydoc_data.topics import topics
-    except ImportError:
+    except Exception:  # it is missing or broken
         return []
     return [topics[name] for name in sorted(topics)]
 
 
 def prose(path):
     """A Markdown file as it is, or a source file's comments."""
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as e:
+        sys.exit(f"error: {path}: {e.strerror}")
     if path.endswith(".md"):
         return text
     lines = (line.strip() for line in text.splitlines())
@@ -40,8 +43,13 @@ def paragraphs(text):
 def main():
     texts = documentation() or [prose(path) for path in sys.argv[1:]]
     lines = dict.fromkeys(line for text in texts for line in paragraphs(text))  # each once: topics share some
+    if not lines:
+        sys.exit("error: Python's documentation is not installed; name files")
     sys.stdout.reconfigure(encoding="utf-8")
-    print("\n".join(lines))
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as e:
+        sys.exit(f"error: standard output: {e.strerror}")
 
 
 if __name__ == "__main__":

@@ -347,4 +347,12 @@ def test_samples_begin_with_the_prompt(program, data, tmp_path):
 def test_resume_keeps_the_prompt_of_samples(program, data, tmp_path):
     out = tmp_path / "out"
     program.stop(*training(data, out, "--prompt", "abc d", steps=500), after=2, by=signal.SIGTERM)
+    again = shutil.copytree(out, tmp_path / "again")
     assert "sample after step 500:\nabc d" in program.run("train", "--out", out, "--resume")
+    assert "sample after step 500:\nbc" in program.run("train", "--out", again, "--resume", "--prompt-tokens", "98,99")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_signals_that_save(program, data, tmp_path, number):
+    status, said, _ = program.stop(*training(data, tmp_path / "out", steps=500), after=2, by=number)
+    assert status == 0 and "and saved" in said
