@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import struct
 import subprocess
 import time
@@ -36,6 +37,12 @@ WEIGHTS_END = HEADER_BYTES + 4 * PARAMETERS  # in a model's file
 SOURCE = pathlib.Path(__file__).resolve().parents[2] / "train_gpt2.cpp"
 ATTENTIONS = re.findall(r'"(\w+)"', re.search(r"attention_names\[\w*\] = {(.*?)}", SOURCE.read_text())[1])
 BYTES_AND_END_OF_TEXT = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
+
+
+def heed_signals():
+    """The program ignores signals that are ignored where it is started, as in a background job."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Program:
@@ -71,7 +78,7 @@ class Program:
         """The process, which is killed in the end. Where its output is not read on, it waits after some fifty lines,
         so it never gets far beyond the line that was read last."""
         with subprocess.Popen(self.command(args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              env=self.environment()) as process:
+                              env=self.environment(), preexec_fn=heed_signals) as process:
             fcntl.fcntl(process.stdout, F_SETPIPE_SZ, SMALLEST_PIPE)
             try:
                 yield process

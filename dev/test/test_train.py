@@ -352,6 +352,19 @@ def test_resume_keeps_the_prompt_of_samples(program, data, tmp_path):
     assert "sample after step 500:\nbc" in program.run("train", "--out", again, "--resume", "--prompt-tokens", "98,99")
 
 
+def test_ignored_signals_stay_ignored(program, data, tmp_path):
+    with program.start(*training(data, tmp_path / "out", steps=100)) as process:
+        read_to_step(process, 2)
+        assert not signal_mask(process, "SigIgn", signal.SIGHUP) and signal_mask(process, "SigCgt", signal.SIGHUP)
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *program.command(training(data, tmp_path / "nohup", steps=100))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=program.environment()) as process:
+        read_to_step(process, 2)
+        process.send_signal(signal.SIGHUP)
+        out, _ = ended(process)[1:]
+        assert "step 100/100" in out
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
 def test_signals_that_save(program, data, tmp_path, number):
     status, said, _ = program.stop(*training(data, tmp_path / "out", steps=500), after=2, by=number)
