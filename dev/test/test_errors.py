@@ -550,7 +550,7 @@ def test_two_prompts(each_build, model):
 def test_prompt_without_tokenizer(each_build, model, tmp_path):
     alone = tmp_path / "model.bin"
     shutil.copy(model, alone)
-    each_build.fails("generate", "--model", alone, says="no tokenizer.bin beside it: use --tokenizer or --prompt-tokens")
+    each_build.fails("generate", "--model", alone, says="no tokenizer.bin beside it: use --tokenizer")
     each_build.fails("generate", "--model", alone, "--prompt", "x", says="--prompt needs a tokenizer")
 
 

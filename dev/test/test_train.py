@@ -356,7 +356,8 @@ def test_ignored_signals_stay_ignored(program, data, tmp_path):
     with program.start(*training(data, tmp_path / "out", steps=100)) as process:
         read_to_step(process, 2)
         assert not signal_mask(process, "SigIgn", signal.SIGHUP) and signal_mask(process, "SigCgt", signal.SIGHUP)
-    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *program.command(training(data, tmp_path / "nohup", steps=100))]
+    arguments = training(data, tmp_path / "nohup", steps=100)
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *program.command(arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env=program.environment()) as process:
         read_to_step(process, 2)
