@@ -69,7 +69,7 @@ run: train_gpt2 $(filter data/demo.txt,$(TEXT))
 	python3 data_prep/prepare.py --tokenizer bytes --out data/$(NAME) --overwrite $(TEXT)
 	./train_gpt2 train --train 'data/$(NAME)/train_*.bin' --val 'data/$(NAME)/val_*.bin' --out run/$(NAME) --overwrite \
 	    --layers 3 --heads 4 --channels 128 --context 96 --batch 8 --steps 4000 --lr 4e-3 \
-	    --val-every 500 --val-batches 100 --save-every 500 --temperature 0.6 $(if $(own_text),,--prompt 'The ')
+	    --val-every 500 --save-every 500 --temperature 0.6 $(if $(own_text),,--prompt 'The ')
 	@$(if $(own_text),,echo 'To train on text of your own: make run TEXT="mine.txt"')
 test:
 	@$(MAKE) JOBS= --no-print-directory -f dev/Makefile test-all

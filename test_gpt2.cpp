@@ -28,6 +28,14 @@ constexpr bool ON_GPU = false;
 constexpr int SMALL_HEAD = 12;
 #endif
 
+// (B, T, V), of the last forward, before its backward
+static void model_logits(Model* m, float* out) {
+    const Config& c = m->config;
+    with_type(m, [&](auto& model) {
+        logits_forward(m->ws, out, model.ln[2 * c.L], model.weight(WTE), m->work.tokens(), c.C, c.V, c.Vp);
+    });
+}
+
 // Every use of new is counted, so that a test can tell that there was none.
 static std::atomic<size_t> allocations{0};
 #ifndef __NVCC__  // which takes them for the kernels' own; on a GPU the test looks at its memory alone
@@ -614,6 +622,22 @@ static void test_update(Precision precision) {
     };
     report(zero(gradients) && zero(ours), in + "padded rows of wte get no gradient and no update");
 
+    auto values = [&] {  // parameters and moments
+        std::vector<float> all(3 * P);
+        model_get(m, PARAMETERS, 0, P, &all[0]);
+        model_get(m, MOMENT1, 0, P, &all[P]);
+        model_get(m, MOMENT2, 0, P, &all[2 * P]);
+        return all;
+    };
+    const std::vector<float> before = values();
+    bool kept = true;
+    for (float bad : {NAN, INFINITY}) {
+        model_put(m, GRADIENTS, P / 2, 1, &bad);
+        model_update(m, adamw, (float)clip, 4);
+        kept = kept && !std::isfinite(model_norm(m)) && same_bits(values(), before);
+    }
+    report(kept, in + "a gradient that is not finite changes nothing");
+
     // The model computes with what it was updated to.
     std::vector<float> updated(batch.x.size() * c.V), put(updated.size());
     model_forward(m, false, 0);
@@ -985,6 +1009,54 @@ static void test_thread_trials() {
 #endif
 }
 
+// Limits of control groups, by files like the kernel's in a folder that takes the place of the root.
+static void test_control_groups() {
+    char folder[] = "/tmp/test_gpt2_XXXXXX";
+    if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
+    system_root = folder;
+    auto write = [&](const std::string& path, const std::string& text) {
+        std::filesystem::create_directories(folder_of(folder + path));
+        OutputFile f = create_file(folder + path, text);
+        commit_file(f);
+    };
+    auto expect = [&](const char* name, const char* own, const std::map<std::string, std::string>& files, double mib,
+                      int threads) {
+        std::filesystem::remove_all(folder);
+        write("/proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable:    2097152 kB\n");
+        write("/proc/self/cgroup", own);
+        for (const auto& [path, text] : files) write("/sys/fs/cgroup/" + path, text);
+        const double free = device_free_memory() / 0x1p20;
+        report(free == mib && allowed_threads() == threads, std::string("limits of control groups: ") + name,
+               format("%g MiB, %d threads", free, allowed_threads()));
+    };
+    const std::string mib_60 = std::to_string(60 << 20), mib_10 = std::to_string(10 << 20);
+    const std::string stat = "anon 1\ninactive_file 2097152\nactive_file 1048576\n";
+    const std::string stat_1 = "inactive_file 0\ntotal_inactive_file 2097152\ntotal_active_file 1048576\n";
+    expect("none", "", {}, 2048, INT_MAX);
+    expect("version 2, in a container", "0::/\n",
+           {{"memory.max", mib_60}, {"memory.current", mib_10}, {"memory.stat", stat}, {"cpu.max", "150000 100000"}},
+           53, 2);
+    expect("version 2, its own", "0::/user.slice/a.service\n",
+           {{"user.slice/a.service/memory.max", mib_60}, {"user.slice/a.service/memory.current", mib_10},
+            {"user.slice/a.service/cpu.max", "max 100000"}, {"cpu.max", "300000 100000"}}, 50, 3);
+    expect("version 2, of a group above", "0::/user.slice/a:b/c\n",
+           {{"user.slice/memory.max", mib_60}, {"user.slice/memory.current", mib_10},
+            {"user.slice/a:b/c/memory.max", "max"}, {"user.slice/a:b/cpu.max", "50000 100000"},
+            {"user.slice/cpu.max", "400000 100000"}}, 50, 1);
+    expect("version 1", "11:cpu,cpuacct:/slurm/job\n4:memory:/slurm/job\n0::/\n",
+           {{"memory/slurm/job/memory.limit_in_bytes", mib_60}, {"memory/slurm/job/memory.usage_in_bytes", mib_10},
+            {"memory/memory.limit_in_bytes", "9223372036854771712"},
+            {"memory/memory.usage_in_bytes", "0"}, {"cpu/slurm/cpu.cfs_quota_us", "200000"},
+            {"cpu/slurm/cpu.cfs_period_us", "100000"}, {"cpu/slurm/job/cpu.cfs_quota_us", "-1"}}, 50, 2);
+    expect("version 1, in a container", "4:memory:/docker/0123\n1:cpu:/docker/0123\n",
+           {{"memory/memory.limit_in_bytes", mib_60}, {"memory/memory.usage_in_bytes", mib_10},
+            {"memory/memory.stat", stat_1}, {"cpu/cpu.cfs_quota_us", "100"}}, 53, 1);
+    expect("no room left", "0::/\n", {{"memory.max", mib_10}, {"memory.current", mib_60}}, 0, INT_MAX);
+    expect("damaged files", "x\n::\n0::\n4:memory\n\n", {{"memory.max", "x"}, {"cpu.max", ""}}, 2048, INT_MAX);
+    std::filesystem::remove_all(folder);
+    system_root = "";
+}
+
 // Holds results against what they should be: each may be off by a share of its size, of the root mean square of all,
 // and of the operands' size, 1.
 template <class X>
@@ -1250,6 +1322,7 @@ int main(int argc, char** argv) {
         test_vectors<bf16>("bf16");
         test_maxima();
         test_thread_trials();
+        test_control_groups();
         test_matmul<float>("fp32");
         test_matmul<bf16>("bf16");
         test_attention_head<float>("fp32", 1e-5);

@@ -54,6 +54,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <future>
 #include <map>
 #include <optional>
@@ -71,14 +72,43 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 // ====================================================================================================================
 // 1 · Utilities
 
-// Prints one line that says what is wrong and how to fix it, and exits with status 1.
-[[noreturn]] __attribute__((format(printf, 1, 2))) static void die(const char* format, ...) {
+static std::string format(const char* form, va_list args) {  // as printf does
+    va_list again;
+    va_copy(again, args);
+    std::string text(vsnprintf(nullptr, 0, form, args), '\0');
+    vsnprintf(text.data(), text.size() + 1, form, again);
+    va_end(again);
+    return text;
+}
+
+__attribute__((format(printf, 1, 2))) static std::string format(const char* form, ...) {
     va_list args;
-    va_start(args, format);
+    va_start(args, form);
+    std::string text = format(form, args);
+    va_end(args);
+    return text;
+}
+
+// The text with its control characters as \n, \x1b or \u009b, except those in `kept`. In a name they would break up a
+// message; in a text of a model they could command the terminal.
+static std::string escaped(const std::string& text, const char* kept = "") {
+    std::string out;
+    for (size_t i = 0; i < text.size(); i++) {
+        const uint8_t c = text[i], next = text.c_str()[i + 1];
+        if (c == 0xc2 && next >= 0x80 && next < 0xa0) out += format("\\u%04x", next), i++;  // UTF-8 of U+0080 to U+009F
+        else if ((c >= ' ' && c != 0x7f) || (c && strchr(kept, c))) out += text[i];
+        else out += c == '\n' ? "\\n" : c == '\t' ? "\\t" : format("\\x%02x", c);
+    }
+    return out;
+}
+
+// Prints one line that says what is wrong and how to fix it, and exits with status 1.
+[[noreturn]] __attribute__((format(printf, 1, 2))) static void die(const char* form, ...) {
+    va_list args;
+    va_start(args, form);
     fflush(stdout);
-    fprintf(stderr, "%serror: ", isatty(STDERR_FILENO) ? "\r\x1b[K" : "");  // over a progress line
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
+    const char* over = isatty(STDERR_FILENO) ? "\r\x1b[K" : "";  // a progress line
+    fprintf(stderr, "%serror: %s\n", over, escaped(format(form, args)).c_str());
     va_end(args);
     exit(1);
 }
@@ -153,8 +183,10 @@ struct AdamW {
     float lr, beta1, beta2, eps, weight_decay;
 };
 
-// min(1, clip/norm); clip 0: no limit
-constexpr float clip_scale(double norm, float clip) { return clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f; }
+// min(1, clip/norm); clip 0: no limit. 0 if the norm is not finite: adamw_update then changes nothing.
+constexpr float clip_scale(double norm, float clip) {
+    return !(norm < INFINITY) ? 0.0f : clip > 0 && norm > clip ? (float)(clip / norm) : 1.0f;
+}
 
 // What a training step gives back.
 struct StepResults {
@@ -1095,13 +1127,6 @@ static double model_loss(Model* m) {
 static void model_token_losses(const Model* m, float* out) {  // (B, T), of the last forward
     copy_to_host(out, m->losses, m->work.tokens() * sizeof(float));
 }
-// (B, T, V), of the last forward, before its backward
-[[maybe_unused]] static void model_logits(Model* m, float* out) {
-    const Config& c = m->config;
-    with_type(m, [&](auto& model) {
-        logits_forward(m->ws, out, model.ln[2 * c.L], model.weight(WTE), m->work.tokens(), c.C, c.V, c.Vp);
-    });
-}
 
 // Appends n tokens to each sequence; tokens (sequences, n). Gives the logits (sequences, V) that follow. The caller
 // keeps the length within maxT.
@@ -1118,20 +1143,21 @@ static void model_reset_cache(Model* m) { m->cache_length = 0; }
 // checkpoints, evaluation, generation, training; then the other commands and the command line.
 
 static_assert(std::endian::native == std::endian::little, "files are little endian, and are read without conversion");
+#if __FAST_MATH__ || __FINITE_MATH_ONLY__ || __ASSOCIATIVE_MATH__
+#error "-Ofast and -ffast-math change results and hide NaN: use -O3; the Makefile has the parts of them that are safe"
+#endif
 
 // --------------------------------------------------------------------------------------------------------------------
 // Text
 
-// Formats a string as printf does.
-__attribute__((format(printf, 1, 2))) static std::string format(const char* form, ...) {
-    va_list args, again;
-    va_start(args, form);
-    va_copy(again, args);
-    std::string text(vsnprintf(nullptr, 0, form, args), '\0');
-    vsnprintf(text.data(), text.size() + 1, form, again);
-    va_end(again);
-    va_end(args);
-    return text;
+// The word as a shell takes it, for commands that a message suggests.
+static std::string shell_word(const std::string& word) {
+    auto plain = [](char c) { return isalnum((uint8_t)c) || (c && strchr("_./-+=:,@%", c)); };
+    if (!word.empty() && std::all_of(word.begin(), word.end(), plain)) return word;
+    if (word.find_first_of("'\\") == word.npos && escaped(word) == word) return "'" + word + "'";
+    std::string inside;
+    for (char c : word) inside += std::string(c == '\'' || c == '\\' ? "\\" : "") + c;
+    return "$'" + escaped(inside) + "'";
 }
 
 static std::string commas(size_t n) {  // 1,234,567
@@ -1231,10 +1257,11 @@ struct Options {
     int batch = 4, sequence = 0, total_batch = 0, steps = 0;
     double lr = 6e-4, min_lr = -1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, clip = 1;
     int warmup = -1, schedule = COSINE;
-    int log_every = 0, val_every = 100, val_batches = -1, sample_every = 0, save_every = 100;
+    int log_every = 0, val_every = 100, val_tokens = -1, sample_every = 0, save_every = 100;
 
     std::string prompt, prompt_tokens;
-    int tokens = 200, top_k = 0;
+    std::vector<std::string> stop;
+    int tokens = 200, top_k = 0, samples = 1;
     double temperature = 0.8, top_p = 0.95;
 };
 
@@ -1251,6 +1278,7 @@ struct Option {
 
     // Where its value goes: exactly one of these is set. A choice is stored as its index.
     std::string* text = nullptr;
+    std::vector<std::string>* texts = nullptr;  // of an option that may be given several times
     bool* flag = nullptr;
     int* integer = nullptr;
     double* real = nullptr;
@@ -1259,6 +1287,8 @@ struct Option {
 
     Option(const char* name, std::string& value, const char* form, int commands, Persistence p, const char* help)
         : name(name), form(form), commands(commands), persistence(p), help(help), text(&value) {}
+    Option(const char* name, std::vector<std::string>& values, const char* form, int commands, const char* help)
+        : name(name), form(form), commands(commands), persistence(TRANSIENT), help(help), texts(&values) {}
     Option(const char* name, bool& value, int commands, Persistence p, const char* help)
         : name(name), form(""), commands(commands), persistence(p), help(help), flag(&value) {}
     Option(const char* name, int& value, int low, int high, int commands, Persistence p, const char* help)
@@ -1279,14 +1309,14 @@ using OptionTable = std::vector<Option>;
     OptionTable table = {
         {"train", o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
         {"val", o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
-        {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, metrics.csv, tokenizer.bin"},
+        {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
         {"resume", o.resume, TRAIN, TRANSIENT, "continue the run in DIR"},
         {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
         {"batch", o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE, FIXED, "sequences per forward pass"},
-        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [context, up to 1024]"},
+        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [the model's context]"},
         {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]"},
         {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
-        {"steps", o.steps, 1, most, TRAIN, FIXED, "number of updates [one pass over the data]"},
+        {"steps", o.steps, 1, most, TRAIN, CHANGEABLE, "number of updates [one pass, but at least 1000]"},
         {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
         {"min-lr", o.min_lr, 0, 10, TRAIN, FIXED, "final learning rate [1/10 of --lr]"},
         {"warmup", o.warmup, 0, most, TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
@@ -1297,12 +1327,14 @@ using OptionTable = std::vector<Option>;
         {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
         {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
         {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-batches", o.val_batches, 0, most, TRAIN | EVAL, CHANGEABLE, "batches in each; 0: all [20; eval: all]"},
+        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "tokens in each; 0: all [65536; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: only at the end"},
         {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each checkpoint as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
+        {"stop", o.stop, "TEXT", GENERATE, "end before TEXT; may be given again"},
+        {"samples", o.samples, 1, most, GENERATE, TRANSIENT, "number of texts; each has the next seed"},
         {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
         {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
         {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, CHANGEABLE, "sample from the N most likely tokens; 0: all"},
@@ -1332,6 +1364,7 @@ static bool is_given(OptionTable& table, const char* name) { return find_option(
 // The option's value as text, or "" if it is not set. A real number has the fewest digits that give it back exactly.
 static std::string value_text(const Option& o) {
     if (o.text) return *o.text;
+    if (o.texts) return "";
     if (o.flag) return *o.flag ? "yes" : "";
     if (o.real ? *o.real < o.low : *o.integer < o.low) return "";
     if (o.integer) return o.choices.empty() ? std::to_string(*o.integer) : o.choices[*o.integer];
@@ -1344,6 +1377,9 @@ static std::string set_value(Option& o, const std::string& text) {
     if (o.text) {
         if (text.empty() && o.form == "LIST") return "is empty";
         *o.text = text;
+    } else if (o.texts) {
+        if (text.empty()) return "is empty";
+        o.texts->push_back(text);
     } else if (o.flag) {
         *o.flag = true;
     } else if (!o.choices.empty()) {
@@ -1378,16 +1414,17 @@ struct Command {
 [[maybe_unused]] static void describe(Options&, OptionTable&);
 static const Command commands[] = {
     {"train", TRAIN, train, "trains a new or an existing model, or resumes a run",
-     "DIR/model.bin is always the newest complete checkpoint; DIR/metrics.csv has one\n"
-     "row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops\n"
-     "at once. --resume takes options from the checkpoint. You may change the shards'\n"
-     "paths, sampling, and how often it prints, validates, samples and saves; nothing\n"
-     "else, since the result would depend on it."},
+     "DIR/model.bin is always the newest complete checkpoint, DIR/best.bin that of the\n"
+     "lowest validation loss; DIR/metrics.csv has one row per step. Ctrl-C finishes\n"
+     "the step, saves and stops; a second Ctrl-C stops at once. --resume takes options\n"
+     "from the checkpoint. You may change the shards' paths, sampling, how often it\n"
+     "prints, validates, samples and saves; and --steps, to train on; nothing else,\n"
+     "since the result would depend on it."},
     {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
     {"generate", GENERATE, generate, "continues a prompt",
-     "Needs --model FILE. Generation stops after --tokens, or at end-of-text. Without\n"
-     "a tokenizer it prints token numbers. When the context is full, its second half\n"
-     "is processed again from position 0."},
+     "Needs --model FILE. Generation stops after --tokens, at end-of-text, or before a\n"
+     "--stop text. Without a tokenizer it prints token numbers. When the context is\n"
+     "full, its second half is processed again from position 0."},
     {"describe", DESCRIBE, describe, "shows a model's tensors, FLOPs and memory",
      "It compares the attention variants. Memory is for training with --batch and\n"
      "--sequence, and for generating one text."},
@@ -1421,6 +1458,30 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     fprintf(out, "\n%s\nExit status: 0, or 1 after an error.\n", device_help());
 }
 
+// What llm.c, nanoGPT and others call an option
+static const std::map<std::string, const char*> foreign_names = {
+    {"i", "train"}, {"j", "val"}, {"o", "out"}, {"e", "model"}, {"b", "batch"}, {"t", "sequence"}, {"d", "total-batch"},
+    {"x", "steps"}, {"l", "lr"}, {"u", "warmup"}, {"c", "weight-decay"}, {"v", "val-every"}, {"s", "sample-every"},
+    {"g", "tokens"}, {"n", "save-every"}, {"y", "resume"}, {"dataset", "train"}, {"out-dir", "out"},
+    {"epochs", "steps"}, {"max-iters", "steps"}, {"num-iterations", "steps"}, {"learning-rate", "lr"},
+    {"grad-clip", "clip"}, {"dtype", "precision"}, {"block-size", "context"}, {"n-layer", "layers"},
+    {"n-head", "heads"}, {"n-embd", "channels"},
+    {"eval-interval", "val-every"}, {"eval-iters", "val-tokens"}, {"val-batches", "val-tokens"}, {"init-from", "model"},
+    {"num-samples", "samples"}, {"max-new-tokens", "tokens"}, {"start", "prompt"}};
+
+// Suggests an option for a word that is none, or `otherwise`.
+static std::string suggestion(OptionTable& table, std::string word, const std::string& otherwise) {
+    word.erase(0, word.find_first_not_of('-'));
+    word = split(word, '=')[0];
+    std::replace(word.begin(), word.end(), '_', '-');
+    auto foreign = foreign_names.find(word);
+    if (foreign != foreign_names.end() && find_option(table, foreign->second))
+        return format("did you mean --%s?", foreign->second);
+    std::vector<std::string> names;
+    for (const Option& o : table) names.push_back(o.name);
+    return did_you_mean(word, names, "--", otherwise);
+}
+
 static bool is_help(const std::string& word) { return word == "--help" || word == "-h" || word == "help"; }
 
 // Sets the options that the words of a command line give. Returns false if one of the words is --help.
@@ -1429,22 +1490,15 @@ static bool parse_options(OptionTable& table, const std::vector<std::string>& wo
     for (size_t i = 0; i < words.size(); i++) {
         const std::string& word = words[i];
         if (is_help(word)) return false;
-        const std::string dashless = word.substr(std::min(word.size(), word.find_first_not_of('-')));
-        if (!word.starts_with("--") && find_option(table, dashless))
-            die("'%s' is not an option; did you mean --%s?", word.c_str(), dashless.c_str());
         if (!word.starts_with("--"))
-            die("'%s' is not an option: options begin with --; put patterns, and texts with spaces, in quotes",
-                word.c_str());
+            die("'%s' is not an option; %s", word.c_str(),
+                suggestion(table, word, "put patterns, and texts with spaces, in quotes").c_str());
         const std::string name = split(word.substr(2), '=')[0];
         Option* o = find_option(table, name);
-        if (!o) {
-            std::vector<std::string> names;
-            for (const Option& other : table) names.push_back(other.name);
-            die("%s has no option --%s; %s", command, name.c_str(), did_you_mean(name, names, "--", help).c_str());
-        }
+        if (!o) die("%s has no option --%s; %s", command, name.c_str(), suggestion(table, word, help).c_str());
         const char* form = o->form.c_str();
         if (word.find('=') != word.npos) die("%s: use a space instead of '=': --%s %s", word.c_str(), o->name, form);
-        if (o->given) die("--%s is given twice", o->name);
+        if (o->given && !o->texts) die("--%s is given twice", o->name);
         o->given = true;
         if (o->flag) {
             *o->flag = true;
@@ -1506,9 +1560,9 @@ static std::string folder_of(const std::string& path) {
     return folder.empty() ? "." : folder;
 }
 
-static bool exists(const std::string& path) {
+static bool exists(const std::string& path) {  // or cannot be looked at, for which opening it gives the reason
     struct stat s;
-    return stat(path.c_str(), &s) == 0;
+    return stat(path.c_str(), &s) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
 struct InputFile {
@@ -1560,6 +1614,14 @@ static std::string read_whole(const InputFile& f) {
     return content;
 }
 
+// "SIZE CRC", by which a shard is recognized; the CRC-32 is that of its first and its last 64 KiB. "" if reading fails.
+static std::string fingerprint(const InputFile& f) {
+    const size_t n = std::min<size_t>(f.size, 1 << 16);
+    std::string ends(2 * n, '\0');
+    if (!read_at(f, 0, ends.data(), n) || !read_at(f, f.size - n, ends.data() + n, n)) return "";
+    return format("%zu %08x", f.size, crc32(0, ends.data(), ends.size()));
+}
+
 struct OutputFile {
     std::string path, temporary;
     int fd = -1;
@@ -1567,18 +1629,9 @@ struct OutputFile {
     uint32_t crc = 0;
 };
 
-[[noreturn]] static void die_writing(const OutputFile& f) {
-    const char* reason = strerror(errno);
+[[noreturn]] static void die_writing(const OutputFile& f, const char* reason = strerror(errno)) {
     unlink(f.temporary.c_str());
     die("%s could not be written: %s%s", f.path.c_str(), reason, exists(f.path) ? "; the old file is unchanged" : "");
-}
-
-static OutputFile create_file(const std::string& path) {
-    OutputFile f = {.path = path, .temporary = path + ".tmp"};
-    unlink(f.temporary.c_str());  // a killed run may have left it, and it may be a link
-    f.fd = open(f.temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (f.fd < 0) die_writing(f);
-    return f;
 }
 
 static void write_file(OutputFile& f, const void* data, size_t n) {
@@ -1592,6 +1645,16 @@ static void write_file(OutputFile& f, const void* data, size_t n) {
         p += put;
         n -= put;
     }
+}
+
+// With the content, if that is given.
+static OutputFile create_file(const std::string& path, const std::string& content = "") {
+    OutputFile f = {.path = path, .temporary = path + ".tmp"};
+    unlink(f.temporary.c_str());  // a killed run may have left it, and it may be a link
+    f.fd = open(f.temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (f.fd < 0) die_writing(f);
+    write_file(f, content.data(), content.size());
+    return f;
 }
 
 // Returns once the file is on the disk.
@@ -1608,12 +1671,6 @@ static void commit_file(OutputFile& f) {
     if (folder < 0) return;
     sync_to_disk(folder);  // the new name, too
     close(folder);
-}
-
-static void write_whole(const std::string& path, const std::string& content) {
-    OutputFile f = create_file(path);
-    write_file(f, content.data(), content.size());
-    commit_file(f);
 }
 
 // The files that a pattern matches, sorted by name.
@@ -1639,6 +1696,7 @@ struct Tokenizer {
     std::string path = "", content = "";   // of its file
     std::vector<std::string> tokens = {};  // bytes of each token; empty if there is no tokenizer
     int end_of_text = -1;                  // -1 if it has none
+    std::string crc = "";                  // of the two above, by which tokenizers are compared
 
     bool known() const { return !tokens.empty(); }
 };
@@ -1666,15 +1724,15 @@ static Tokenizer read_tokenizer(const std::string& path) {
     if (appendix < 0 || f.size != at + appendix)
         die("%s: damaged: %zu bytes, but its header and tokens say %zu", name, f.size, at + appendix);
     if (end_of_text >= 0 && end_of_text < n) t.end_of_text = end_of_text;
+    const uint32_t crc = crc32(0, t.content.data() + HEADER_BYTES, at - HEADER_BYTES);
+    t.crc = format("%08x", crc32(crc, &t.end_of_text, sizeof t.end_of_text));
     return t;
 }
 
-// The tokenizer that was named, else the one in the first of these folders that has one, else none.
-static Tokenizer find_tokenizer(const std::string& named, const std::vector<std::string>& folders) {
-    if (!named.empty()) return read_tokenizer(named);
-    for (const std::string& folder : folders)
-        if (exists(folder + "/tokenizer.bin")) return read_tokenizer(folder + "/tokenizer.bin");
-    return {};
+// Adds the tokenizer that lies beside a file, if there is one. llm.c calls its own gpt2_tokenizer.bin.
+static void add_tokenizer_beside(std::vector<std::string>& paths, const std::string& file) {
+    for (const char* name : {"/tokenizer.bin", "/gpt2_tokenizer.bin"})
+        if (exists(folder_of(file) + name)) return paths.push_back(folder_of(file) + name);
 }
 
 // Length in bytes of the UTF-8 character that begins with this byte; 0 if none does.
@@ -1708,8 +1766,10 @@ static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
 
 // Writes a stream of bytes as valid UTF-8, a character once it is complete. Each longest run of bytes that begins a
 // character without completing it becomes one U+FFFD, and so does each byte that cannot begin a character.
+// On a terminal, control characters are shown escaped.
 struct Utf8Writer {
     FILE* out;
+    bool terminal = false;
     std::string held = "";  // an incomplete character
 
     void put(char c) {
@@ -1722,6 +1782,7 @@ struct Utf8Writer {
         const size_t length = utf8_length(held[0]);
         if (length == 0) finish();
         if (held.size() < length) return;
+        if (terminal) held = escaped(held, "\n\t");
         fwrite(held.data(), 1, held.size(), out);
         held.clear();
     }
@@ -1759,7 +1820,7 @@ static std::vector<uint32_t> permutation(size_t n, Random& r) {
 }
 
 struct Shard {
-    std::string path;
+    std::string path, fingerprint;
     size_t begin;      // byte offset of its first token
     size_t tokens;
     size_t first = 0;  // index in the file of its first token, if it is a part of a file
@@ -1794,8 +1855,35 @@ static void check_headerless(const char* name, size_t size, const Header& header
     if (size % 2 != 0) die("%s: not a shard: no header, and an odd number of bytes", name);
 }
 
+// Dies if a folder with shards is not as its manifest.txt says: for each file a line with its name and fingerprint.
+// prepare.py writes it last; folders of other programs have none.
+static void check_manifest(const std::string& folder, const std::vector<std::string>& shards) {
+    const std::string path = folder + "/manifest.txt";
+    auto refuse = [&](const std::string& file, const char* fault) {
+        die("%s %s; run prepare.py again, or remove %s to use what is there", file.c_str(), fault, path.c_str());
+    };
+    if (!exists(path)) return;
+    const std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
+    if (lines[0] == "incomplete") refuse(folder, "is incomplete: prepare.py was stopped while it moved files");
+    if (lines[0] != "gpt2x3 manifest 1" || !lines.back().empty()) refuse(path, "is damaged");
+    std::vector<std::string> names;
+    for (size_t i = 1; i + 1 < lines.size(); i++) {
+        InputFile f;
+        names.push_back(split(lines[i], ' ')[0]);
+        const bool there = try_open(f, folder + "/" + names.back()).empty();
+        if (!there || names.back() + " " + fingerprint(f) != lines[i]) refuse(f.path, "is not what prepare.py wrote");
+        close(f.fd);
+    }
+    for (const std::string& shard : shards) {
+        const bool listed = std::count(names.begin(), names.end(), shard.substr(shard.rfind('/') + 1)) > 0;
+        if (!listed && folder_of(shard) == folder) refuse(shard, "is not prepare.py's, as its neighbours are");
+    }
+}
+
 static std::vector<Shard> open_shards(const char* option, const std::vector<std::string>& paths, int T) {
     std::vector<Shard> shards;
+    for (size_t i = 0; i < paths.size(); i++)
+        if (i == 0 || folder_of(paths[i]) != folder_of(paths[i - 1])) check_manifest(folder_of(paths[i]), paths);
     size_t headerless = 0;
     for (const std::string& path : paths) {
         const char* name = path.c_str();
@@ -1803,8 +1891,9 @@ static std::vector<Shard> open_shards(const char* option, const std::vector<std:
         Header header = {};
         if (f.size == 0) die("%s: is empty", name);
         must_read_at(f, 0, header.data(), std::min(f.size, HEADER_BYTES));
+        Shard s = {.path = path, .fingerprint = fingerprint(f), .begin = 0, .tokens = f.size / 2};
         close(f.fd);
-        Shard s = {.path = path, .begin = 0, .tokens = f.size / 2};
+        if (s.fingerprint.empty()) die("%s: cannot be read to its end: the disk fails", name);
         if (header[0] == SHARD_MAGIC) {
             if (header[1] != 1) die("%s: shard version %d is unknown; only 1 is supported", name, header[1]);
             s.begin = HEADER_BYTES;
@@ -1816,7 +1905,8 @@ static std::vector<Shard> open_shards(const char* option, const std::vector<std:
             headerless++;
         }
         if (s.tokens > (size_t)T) shards.push_back(s);
-        else if (paths.size() > 1) printf("left out: %s, %zu tokens; a window takes %d\n", name, s.tokens, T + 1);
+        else if (paths.size() > 1)
+            printf("left out: %s, %zu tokens; a window takes %d\n", escaped(path).c_str(), s.tokens, T + 1);
     }
     if (shards.empty()) die("--%s: no shard has the %d tokens that --sequence %d takes", option, T + 1, T);
     if (headerless > 0)
@@ -1843,7 +1933,7 @@ static std::vector<Shard> split_shards(const std::vector<Shard>& shards) {
         size_t n = ceil_div(s.tokens, LONGEST_PART);
         for (size_t i = 0; i < n; i++) {
             size_t first = s.tokens / n * i, last = i + 1 < n ? s.tokens / n * (i + 1) : s.tokens;
-            parts.push_back({.path = s.path, .begin = s.begin + 2 * first, .tokens = last - first, .first = first});
+            parts.push_back({s.path, s.fingerprint, s.begin + 2 * first, last - first, first});
         }
     }
     return parts;
@@ -1869,6 +1959,7 @@ static LoadedShard load_shard(Shard s, size_t index, size_t T, uint64_t seed, ui
     loaded.tokens.resize(s.tokens);
     InputFile f;
     loaded.error = try_open(f, s.path);
+    if (loaded.error.empty() && fingerprint(f) != s.fingerprint) loaded.error = "has changed since the program started";
     if (loaded.error.empty() && !read_at(f, s.begin, loaded.tokens.data(), 2 * s.tokens))
         loaded.error = "cannot be read to its end: it was truncated, or the disk fails";
     if (f.fd >= 0) close(f.fd);
@@ -1897,7 +1988,8 @@ static void use_shard(Loader& l, LoadedShard shard) {
     bool last = l.rank + 1 == l.order.size();
     uint64_t epoch = l.epoch + last;  // of the shard after this one, which is read ahead
     size_t index = last ? shard_order(l, epoch)[0] : l.order[l.rank + 1];
-    l.next = std::async(std::launch::async, load_shard, l.shards[index], index, l.T, l.seed, epoch);
+    const auto policy = std::launch::async | std::launch::deferred;  // deferred, to get(), if no thread can be started
+    l.next = std::async(policy, load_shard, l.shards[index], index, l.T, l.seed, epoch);
 }
 
 // Starts after `position` windows of the epoch.
@@ -2006,7 +2098,7 @@ static std::string config_error(const Config& c) {
     if (c.C % c.NH != 0) return format("%d channels are not a multiple of %d heads", c.C, c.NH);
     if (c.Vp != (int)round_up(c.V, 128)) return format("a vocabulary of %d is padded to %d", c.V, c.Vp);
     if (c.attention == SKIP && c.skip_heads > c.NH)
-        return format("skip-heads is %d, but there are only %s", c.skip_heads, plural(c.NH, "head").c_str());
+        return format("skip-heads is %d, but the model has only %s", c.skip_heads, plural(c.NH, "head").c_str());
     return "";
 }
 
@@ -2077,6 +2169,10 @@ static void verify_model(const ModelFile& m) {
     if (part_crc(state_begin(m), end) != trailer[2]) die("%s: damaged: wrong checksum of the training state", name);
 }
 
+static bool finite(const std::vector<float>& values, size_t n) {
+    return std::all_of(values.begin(), values.begin() + n, [](float x) { return std::isfinite(x); });
+}
+
 // Copies values from a byte offset of the file to the model.
 static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, size_t offset, size_t value_bytes) {
     std::vector<float> values(std::min(chunk_values, m.values));
@@ -2087,6 +2183,8 @@ static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, s
         must_read_at(m.file, offset + begin * value_bytes, raw, n * value_bytes);
         if (value_bytes == 2)  // bf16 is the upper half of an fp32
             for (size_t i = 0; i < n; i++) values[i] = std::bit_cast<float>((uint32_t)halves[i] << 16);
+        if (!finite(values, n))
+            die("%s: holds infinite values or NaN: its training failed, or it is damaged", m.file.path.c_str());
         model_put(model, quantity, begin, n, values.data());
     }
 }
@@ -2126,6 +2224,8 @@ static void write_quantity(OutputFile& f, const Model* model, Quantity quantity,
     for (size_t begin = 0; begin < total; begin += chunk_values) {
         size_t n = std::min(chunk_values, total - begin);
         model_get(model, quantity, begin, n, values.data());
+        if (!finite(values, n))
+            die_writing(f, "the weights became infinite or NaN (try a lower --lr or a longer --warmup)");
         write_file(f, values.data(), n * sizeof(float));
     }
 }
@@ -2173,6 +2273,31 @@ static State read_state(const ModelFile& m) {
     State state;
     for (size_t i = 0; i + 1 < words.size(); i += 2) state[words[i]] = words[i + 1];
     return state;
+}
+
+// The tokenizer that was named, or lies beside the model, or beside the shards. All that are found must be the same, as
+// must be the one with which the model was trained.
+static Tokenizer find_tokenizer(const std::string& named, const ModelFile* model,
+                                const std::vector<std::string>& shards) {
+    const std::string expected = model ? read_state(*model)["tokenizer"] : "";
+    std::vector<std::string> paths;
+    if (model && (named.empty() || expected.empty())) add_tokenizer_beside(paths, model->file.path);
+    if (!named.empty()) paths.push_back(named);
+    for (size_t i = 0; i < shards.size(); i++)
+        if (i == 0 || folder_of(shards[i]) != folder_of(shards[i - 1])) add_tokenizer_beside(paths, shards[i]);
+    Tokenizer first;
+    for (const std::string& path : paths) {
+        const Tokenizer t = read_tokenizer(path);
+        if (first.known() && t.crc != first.crc)
+            die("%s and %s are different tokenizers; make the second's shards anew, with prepare.py --tokenizer %s",
+                first.path.c_str(), path.c_str(), shell_word(first.path).c_str());
+        if (!expected.empty() && t.crc != expected)
+            die("%s was trained with another tokenizer than %s; %s", model->file.path.c_str(), path.c_str(),
+                path == named ? "leave out --tokenizer, or name its own" : "name its own with --tokenizer");
+        if (!first.known()) first = t;
+    }
+    if (!first.known()) first.crc = expected;
+    return first;
 }
 
 static void read_moments(const ModelFile& m, Model* model) {
@@ -2233,8 +2358,8 @@ static Config configure(Options& o, const ModelFile* file, const Tokenizer& toke
     }
     c.Vp = round_up(c.V, 128);
     if (tokenizer.known() && tokenizer.tokens.size() != (size_t)c.V)
-        die("%s has %zu tokens, but the vocabulary is %d; name another --tokenizer", tokenizer.path.c_str(),
-            tokenizer.tokens.size(), c.V);
+        die("%s has %zu tokens, but the model's vocabulary is %d: shards made with it are not for this model",
+            tokenizer.path.c_str(), tokenizer.tokens.size(), c.V);
 
     if (o.attention < 0) o.attention = c.attention;
     c = with_attention(c, o.attention, o, file);
@@ -2243,7 +2368,7 @@ static Config configure(Options& o, const ModelFile* file, const Tokenizer& toke
         else if (o.wanted.*s.field >= s.low && !all_attentions)
             die("--%s needs --attention %s", s.name, attention_names[s.attention]);
 
-    if (o.sequence < 1) o.sequence = std::min(c.maxT, 1024);
+    if (o.sequence < 1) o.sequence = c.maxT;
     if (o.sequence > c.maxT) die("--sequence %d is longer than the model's context, %d", o.sequence, c.maxT);
     if ((size_t)o.batch * o.sequence > 1 << 26)
         die("--batch %d x --sequence %d is more than 2^26 tokens at a time", o.batch, o.sequence);
@@ -2317,12 +2442,17 @@ struct Evaluation {
     size_t tokens = 0, bytes = 0;
 };
 
-// The loss over all windows, or over the first --val-batches of them.
+// The loss over all windows, or over the first, which have --val-tokens.
 static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shard>& shards, const Options& o,
                            const Tokenizer& tokenizer) {
     const size_t B = o.batch, T = o.sequence;
     size_t total = window_count(shards, T);
-    if (o.val_batches > 0) total = std::min(total, o.val_batches * B);
+    if (o.val_tokens > 0) total = std::clamp<size_t>(o.val_tokens / T, 1, total);
+    for (const Shard& s : shards) {
+        InputFile f = open_file(s.path);
+        if (fingerprint(f) != s.fingerprint) die("%s: has changed since the program started", s.path.c_str());
+        close(f.fd);
+    }
     std::vector<int> x(B * T), y(B * T);
     std::vector<float> losses(B * T);
     std::vector<size_t> counts(c.V);
@@ -2364,16 +2494,19 @@ struct Decoder {
     std::vector<float> logits = {};  // (V) of the next token
 };
 
+// How many of the last tokens are read when n follow `cached` others. More than there is room for would, one by one,
+// fill the cache and then, in each round, empty it, read the last `half` tokens again, and fill it. Only the last round
+// matters.
+static int tokens_to_read(int maxT, int cached, int n) {
+    const int room = maxT - cached, half = std::max(1, maxT / 2), round = maxT - half + 1;
+    return n <= room ? n : half + (n - room - 1) % round;
+}
+
 static void decode_tokens(Decoder& d, const std::vector<int>& more) {
-    const int maxT = d.c.maxT, room = maxT - d.cached;
-    int n = more.size();
+    const int n = tokens_to_read(d.c.maxT, d.cached, more.size());
     d.logits.resize(d.c.V);
     d.tokens.insert(d.tokens.end(), more.begin(), more.end());
-    if (n > room) {
-        // One by one, these tokens would fill the cache and then, in each round, empty it, read the last `half` tokens
-        // again, and fill it. Only the last round matters, so only its tokens are read.
-        int half = std::max(1, maxT / 2), round = maxT - half + 1;
-        n = half + (n - room - 1) % round;
+    if (d.cached + more.size() > (size_t)d.c.maxT) {
         d.cached = 0;
         model_reset_cache(d.model);
     }
@@ -2386,7 +2519,7 @@ static void decode_tokens(Decoder& d, const std::vector<int>& more) {
 static int choose_token(const std::vector<float>& logits, const Options& o, Random& r) {
     const int V = logits.size();
     const int best = std::max_element(logits.begin(), logits.end()) - logits.begin();
-    if (!std::isfinite(logits[best])) die("the model's logits are not finite: its training failed, or it is damaged");
+    if (!finite(logits, V)) die("the model's logits are not finite: its training failed, or it is damaged");
     if (o.temperature == 0) return best;
 
     struct Candidate {
@@ -2427,19 +2560,33 @@ struct Generated {
     double prompt_seconds = 0, seconds = 0;
 };
 
+// Number of bytes of a text that come before a --stop text, or before what may become one as the text goes on.
+static size_t before_stop(const std::string& text, const std::vector<std::string>& stops, bool& stopped) {
+    size_t end = text.size();
+    for (const std::string& stop : stops) end = std::min(end, text.find(stop));
+    stopped = end < text.size();
+    for (size_t i = 0; i < end && !stopped; i++)
+        for (const std::string& stop : stops)
+            if (stop.starts_with(text.substr(i))) return i;
+    return end;
+}
+
 // Prints the prompt and --tokens more, or fewer if the text ends. The model has one cache.
 static Generated generate_text(Model* model, const Config& c, const Options& o, const Tokenizer& tokenizer,
                                const std::vector<int>& prompt, Random r) {
-    Utf8Writer writer = {.out = stdout};
-    bool first = true;
-    auto print = [&](int token) {
+    Utf8Writer writer = {.out = stdout, .terminal = on_terminal()};
+    std::string held;  // bytes that may become a --stop text
+    bool first = true, stopped = false;
+    auto print = [&](int token, bool generated) {
         if (!tokenizer.known()) printf(first ? "%d" : " %d", token);
-        else if (token != tokenizer.end_of_text)
-            for (char byte : tokenizer.tokens[token]) writer.put(byte);
+        else if (token != tokenizer.end_of_text) held += tokenizer.tokens[token];
+        const size_t n = generated ? before_stop(held, o.stop, stopped) : held.size();
+        for (char byte : held.substr(0, n)) writer.put(byte);
+        held.erase(0, n);
         first = false;
         fflush(stdout);
     };
-    for (int token : prompt) print(token);
+    for (int token : prompt) print(token, false);
 
     Generated g;
     Decoder d = {.model = model, .c = c};
@@ -2448,14 +2595,15 @@ static Generated generate_text(Model* model, const Config& c, const Options& o, 
     decode_tokens(d, prompt);
     g.prompt_seconds = seconds() - start;
     start = seconds();
-    while (g.tokens < o.tokens && interrupts == 0) {
+    while (g.tokens < o.tokens && !stopped && interrupts == 0) {
         int token = choose_token(d.logits, o, r);
         g.tokens++;
         if (token == tokenizer.end_of_text) break;
-        print(token);
-        if (g.tokens < o.tokens) decode_tokens(d, {token});
+        print(token, true);
+        if (g.tokens < o.tokens && !stopped) decode_tokens(d, {token});
     }
     g.seconds = seconds() - start;
+    for (char byte : stopped ? "" : held) writer.put(byte);
     writer.finish();
     printf("\n");
     fflush(stdout);
@@ -2519,7 +2667,11 @@ struct Run {
     Model* model = nullptr;
     int step = 0, saved = 0;           // updates made; step of DIR/model.bin
     uint64_t epoch = 0, position = 0;  // of the loader, after the batches of these updates
+    int former_steps = 0;              // --steps of the checkpoint that is resumed
+    double loss = 0;                   // of the last step
     Evaluation validation = {};        // the last one
+    double best_loss = INFINITY;       // of all validations
+    int best_step = -1;                // at which it was found; -1: there was no validation
     FILE* metrics = nullptr;
     double shown = -INFINITY;          // when a step's line was printed last, in seconds()
 
@@ -2541,8 +2693,9 @@ static void check_folder(Run& run) {
     if (access(place.c_str(), W_OK | X_OK) != 0) die("--out %s: %s: %s", out, place.c_str(), strerror(errno));
     const bool checkpoint = exists(run.path("model.bin"));
     if (o.resume && !checkpoint) die("--resume: nothing to resume in %s: it has no model.bin", out);
-    if (!o.resume && !o.overwrite && (checkpoint || exists(run.path("metrics.csv"))))
-        die("--out %s holds a run: --resume continues it, --overwrite replaces it", out);
+    for (const char* name : {"model.bin", "best.bin", "metrics.csv"})
+        if (!o.resume && !o.overwrite && exists(run.path(name)))
+            die("--out %s holds a run (%s): --resume continues it, --overwrite replaces it", out, name);
 }
 
 // Sets the options that were not given to what the checkpoint remembers. Dies if one that was given contradicts it.
@@ -2555,7 +2708,7 @@ static void recall_options(OptionTable& table, State& state, const char* path) {
             if (!error.empty()) die("%s: --%s %s: %s", path, o.name, remembered.c_str(), error.c_str());
         } else if (o.given && o.persistence == FIXED && value != remembered) {
             die("--%s %s contradicts %s, where it is %s; leave it out, or start a new run with --model %s", o.name,
-                value.c_str(), path, remembered.empty() ? "not set" : remembered.c_str(), path);
+                value.c_str(), path, remembered.empty() ? "not set" : remembered.c_str(), shell_word(path).c_str());
         }
     }
 }
@@ -2567,35 +2720,42 @@ static bool open_checkpoint(Run& run) {
     run.start = open_model(path);
     verify_model(*run.start);
     run.state = read_state(*run.start);
-    if (run.state.empty()) die("%s has weights without training state; start a new run with --model %s", name, name);
+    if (run.state.empty())
+        die("%s has weights without training state; start a new run with --model %s", name, shell_word(path).c_str());
     if (is_given(run.table, "prompt") || is_given(run.table, "prompt-tokens"))  // one replaces the other
         run.state.erase("--prompt"), run.state.erase("--prompt-tokens");
     recall_options(run.table, run.state, name);
     auto number = [&](const char* key) { return strtoull(run.state[key].c_str(), nullptr, 10); };
-    const uint64_t step = number("step"), steps = run.o.steps;
-    if (step > steps) die("%s: damaged: it is past its last step", name);
+    const uint64_t step = number("step"), former = number("--steps");
+    if (step > former) die("%s: damaged: it is past its last step", name);
     run.step = run.saved = step;
+    run.former_steps = former;
     run.epoch = number("epoch");
     run.position = number("position");
-    if (step < steps) return true;
-    printf("%s is complete at step %d; to train further, start a new run with --model %s\n", name, run.step, name);
+    if (run.state.contains("best step") && number("--val-tokens") == (uint64_t)run.o.val_tokens) {  // the same windows
+        run.best_step = number("best step");
+        run.best_loss = strtod(run.state["best loss"].c_str(), nullptr);
+    }
+    run.o.overwrite = run.state.contains("overwrites");
+    if (run.o.steps != run.former_steps && run.o.steps <= run.step)
+        die("--steps %d: %s is already at step %d", run.o.steps, name, run.step);
+    if (run.step < run.o.steps) return true;
+    printf("%s is complete at step %d; to train further, add --steps N\n", escaped(path).c_str(), run.step);
     return false;
 }
 
-// The numbers of tokens of the shards, by which --resume recognizes them.
-static std::string shard_sizes(const std::vector<Shard>& shards) {
+static std::string fingerprints(const std::vector<Shard>& shards) {
     std::string text;
-    for (const Shard& s : shards) text += format(text.empty() ? "%zu" : " %zu", s.tokens);
+    for (const Shard& s : shards) text += s.fingerprint + "\n";
     return text;
 }
 
-// Opens shards. Dies if they are not those of a checkpoint that is resumed, as far as their lengths tell.
+// Opens shards. Dies if they are not those of a checkpoint that is resumed.
 static std::vector<Shard> open_run_shards(Run& run, const char* option, const std::vector<std::string>& paths) {
     std::vector<Shard> shards = open_shards(option, paths, run.o.sequence);
-    const std::string remembered = run.state[std::string(option) + " shards"];
-    if (!remembered.empty() && remembered != shard_sizes(shards))
-        die("--%s: the shards' lengths are not those of %s: this is other data", option,
-            run.path("model.bin").c_str());
+    const std::string remembered = run.state[std::string(option) + " data"];
+    if (!remembered.empty() && remembered != fingerprints(shards))
+        die("--%s: these are not the shards that %s was trained with", option, run.path("model.bin").c_str());
     return shards;
 }
 
@@ -2603,14 +2763,12 @@ static std::vector<Shard> open_run_shards(Run& run, const char* option, const st
 static void open_data(Run& run) {
     Options& o = run.o;
     if (o.train.empty()) die("train needs --train GLOB, shards that data_prep/prepare.py makes from text");
-    std::vector<std::string> train_paths = expand_glob("train", o.train), val_paths, folders;
+    std::vector<std::string> train_paths = expand_glob("train", o.train), val_paths, paths = train_paths;
     if (!o.val.empty()) val_paths = expand_glob("val", o.val);
-    if (o.resume) folders.push_back(o.out);
-    folders.push_back(folder_of(train_paths[0]));
-    if (!o.val.empty()) folders.push_back(folder_of(val_paths[0]));
-    if (run.start) folders.push_back(folder_of(run.start->file.path));
-    run.tokenizer = find_tokenizer(o.tokenizer, folders);
-    run.c = configure(o, run.start ? &*run.start : nullptr, run.tokenizer);
+    paths.insert(paths.end(), val_paths.begin(), val_paths.end());
+    const ModelFile* start = run.start ? &*run.start : nullptr;
+    run.tokenizer = find_tokenizer(o.tokenizer, start, paths);
+    run.c = configure(o, start, run.tokenizer);
     run.train = open_run_shards(run, "train", train_paths);
     if (!o.val.empty()) run.val = open_run_shards(run, "val", val_paths);
 }
@@ -2622,17 +2780,16 @@ static void complete_options(Run& run) {
     if (o.total_batch < 1) o.total_batch = B * T;
     if (o.total_batch % (B * T) != 0)
         die("--total-batch %d is not a multiple of batch x sequence, %d x %d = %d", o.total_batch, B, T, B * T);
-    size_t pass = window_count(run.train, T) / (o.total_batch / T);
-    if (o.steps < 1) o.steps = std::clamp<size_t>(pass, 1, INT_MAX);
+    const size_t pass = window_count(run.train, T) / (o.total_batch / T);
+    if (o.steps < 1) o.steps = std::clamp<size_t>(pass, 1000, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
     if (o.warmup > o.steps) die("--warmup %d is more than --steps %d", o.warmup, o.steps);
     if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // 6e-5, not 5.9999999999999995e-5
     if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
-    if (o.val_batches < 0) o.val_batches = 20;
+    if (o.val_tokens < 0) o.val_tokens = 1 << 16;
     const std::string own = run.path("tokenizer.bin");
-    if (run.tokenizer.known() && !o.overwrite && exists(own) && read_tokenizer(own).content != run.tokenizer.content)
-        die("%s is another tokenizer than %s; %s", own.c_str(), run.tokenizer.path.c_str(),
-            o.resume ? "leave out --tokenizer" : "use another --out");
+    if (!o.resume && !o.overwrite && exists(own) && read_tokenizer(own).crc != run.tokenizer.crc)
+        die("%s is not the tokenizer of the shards; use another --out", own.c_str());
 }
 
 // Reads the next batch, and hands it to the model.
@@ -2654,18 +2811,31 @@ static void print_sample(const Run& run) {
 
 static void print_start(const Run& run, size_t memory_needed) {
     const Options& o = run.o;
-    const double mflop = flops_per_token(run.c, o.sequence) * 1e-6;
+    const size_t B = o.batch, T = o.sequence;
+    const double mflop = flops_per_token(run.c, T) * 1e-6;
     std::string origin = format("random from seed %d", o.seed);
     if (o.resume) origin = format("as after step %d", run.step);
-    else if (run.start) origin = "from " + o.model;
+    else if (run.start) origin = "from " + escaped(o.model);
     printf("model      %s\n", config_text(run.c).c_str());
     printf("attention  %s\n", attention_text(run.c).c_str());
     printf("parameters %s, %s; %.*f MFLOP per token, forward and backward\n", commas(parameter_count(run.c)).c_str(),
            origin.c_str(), mflop < 10 ? 2 : 0, mflop);
-    printf("data       %s; %s of %s tokens make %.2f epochs\n", shards_text(run.train).c_str(),
-           plural(o.steps, "step").c_str(), commas(o.total_batch).c_str(),
-           (double)o.steps * (o.total_batch / o.sequence) / window_count(run.train, o.sequence));
+    printf("data       %s; %s make %.2f epochs\n", shards_text(run.train).c_str(), plural(o.steps, "step").c_str(),
+           (double)o.steps * (o.total_batch / T) / window_count(run.train, T));
+    const std::vector<uint16_t>& tokens = run.loader.current.tokens;
+    const int used = 1 + *std::max_element(tokens.begin(), tokens.end());
+    if (used < run.c.V / 8)
+        printf("           with tokens below %d only: --vocab %d would make the model smaller\n", used, used);
     if (!run.val.empty()) printf("validation %s\n", shards_text(run.val).c_str());
+    printf("step       %s of %zu tokens%s: %s tokens\n", plural(B, "sequence").c_str(), T,
+           o.total_batch == o.batch * o.sequence ? "" : format(", %zu times", o.total_batch / (B * T)).c_str(),
+           commas(o.total_batch).c_str());
+    if (o.resume && o.steps != run.former_steps) {
+        Options former = o;
+        former.steps = run.former_steps;
+        printf("extended   %d steps become %d; the next learning rate is %.2e, after %.2e\n", run.former_steps, o.steps,
+               learning_rate(o, run.step + 1), learning_rate(former, run.step));
+    }
     printf("machine    %s, computing in %s; %s of memory needed, %s free\n", device_name().c_str(),
            precision_names[o.precision], mebibytes(memory_needed).c_str(), mebibytes(device_free_memory()).c_str());
     std::string line = "options   ";  // except those of the model, which the lines above describe
@@ -2708,42 +2878,75 @@ static void create_run_model(Run& run) {
 
 static State run_state(const Run& run) {
     State state = {{"step", std::to_string(run.step)}, {"epoch", std::to_string(run.epoch)},
-                   {"position", std::to_string(run.position)}, {"train shards", shard_sizes(run.train)},
-                   {"val shards", shard_sizes(run.val)}};
+                   {"position", std::to_string(run.position)}, {"train data", fingerprints(run.train)},
+                   {"val data", fingerprints(run.val)}, {"tokenizer", run.tokenizer.crc}};
+    if (run.best_step >= 0) {
+        state["best step"] = std::to_string(run.best_step);
+        state["best loss"] = format("%.17g", run.best_loss);
+    }
+    if (run.step == 0 && run.o.overwrite) state["overwrites"] = "yes";  // until all of the former run is removed
     for (const Option& o : run.table)
         if (o.persistence != TRANSIENT && !value_text(o).empty()) state[std::string("--") + o.name] = value_text(o);
     return state;
 }
 
-// Opens DIR/metrics.csv to append to it. Cuts the rows that a killed run wrote after its last checkpoint.
+// Opens DIR/metrics.csv to append to it, without the rows that a killed run wrote after its last checkpoint.
 static FILE* open_metrics(const Run& run) {
-    const std::string path = run.path("metrics.csv");
-    std::string kept = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n";
-    if (run.o.resume && exists(path)) {
-        std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
-        lines.pop_back();  // what follows the last newline is empty, or an incomplete row
-        for (const std::string& line : lines) {
-            int step = atoi(line.c_str());  // 0 for the names of the columns
-            if (step > 0 && step <= run.step) kept += line + '\n';
+    const std::string path = run.path("metrics.csv"), names = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s";
+    std::string kept = names + "\n";
+    if (run.step == 0 && run.best_step == 0) kept += format("0,,%.9g,,,,\n", run.best_loss);
+    if (run.step > 0 && exists(path)) {
+        const std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
+        int step = -1;  // of the last row
+        for (size_t i = 1; i + 1 < lines.size() && step < run.step; i++) {  // the last line is empty, or incomplete
+            const std::vector<std::string> fields = split(lines[i], ',');
+            const bool numbers = lines[i].find_first_not_of("0123456789.e+-,") == lines[i].npos;
+            if (lines[0] != names || !numbers || fields.size() != 7 || atoi(fields[0].c_str()) <= step)
+                die("%s: line %zu is no row of this run; move the file away to resume without it", path.c_str(), i + 1);
+            step = atoi(fields[0].c_str());
+            if (step <= run.step) kept += lines[i] + '\n';
         }
     }
-    write_whole(path, kept);
+    OutputFile f = create_file(path, kept);
+    commit_file(f);
     FILE* metrics = fopen(path.c_str(), "a");
     if (!metrics) die("%s: %s", path.c_str(), strerror(errno));
     return metrics;
 }
 
-// Removes what is left of the run that the folder held: numbered checkpoints, and a tokenizer if this run has none.
+// Removes what is left of the run that the folder held: numbered checkpoints, and what this run does not have.
 static void remove_old_run(const Run& run) {
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(run.o.out, error)) {
+    for (const auto& entry : std::filesystem::directory_iterator(run.o.out)) {
         std::string name = entry.path().filename();
         if (name.ends_with(".tmp")) name.resize(name.size() - 4);
         bool numbered = name.starts_with("model_") && name.ends_with(".bin") && name.size() > 10 &&
                         name.find_first_not_of("0123456789", 6) == name.size() - 4;
+        bool best = name == "best.bin" && run.best_step < 0;
         bool tokenizer = name == "tokenizer.bin" && !run.tokenizer.known();
-        if (!numbered && !tokenizer) continue;
+        if (!numbered && !best && !tokenizer) continue;
         if (unlink(entry.path().c_str()) != 0) die("%s: cannot be removed: %s", entry.path().c_str(), strerror(errno));
+    }
+}
+
+// Whether something is due that is done every so many steps, and after the last.
+static bool is_due(int every, const Run& run) {
+    return run.step == run.o.steps || (every > 0 && run.step % every == 0);
+}
+
+// Gives DIR/model.bin its second names: best.bin, and a numbered one with --keep. They cost no space.
+static void name_checkpoint(const Run& run) {
+    std::vector<std::string> names;
+    if (run.best_step == run.step) names.push_back("best.bin");
+    const bool keep = run.o.keep && run.step > 0 && is_due(run.o.save_every, run);
+    if (keep) names.push_back(format("model_%06d.bin", run.step));
+    for (const std::string& name : names) {
+        const std::string path = run.path(name), temporary = path + ".tmp";
+        std::error_code error;
+        unlink(temporary.c_str());
+        std::filesystem::create_hard_link(run.path("model.bin"), temporary, error);
+        if (error) std::filesystem::copy_file(run.path("model.bin"), temporary);  // on a file system without links
+        std::filesystem::rename(temporary, path);
+        unlink(temporary.c_str());  // rename leaves it if both are already names of the same file
     }
 }
 
@@ -2757,34 +2960,29 @@ static void open_folder(Run& run) {
         if (error) die("--out %s cannot be created: %s", o.out.c_str(), error.message().c_str());
         check_folder(run);  // again, since another process may have been faster
     }
-    if (run.tokenizer.known()) write_whole(run.path("tokenizer.bin"), run.tokenizer.content);
+    OutputFile tokenizer;
+    if (run.tokenizer.known()) tokenizer = create_file(run.path("tokenizer.bin"), run.tokenizer.content);
     if (!o.resume) write_checkpoint(run.path("model.bin"), run.model, run.c, run_state(run));
+    if (run.tokenizer.known()) commit_file(tokenizer);
     run.metrics = open_metrics(run);
     if (o.overwrite) remove_old_run(run);
-}
-
-// Whether something is due that is done every so many steps, and after the last.
-static bool is_due(int every, const Run& run) {
-    return run.step == run.o.steps || (every > 0 && run.step % every == 0);
+    name_checkpoint(run);  // also when it resumes: a killed run may not have come to it
 }
 
 static void save_run(Run& run) {
     const int step = run.step;
-    std::error_code error;
     struct stat opened, named;
     if (fstat(run.folder, &opened) != 0 || stat(run.o.out.c_str(), &named) != 0 || opened.st_ino != named.st_ino ||
         opened.st_dev != named.st_dev)
         die("--out %s: the folder was removed or replaced during the run; step %d could not be saved",
             run.o.out.c_str(), step);
+    if (run.loss > 2 * log(run.c.V))
+        show_line(format("warning: the loss, %.3g, is far above that of guessing, %.3g; try a lower --lr", run.loss,
+                         log(run.c.V)), true);
     sync_to_disk(fileno(run.metrics));  // the rows up to this step will not be written again
-    const State state = run_state(run);
-    write_checkpoint(run.path("model.bin"), run.model, run.c, state);
+    write_checkpoint(run.path("model.bin"), run.model, run.c, run_state(run));
     run.saved = step;
-    if (!run.o.keep || !is_due(run.o.save_every, run)) return;
-    const std::string copy = run.path(format("model_%06d.bin", step));
-    unlink(copy.c_str());
-    std::filesystem::create_hard_link(run.path("model.bin"), copy, error);  // a second name costs no space
-    if (error) write_checkpoint(copy, run.model, run.c, state);             // some file systems have no hard links
+    name_checkpoint(run);
 }
 
 // Dies if a value is not finite, from which a run never recovers.
@@ -2792,6 +2990,15 @@ static void check_finite(const Run& run, const char* what, double value) {
     if (std::isfinite(value)) return;
     die("%s became %s in step %d; %s is still that of step %d; try a lower --lr or a longer --warmup", what,
         std::isnan(value) ? "NaN" : "infinite", run.step, run.path("model.bin").c_str(), run.saved);
+}
+
+static void validate(Run& run) {
+    run.validation = evaluate(run.model, run.c, run.val, run.o, run.tokenizer);
+    check_finite(run, "the validation loss", run.validation.loss);
+    if (run.step < run.o.steps) model_set_inputs(run.model, run.x.data(), run.y.data());  // evaluate set others
+    if (!(run.validation.loss < run.best_loss)) return;
+    run.best_loss = run.validation.loss;
+    run.best_step = run.step;
 }
 
 // Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. Of lines that do not
@@ -2803,9 +3010,7 @@ static void log_step(Run& run, double loss, double norm, double lr, double step_
     const double ms = step_seconds * 1e3, rate = o.total_batch / step_seconds;
     std::string line = format("step %d/%d  loss %.4f", step, o.steps, loss), val_loss;
     if (validates) {
-        run.validation = evaluate(run.model, run.c, run.val, o, run.tokenizer);
-        check_finite(run, "the validation loss", run.validation.loss);
-        if (step < o.steps) model_set_inputs(run.model, run.x.data(), run.y.data());  // evaluate set others
+        validate(run);
         line += format("  val %.4f", run.validation.loss);
         val_loss = format("%.9g", run.validation.loss);
     }
@@ -2843,10 +3048,11 @@ static void train_steps(Run& run) {
         const double norm = model_norm(run.model), loss = model_loss(run.model), now = seconds();
         check_finite(run, "the loss", loss);
         check_finite(run, "the gradient's norm", norm);
+        run.loss = loss;
 
         log_step(run, loss, norm, lr, now - step_start, (now - start) / (run.step - first_step) * (o.steps - run.step));
         if (is_due(o.sample_every, run) && run.step < o.steps && can_sample(run) && interrupts == 0) print_sample(run);
-        if (is_due(o.save_every, run)) save_run(run);
+        if (is_due(o.save_every, run) || run.best_step == run.step) save_run(run);
     }
     if (run.saved < run.step) save_run(run);  // a signal came between two checkpoints
 }
@@ -2863,18 +3069,24 @@ static void print_end(const Run& run, double run_seconds) {
     const Options& o = run.o;
     if (run.step < o.steps) {
         show_line(format("stopped after step %d of %d, and saved; to continue:\n    %s train --out %s --resume",
-                         run.step, o.steps, o.program.c_str(), o.out.c_str()), true);
+                         run.step, o.steps, shell_word(o.program).c_str(), shell_word(o.out).c_str()), true);
         return;
     }
     printf("\ntrained to step %d in %s%s\n", o.steps, duration(run_seconds).c_str(),
            o.resume ? " since it was resumed" : "");
-    if (!run.val.empty())
-        printf("validation loss %.4f nats per token, over %s tokens with a unigram entropy of %.4f\n",
-               run.validation.loss, commas(run.validation.tokens).c_str(), run.validation.entropy);
+    if (!run.val.empty()) {
+        const Evaluation& e = run.validation;
+        printf("validation loss %.4f nats per token, over %s tokens with a unigram entropy of %.4f\n", e.loss,
+               commas(e.tokens).c_str(), e.entropy);
+        if (e.loss > e.entropy) printf("note: frequencies alone give that entropy: train longer, or change --lr\n");
+        if (run.best_step < o.steps)
+            printf("best validation loss %.4f at step %d: %s\n", run.best_loss, run.best_step,
+                   escaped(run.path("best.bin")).c_str());
+    }
     if (can_sample(run) && interrupts == 0) print_sample(run);
     const std::string path = run.path("model.bin");
-    printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d%s\n", path.c_str(),
-           o.program.c_str(), path.c_str(), o.seed < INT_MAX ? o.seed + 1 : 0,
+    printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d%s\n", escaped(path).c_str(),
+           shell_word(o.program).c_str(), shell_word(path).c_str(), o.seed < INT_MAX ? o.seed + 1 : 0,
            start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : "");
 }
 
@@ -2885,7 +3097,7 @@ static void train(Options& o, OptionTable& table) {
     Run run = {.o = o, .table = table};
     check_folder(run);
     if (o.resume) {
-        if (!open_checkpoint(run)) return;
+        if (!open_checkpoint(run)) return name_checkpoint(run);
     } else if (is_file(o.model)) {
         run.start = open_weights(o, "train");
         std::error_code error;  // there may be no --out yet
@@ -2896,11 +3108,14 @@ static void train(Options& o, OptionTable& table) {
     complete_options(run);
     create_run_model(run);
 
-    // From here on, files are written.
     signal(SIGPIPE, SIG_IGN);  // training goes on when its output is no longer read
-    open_folder(run);
     for (int number : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGXCPU})
         if (signal(number, on_signal) == SIG_IGN) signal(number, SIG_IGN);  // as nohup wants SIGHUP, for example
+    if (!o.resume && !run.val.empty() && o.val_every > 0) {
+        validate(run);
+        show_line(format("step 0/%d  val %.4f", o.steps, run.validation.loss), true);
+    }
+    open_folder(run);  // from here on, files are written
     const double start = seconds();
     train_steps(run);
     fclose(run.metrics);
@@ -2915,11 +3130,11 @@ static void eval(Options& o, OptionTable&) {
     ModelFile file = open_weights(o, "eval");
     if (o.val.empty()) die("eval needs --val GLOB, the shards to measure the loss on");
     std::vector<std::string> paths = expand_glob("val", o.val);
-    Tokenizer tokenizer = find_tokenizer(o.tokenizer, {folder_of(o.model), folder_of(paths[0])});
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, paths);
     Config c = configure(o, &file, tokenizer);
     std::vector<Shard> shards = open_shards("val", paths, o.sequence);
     Model* model = load_model(file, c, o, {.B = o.batch, .T = o.sequence});
-    printf("model      %s: %s\n", o.model.c_str(), config_text(c).c_str());
+    printf("model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
     printf("attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
     Evaluation e = evaluate(model, c, shards, o, tokenizer);
     if (!std::isfinite(e.loss)) die("%s: the loss is not finite: its training failed", o.model.c_str());
@@ -2933,16 +3148,24 @@ static void eval(Options& o, OptionTable&) {
 
 static void generate(Options& o, OptionTable&) {
     ModelFile file = open_weights(o, "generate");
-    Tokenizer tokenizer = find_tokenizer(o.tokenizer, {folder_of(o.model)});
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, {});
     Config c = configure(o, &file, tokenizer);
     const std::vector<int> prompt = prompt_of(o, tokenizer, c.V);
     if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
+    if (!o.stop.empty() && !tokenizer.known()) die("--stop needs a tokenizer: name one with --tokenizer");
+    const int dropped = prompt.size() - tokens_to_read(c.maxT, 0, prompt.size());
+    if (dropped > 0)
+        fprintf(stderr, "note: of the prompt's %zu tokens, the first %d are not read: the context is %d\n",
+                prompt.size(), dropped, c.maxT);
     Model* model = load_model(file, c, o, {.sequences = 1});
-    Generated g = generate_text(model, c, o, tokenizer, prompt, random_stream(o.seed, SAMPLES));
-    fprintf(stderr, "prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s\n",
-            plural(prompt.size(), "token").c_str(), g.prompt_seconds, plural(g.tokens, "token").c_str(), g.seconds,
-            g.tokens / std::max(g.seconds, 1e-9));
+    for (int i = 0; i < o.samples; i++) {
+        if (i > 0) printf("---\n");
+        Generated g = generate_text(model, c, o, tokenizer, prompt, random_stream((uint64_t)o.seed + i, SAMPLES));
+        fprintf(stderr, "prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s\n",
+                plural(prompt.size(), "token").c_str(), g.prompt_seconds, plural(g.tokens, "token").c_str(), g.seconds,
+                g.tokens / std::max(g.seconds, 1e-9));
+    }
     model_free(model);
 }
 
@@ -2962,13 +3185,9 @@ static void print_tensors(const Config& c) {
 
 static void describe(Options& o, OptionTable&) {
     std::optional<ModelFile> file;
-    std::vector<std::string> folders;
-    if (is_file(o.model)) {
-        file = open_weights(o, "describe");
-        folders.push_back(folder_of(o.model));
-    }
+    if (is_file(o.model)) file = open_weights(o, "describe");
     const ModelFile* from = file ? &*file : nullptr;
-    const Config c = configure(o, from, find_tokenizer(o.tokenizer, folders), true);
+    const Config c = configure(o, from, find_tokenizer(o.tokenizer, nullptr, {}), true);
     const int precision = o.precision;
     const Workload training = {.B = o.batch, .T = o.sequence, .train = true, .recompute = o.recompute};
     std::vector<Config> configs;  // one per attention
@@ -2982,8 +3201,8 @@ static void describe(Options& o, OptionTable&) {
     if (file) {
         State state = read_state(*file);
         std::string content = state.empty() ? "weights only" : "checkpoint of step " + state["step"];
-        printf("%s: version %d, %s, %s\n", o.model.c_str(), file->version, attention_names[file->config.attention],
-               content.c_str());
+        printf("%s: version %d, %s, %s\n", escaped(o.model).c_str(), file->version,
+               attention_names[file->config.attention], content.c_str());
     }
     printf("\n");
     print_tensors(c);
@@ -3012,7 +3231,7 @@ static void describe(Options& o, OptionTable&) {
 // The command line
 
 // Runs the command that argv names.
-[[maybe_unused]] static int run_program(int argc, char** argv) {
+[[maybe_unused]] static int run_program(int argc, char** argv) try {
     Options o;
     OptionTable table = option_table(o);
     for (int fd = 0; fd < 3; fd++)  // if standard output were closed, a file of ours could take its place
@@ -3045,6 +3264,10 @@ static void describe(Options& o, OptionTable&) {
     command->run(o, table);
     if (command->bit != TRAIN && (fflush(stdout) != 0 || ferror(stdout))) die("standard output could not be written");
     return 0;
+} catch (const std::bad_alloc&) {
+    die("not enough memory: use a smaller --batch or model, or smaller shards");
+} catch (const std::exception& e) {
+    die("%s", e.what());
 }
 
 #ifndef GPT2_NO_MAIN
@@ -3767,6 +3990,7 @@ template <class X>
 static void adamw_update(X* working, float* w, float* m, float* v, const float* gradient, size_t n, const AdamW& a,
                          float decay, const Results& results, float m_correction, float v_correction) {
     const float gradient_scale = results.gradient_scale;
+    if (gradient_scale == 0) return;
 #pragma omp parallel for schedule(static) if (n > UPDATE_CHUNK)
     for (size_t chunk = 0; chunk < n; chunk += UPDATE_CHUNK) {
         size_t end = std::min(n, chunk + UPDATE_CHUNK);
@@ -4489,13 +4713,37 @@ static void host_parallel_for(size_t n, F f) {
     for (size_t i = 0; i < n; i++) f(i);
 }
 
-// Reads up to two numbers from the start of a system file. If it begins with a word ("max": no
-// limit), the first becomes 0; without the file, nothing changes.
-static void read_numbers(const char* path, double& first, double& second) {
-    FILE* file = fopen(path, "r");
-    if (!file) return;
-    if (fscanf(file, "%lf %lf", &first, &second) < 1) first = 0;  // "max": no limit
-    fclose(file);
+static std::string system_root = "";  // the tests set it
+
+// Reads up to two numbers from the start of a system file. A word ("max": no limit) makes the first 0; without the
+// file, nothing changes.
+static void read_numbers(const std::string& path, double& first, double& second) {
+    std::ifstream(path) >> first >> second;
+}
+
+// The number after `word` at the start of a line of a file, or `otherwise` if there is none
+static double number_after(const std::string& path, const std::string& word, double otherwise) {
+    std::ifstream file(path);
+    for (std::string line; std::getline(file, line);)
+        if (line.starts_with(word)) otherwise = atof(line.c_str() + word.size());
+    return otherwise;
+}
+
+// Calls f with the folder of each control group that limits this process: its own, and those above it. In version 1,
+// each controller has a tree of its own.
+template <class F>
+static void for_control_groups(const std::string& controller, F f) {
+    std::ifstream file(system_root + "/proc/self/cgroup");
+    for (std::string line; std::getline(file, line);) {  // number:controllers:path; version 2 names none
+        const size_t names = line.find(':') + 1, path = line.find(':', names) + 1;
+        if (names == 0 || path == 0) continue;
+        const std::vector<std::string> controllers = split(line.substr(names, path - 1 - names), ',');
+        const bool own = std::count(controllers.begin(), controllers.end(), controller) > 0;
+        for (std::string group = line.substr(path); own || controllers[0].empty(); group = folder_of(group)) {
+            f(system_root + "/sys/fs/cgroup/" + (own ? controller : "") + group + "/");
+            if (group.size() <= 1) break;
+        }
+    }
 }
 
 #if defined(__AMX_BF16__)
@@ -4548,6 +4796,18 @@ static const char* const instruction_set = "128-bit vectors";
 }
 #endif
 
+[[maybe_unused]] static int allowed_threads() {  // by quotas of processor time
+    double allowed = INT_MAX;
+    for_control_groups("cpu", [&](const std::string& group) {
+        double quota = 0, period = 100000, unused;
+        read_numbers(group + "cpu.max", quota, period);
+        read_numbers(group + "cpu.cfs_quota_us", quota, unused);  // version 1
+        read_numbers(group + "cpu.cfs_period_us", period, unused);
+        if (quota > 0) allowed = std::min(allowed, std::max(1.0, ceil(quota / period)));
+    });
+    return allowed;
+}
+
 static void device_init([[maybe_unused]] char** argv, bool) {
 #ifdef _OPENMP
     // By default, OpenMP's threads spin for milliseconds when they wait for each other, which on cores that other
@@ -4565,14 +4825,7 @@ static void device_init([[maybe_unused]] char** argv, bool) {
         execv(std::filesystem::read_symlink("/proc/self/exe", error).c_str(), argv);
     }
     if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
-        double quota = 0, period = 100000, unused;
-        read_numbers("/sys/fs/cgroup/cpu.max", quota, period);
-        if (quota <= 0) {  // control groups of version 1
-            read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", quota, unused);
-            read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period, unused);
-        }
-        int allowed = quota > 0 ? std::max(1, (int)ceil(quota / period)) : omp_get_num_procs();
-        omp_set_num_threads(std::min(allowed, omp_get_num_procs()));
+        omp_set_num_threads(std::min(allowed_threads(), omp_get_num_procs()));
     }
 #endif
 }
@@ -4591,33 +4844,20 @@ static std::string device_build() {
 }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
-// The number after `word` at the start of a line of a file, or `otherwise` if there is none
-static double number_after(const char* path, const char* word, double otherwise) {
-    FILE* file = fopen(path, "r");
-    if (!file) return otherwise;
-    char line[256];
-    while (fgets(line, sizeof line, file))
-        if (strncmp(line, word, strlen(word)) == 0) otherwise = atof(line + strlen(word));
-    fclose(file);
-    return otherwise;
-}
-
 // Memory available without swapping, or what is left of the container's limit if that is less. File caches count as
 // free.
 static size_t device_free_memory() {
     const double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);  // if there is no /proc, as on macOS
-    double free_bytes = 1024 * number_after("/proc/meminfo", "MemAvailable:", all / 1024);
-    const struct { const char *limit, *used, *stat; } groups[] = {
-        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"},
-        {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-         "/sys/fs/cgroup/memory/memory.stat"}};
-    for (const auto& group : groups) {
+    double free_bytes = 1024 * number_after(system_root + "/proc/meminfo", "MemAvailable:", all / 1024);
+    for_control_groups("memory", [&](const std::string& group) {
         double limit = 0, used = 0, unused;
-        read_numbers(group.limit, limit, unused);
-        read_numbers(group.used, used, unused);
-        double caches = number_after(group.stat, "inactive_file ", 0) + number_after(group.stat, "active_file ", 0);
-        if (limit > 0) free_bytes = std::min(free_bytes, limit - used + caches);
-    }
+        for (const char* name : {"memory.max", "memory.limit_in_bytes"}) read_numbers(group + name, limit, unused);
+        for (const char* name : {"memory.current", "memory.usage_in_bytes"}) read_numbers(group + name, used, unused);
+        for (const std::string caches : {"inactive_file ", "active_file "})  // version 1: total_, with groups below
+            used -= std::max(number_after(group + "memory.stat", caches, 0),
+                             number_after(group + "memory.stat", "total_" + caches, 0));
+        if (limit > 0) free_bytes = std::min(free_bytes, limit - used);
+    });
     return (size_t)std::max(0.0, free_bytes);
 }
 

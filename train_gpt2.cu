@@ -1900,8 +1900,8 @@ template <class X>
 __global__ void adamw_update_kernel(X* working, float* w, float* m, float* v, const float* gradient, size_t n, AdamW a,
                                     float decay, const StepResults* results, float m_correction, float v_correction) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
-    if (at >= n) return;
     const float gradient_scale = results->gradient_scale;
+    if (at >= n || gradient_scale == 0) return;
     float g[VECTOR], w_i[VECTOR], m_i[VECTOR], v_i[VECTOR];
     load(g, gradient + at);
     load(w_i, w + at);

@@ -8,8 +8,8 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")
 from helpers import (
-    ATTENTIONS, BYTES_AND_END_OF_TEXT, END_OF_TEXT, Program, made_up_tokens, training, write_shard,
-    write_tokenizer,
+    ATTENTIONS, BYTES_AND_END_OF_TEXT, END_OF_TEXT, Program, made_up_tokens, training, weights_only,
+    write_shard, write_tokenizer,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -105,3 +105,11 @@ def finished(program, data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(finished):
     return finished["depth"] / "model.bin"
+
+
+@pytest.fixture(scope="session")
+def without_state(model, tmp_path_factory):
+    """The model as llm.c would write it: it does not know its tokenizer, and none lies beside it."""
+    path = tmp_path_factory.mktemp("without_state") / "model.bin"
+    path.write_bytes(weights_only((model.parent.parent / "vanilla/model.bin").read_bytes()))
+    return path

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import pty
 import random
 import re
 import signal
@@ -102,6 +103,22 @@ class Emulated(Program):
 
     def environment(self, threads=1):
         return super().environment(threads) | self.settings
+
+
+def on_terminal(program, args):
+    """Exit status and output, standard error included, of a command that is run on a terminal."""
+    command = program.command(args)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(command[0], command, program.environment())
+    text = b""
+    try:
+        while piece := os.read(terminal, 4096):
+            text += piece
+    except OSError:  # Linux's way to say that the other side is closed
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
 def assert_one_line(status, err, says):

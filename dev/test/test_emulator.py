@@ -45,7 +45,7 @@ def test_every_order_gives_the_same_bits(precision, shape, attention, shards, tm
     def trained(seed):
         out = tmp_path / str(seed)
         arguments = training(shards, out, "--vocab", 257, "--precision", precision, "--attention", attention, *shape,
-                             "--val-batches", 1, steps=2)
+                             "--val-tokens", 1, steps=2)
         text = emulated(seed=seed, blocks=1 + seed % 3).run(*arguments)
         losses = re.findall(r"loss [\d.]+", text)
         assert losses
@@ -74,7 +74,7 @@ def assert_says_so(status, err, call):
 
 
 def test_any_call_may_fail_in_training(shards, tmp_path):
-    options = ["--vocab", 257, "--attention", "depth", "--val-batches", 1]
+    options = ["--vocab", 257, "--attention", "depth", "--val-tokens", 1]
     emulated().run(*training(shards, tmp_path / "kept", "--keep", *options, steps=4, save_every=1))
     complete = [path.read_bytes() for path in (tmp_path / "kept").glob("model_*.bin")]
     begun = tmp_path / "begun"

@@ -7,14 +7,15 @@ import shutil
 import signal
 import struct
 import subprocess
+import zlib
 
 import pytest
 
 from helpers import (
     ATTENTIONS, BYTES_AND_END_OF_TEXT, CHANNELS, CONTEXT, END_OF_TEXT, HEADER_BYTES, HEADS, LAYERS,
-    PADDED_VOCABULARY, SEQUENCE, SHARD_MAGIC, TIMEOUT, TOKENIZER_MAGIC, TRAILER_BYTES, VOCABULARY, WEIGHTS_END,
-    assert_one_line, changed, contents, ended, header, made_up_tokens, read_to_step, tokens_bytes, training,
-    weights_only, write_shard, write_tokenizer,
+    PADDED_VOCABULARY, PARAMETERS, SEQUENCE, SHARD_MAGIC, TIMEOUT, TOKENIZER_MAGIC, TRAILER_BYTES, VOCABULARY,
+    WEIGHTS_END, assert_one_line, changed, contents, ended, header, made_up_tokens, read_to_step, tokens_bytes,
+    training, weights_only, write_shard, write_tokenizer,
 )
 
 LARGEST = 2**31 - 1  # of an int32
@@ -31,7 +32,13 @@ def joined(case):
 
 @pytest.mark.parametrize("more, says", [
     (["--step", "3"], "train has no option --step; did you mean --steps?"),
-    (["--epochs", "3"], "train has no option --epochs; see "),
+    (["--epochs", "3"], "train has no option --epochs; did you mean --steps?"),
+    (["--learning_rate=1e-4"], "train has no option --learning_rate; did you mean --lr?"),
+    (["--max-iters", "5"], "did you mean --steps?"),
+    (["--block-size", "5"], "did you mean --context?"),
+    (["--eval_iters", "5"], "did you mean --val-tokens?"),
+    (["--num-samples", "5"], "train has no option --num-samples; see "),
+    (["-b", "5"], "'-b' is not an option; did you mean --batch?"),
     (["-batch", "1"], "did you mean --batch"),
     (["--profile", "1"], "train has no option --profile; see "),
     (["stray"], "'stray' is not an option"),
@@ -69,7 +76,7 @@ def joined(case):
     (["--skip-heads", "1"], "--skip-heads needs --attention skip"),
     (["--attention", "depth", "--skip-distance", "1"], "--skip-distance needs --attention skip"),
     (["--attention", "skip", "--depth-stride", "1"], "--depth-stride needs --attention depth"),
-    (["--attention", "skip", "--skip-heads", "3"], "skip-heads is 3, but there are only 2 heads"),
+    (["--attention", "skip", "--skip-heads", "3"], "skip-heads is 3, but the model has only 2 heads"),
     (["--attention", "skip", "--skip-heads", "-1"], "must be from 0"),
     (["--attention", "skip", "--skip-distance", "0"], "must be from 1"),
     (["--attention", "skip", "--skip-distance", "65537"], "must be from 1"),
@@ -96,7 +103,7 @@ def test_option_is_refused(each_build, data, tmp_path, more, says):
     (["generate"], "generate needs --model"),
     (["generate", "--model", "gpt2"], "gpt2 is a shape without weights; generate needs a model file"),
     (["eval", "--model", "gpt2-xl", "--val", "x"], "gpt2-xl is a shape without weights; eval needs a model file"),
-    (["describe", "--skip-heads", "13"], "skip-heads is 13, but there are only 12 heads"),
+    (["describe", "--skip-heads", "13"], "skip-heads is 13, but the model has only 12 heads"),
     (["describe", "--tokenizer", "nowhere"], "nowhere: No such file"),
 ], ids=joined)
 def test_command_is_refused(each_build, args, says):
@@ -137,10 +144,11 @@ def test_model_too_large_for_memory(each_build, data, tmp_path):
 
 
 def test_prompt_of_samples_is_checked_first(each_build, data, tmp_path):
-    tokenizer = tmp_path / "tokenizer.bin"
-    write_tokenizer(tokenizer, [bytes([i]) for i in range(97, 97 + 26)])
     out = tmp_path / "out"
-    each_build.fails(*training(data, out, "--tokenizer", tokenizer, "--prompt", "Oh"), says="--prompt: 'O' at byte 0")
+    write_tokenizer(tmp_path / "tokenizer.bin", [bytes([i]) for i in range(97, 97 + 26)])
+    write_shard(tmp_path / "train_0.bin", [i % 26 for i in range(200)])
+    each_build.fails(*training(tmp_path, out, "--val", tmp_path / "train_0.bin", "--prompt", "Oh"),
+                     says="--prompt: 'O' at byte 0")
     assert not out.exists()
 
 
@@ -204,8 +212,8 @@ def test_sequence_longer_than_every_shard(each_build, data, tmp_path):
                      says="no shard has the 17 tokens that --sequence 16 takes")
 
 
-@pytest.mark.parametrize("what, says", [("cut", "cannot be read to its end"),
-                                        ("removed", "No such file"), ("overwritten", "outside the vocabulary")])
+@pytest.mark.parametrize("what, says", [("cut", "has changed"), ("replaced", "has changed"),
+                                        ("removed", "No such file"), ("overwritten", "has changed")])
 def test_shard_changes_during_the_run(program, data, tmp_path, what, says):
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
@@ -216,6 +224,9 @@ def test_shard_changes_during_the_run(program, data, tmp_path, what, says):
             os.truncate(shard, HEADER_BYTES + 400)
         elif what == "removed":
             shard.unlink()
+        elif what == "replaced":
+            write_shard(tmp_path / "other.bin", made_up_tokens(1500, seed=99))
+            (tmp_path / "other.bin").rename(shard)
         else:
             with shard.open("r+b") as file:
                 file.seek(HEADER_BYTES)
@@ -241,14 +252,14 @@ def test_out_cannot_be_made(each_build, data):
 
 def test_out_holds_a_run(each_build, data, finished):
     before = contents(finished["skip"])
-    each_build.fails(*training(data, finished["skip"]), says="holds a run: --resume continues it, --overwrite")
+    each_build.fails(*training(data, finished["skip"]), says="holds a run .model.bin.: --resume")
     assert contents(finished["skip"]) == before
 
 
 def test_out_holds_another_tokenizer(each_build, data, tmp_path):
     write_tokenizer(tmp_path / "tokenizer.bin", BYTES_AND_END_OF_TEXT[:-1])
     before = contents(tmp_path)
-    each_build.fails(*training(data, tmp_path), says="tokenizer.bin is another tokenizer than")
+    each_build.fails(*training(data, tmp_path), says="tokenizer.bin is not the tokenizer of the shards")
     assert contents(tmp_path) == before
 
 
@@ -261,6 +272,10 @@ def test_resume_with_another_tokenizer(each_build, data, tmp_path):
     write_tokenizer(other, BYTES_AND_END_OF_TEXT[::-1])
     before = contents(out)
     each_build.fails("train", "--out", out, "--resume", "--tokenizer", other, says="other.bin; leave out --tokenizer")
+    shutil.move(other, out / "tokenizer.bin")
+    each_build.fails("train", "--out", out, "--resume", says="trained with another .*; name its own with --tokenizer")
+    shutil.move(out / "tokenizer.bin", other)
+    write_tokenizer(out / "tokenizer.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT)
     assert contents(out) == before
 
 
@@ -340,7 +355,7 @@ def test_out_vanishes_during_the_run(program, data, tmp_path):
         read_to_step(process, 5)
         (tmp_path / "out").rename(tmp_path / "elsewhere")
         status, _, err = ended(process)
-    assert_one_line(status, err, "folder was removed or replaced during the run; step 100 could not be saved")
+    assert_one_line(status, err, r"folder was removed or replaced during the run; step \d+ could not be saved")
 
 
 # --resume
@@ -355,7 +370,7 @@ def test_resume_with_nothing_to_resume(each_build, tmp_path):
     assert os.listdir(out) == []
 
 
-@pytest.mark.parametrize("more", [["--steps", "11"], ["--lr", "1e-2"], ["--seed", "2"], ["--batch", "2"],
+@pytest.mark.parametrize("more", [["--lr", "1e-2"], ["--seed", "2"], ["--batch", "2"],
                                   ["--attention", "skip"], ["--layers", "2"], ["--model", "gpt2"], ["--vocab", "300"],
                                   ["--schedule", "linear"], ["--depth-stride", "3"], ["--skip-heads", "1"]], ids=joined)
 def test_resume_with_an_option_that_contradicts(each_build, finished, more):
@@ -377,7 +392,7 @@ def test_resume_with_other_data(program, data, tmp_path):
     before = contents(out)
     for option in "train", "val":
         program.fails("train", "--resume", "--out", out, f"--{option}", f"{other}/{option}_*.bin",
-                      says=f"--{option}: .*this is other data")
+                      says=f"--{option}: these are not the shards")
     assert contents(out) == before
 
 
@@ -477,11 +492,57 @@ def test_weights_are_not_finite(each_build, data, finished, tmp_path, command):
     bad.write_bytes(changed(weights_only(good), WEIGHTS_END - 4, "<f", float("nan")))
     if command == "train":
         each_build.fails("train", "--model", bad, "--train", f"{data}/train_*.bin", "--out", tmp_path / "out",
-                         says="became NaN in step 1; .*model.bin is still that of step 0")
+                         says="nan.bin: holds infinite values or NaN")
+        assert not (tmp_path / "out").exists()
     elif command == "eval":
-        each_build.fails("eval", "--model", bad, "--val", data / "val_0.bin", says="not finite")
+        each_build.fails("eval", "--model", bad, "--val", data / "val_0.bin", says="nan.bin: holds infinite")
     else:
-        each_build.fails("generate", "--model", bad, "--prompt-tokens", "0", says="not finite")
+        each_build.fails("generate", "--model", bad, "--prompt-tokens", "0",
+                         says="nan.bin: holds infinite values or NaN")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")])
+@pytest.mark.parametrize("at", [0, PARAMETERS - 1])
+def test_any_weight_is_not_finite(program, finished, tmp_path, at, value):
+    good, bad = (finished["vanilla"] / "model.bin").read_bytes(), tmp_path / "bad.bin"
+    bad.write_bytes(changed(weights_only(good), HEADER_BYTES + 4 * at, "<f", value))
+    program.fails("generate", "--model", bad, "--prompt-tokens", "5", "--tokens", 0, says="bad.bin: holds infinite")
+
+
+def test_weights_become_infinite_between_two_looks_at_the_loss(program, data, tmp_path):
+    """The first update sends all weights past the largest number; the loss was taken before it."""
+    out = tmp_path / "out"
+    mad = ["--lr", 10, "--weight-decay", 10, "--clip", 0, "--schedule", "constant", "--warmup", 0, "--val-every", 0]
+    steps = 20
+    while steps > 1:  # the number of steps with which the last update is the first that overflows
+        status, _, err = program.finish(*training(data, out, *mad, "--overwrite", steps=steps, save_every=0))
+        if status == 0:
+            break
+        steps -= 1
+    assert 1 < steps < 20
+    before = (out / "model.bin").read_bytes()
+    status, _, err = program.finish(*training(data, out, *mad, "--overwrite", steps=steps + 1, save_every=0))
+    assert_one_line(status, err.decode(), "model.bin could not be written: the weights became|became (NaN|infinite)")
+    assert "checkpoint of step 0" in program.run("describe", "--model", out / "model.bin")
+
+
+def test_gradient_that_is_not_finite_changes_no_weight(program, data, finished, tmp_path):
+    """Weights near the largest number, so that the gradient's norm overflows."""
+    good, huge = (finished["vanilla"] / "model.bin").read_bytes(), tmp_path / "huge.bin"
+    huge.write_bytes(changed(weights_only(good), WEIGHTS_END - 8 * CHANNELS, "<f", 3e38))
+    out = tmp_path / "out"
+    status, _, err = program.finish(*training(data, out, "--model", huge, "--val-every", 0, save_every=1))
+    assert_one_line(status, err.decode(), r"became (NaN|infinite) in step 1; .*model.bin is still that of step 0")
+    assert "checkpoint of step 0" in program.run("describe", "--model", out / "model.bin")
+
+
+def test_exploded_loss_is_saved_with_a_warning(program, data, tmp_path):
+    out = tmp_path / "out"
+    mad = ["--lr", 3, "--clip", 0, "--schedule", "constant", "--val-every", 1]
+    said = program.run(*training(data, out, *mad, steps=12))
+    assert re.search(r"warning: the loss, [\d.e+]+, is far above that of guessing, 5.55; try a lower", said)
+    loss, step = re.search(r"best validation loss ([\d.]+) at step (\d+)", said).groups()
+    assert float(loss) < 10 and f"checkpoint of step {step}" in program.run("describe", "--model", out / "best.bin")
 
 
 def test_loss_becomes_nan(program, data, tmp_path):
@@ -493,6 +554,15 @@ def test_loss_becomes_nan(program, data, tmp_path):
     failed, saved = (int(n) for n in re.findall(r"step (\d+);", err.decode()))
     assert saved == failed - 1
     assert f"checkpoint of step {saved}" in program.run("describe", "--model", out / "model.bin")
+
+
+@pytest.mark.parametrize("flag", ["-Ofast", "-ffast-math", "-ffinite-math-only", "-funsafe-math-optimizations"])
+def test_fast_math_is_refused_by_the_compiler(root, flag):
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-fsyntax-only", "-Wfatal-errors", flag]
+    done = subprocess.run([*command, root / "train_gpt2.cpp"], capture_output=True, text=True)
+    if "clang" in command[0] and flag == "-funsafe-math-optimizations":
+        pytest.skip("clang++ does not tell a program of this flag")
+    assert done.returncode != 0 and "-Ofast and -ffast-math change results and hide NaN: use -O3" in done.stderr
 
 
 def test_eval_without_shards(each_build, model):
@@ -532,9 +602,181 @@ def test_tokenizer_is_damaged(each_build, model, tmp_path):
     each_build.fails("generate", "--model", model, "--tokenizer", tmp_path / "none.bin", says="none.bin: No such file")
 
 
-def test_tokenizer_of_another_vocabulary(each_build, model, tmp_path):
+def test_tokenizer_of_another_vocabulary(each_build, model, without_state, tmp_path):
     write_tokenizer(tmp_path / "other.bin", BYTES_AND_END_OF_TEXT[:-1])
-    each_build.fails("generate", "--model", model, "--tokenizer", tmp_path / "other.bin", says="has 256 tokens")
+    named = ["--tokenizer", tmp_path / "other.bin"]
+    each_build.fails("generate", "--model", model, *named, says="trained with another tokenizer than .*other.bin")
+    each_build.fails("generate", "--model", without_state, *named,
+                     says="has 256 tokens, but the model's vocabulary is 257")
+
+
+SHIFTED = BYTES_AND_END_OF_TEXT[1:-1] + BYTES_AND_END_OF_TEXT[:1] + BYTES_AND_END_OF_TEXT[-1:]  # as many tokens
+
+
+@pytest.fixture
+def shifted(data, tmp_path):
+    """The same shards with a tokenizer of the same size."""
+    folder = shutil.copytree(data, tmp_path / "shifted")
+    write_tokenizer(folder / "tokenizer.bin", SHIFTED, END_OF_TEXT)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tokenizer.bin", "gpt2_tokenizer.bin"])
+def test_shards_of_another_tokenizer_of_the_same_size(each_build, data, finished, shifted, tmp_path, name):
+    (shifted / "tokenizer.bin").rename(shifted / name)
+    model, out = finished["vanilla"] / "model.bin", tmp_path / "out"
+    alone = tmp_path / "alone" / "model.bin"  # knows its tokenizer, though none lies beside it
+    alone.parent.mkdir()
+    shutil.copy(model, alone)
+    def two(first):
+        return f"{first}/tokenizer.bin and {shifted}/{name} are .*; .*prepare.py --tokenizer {first}/tokenizer.bin"
+
+    ours, theirs = two(model.parent), two(data)
+    shards = f"{shifted}/val_0.bin"
+    each_build.fails("eval", "--model", model, "--val", shards, says=ours)
+    each_build.fails("eval", "--model", alone, "--val", shards, says=f"trained with another tokenizer than .*{name}")
+    each_build.fails(*training(data, out, "--val", shards), says=theirs)
+    each_build.fails(*training(data, out, "--train", f"{tmp_path}/*/train_0.bin", "--val", shards, "--tokenizer",
+                               data / "tokenizer.bin"), says=theirs)
+    each_build.fails(*training(shifted, out, "--model", model), says=ours)
+    each_build.fails(*training(shifted, out, "--model", alone), says="trained with another tokenizer")
+    assert not out.exists()
+
+
+def test_resume_with_shards_of_another_tokenizer(program, data, shifted, tmp_path):
+    out = tmp_path / "out"
+    program.stop(*training(data, out, steps=400), after=5, by=signal.SIGTERM)
+    before = contents(out)
+    program.fails("train", "--resume", "--out", out, "--train", f"{shifted}/train_*.bin",
+                  says="out/tokenizer.bin and .*shifted/tokenizer.bin are different")
+    assert contents(out) == before
+
+
+def test_files_of_the_same_tokens_are_equal(program, data, finished, tmp_path):
+    """llm.c's version, and what follows the tokens, make no difference."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    write_tokenizer(folder / "tokenizer.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT, appendix=b"merges")
+    model = finished["vanilla"] / "model.bin"
+    program.run("eval", "--model", model, "--val", folder / "val_0.bin")
+    program.run(*training(folder, tmp_path / "out", "--model", model, steps=1))
+    program.run("generate", "--model", tmp_path / "out/model.bin", "--tokenizer", data / "tokenizer.bin", "--tokens", 1)
+
+
+def test_end_of_text_is_part_of_a_tokenizer(program, data, finished, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    write_tokenizer(folder / "tokenizer.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT - 1)
+    program.fails("eval", "--model", finished["vanilla"] / "model.bin", "--val", folder / "val_0.bin", says="different")
+
+
+# The manifest that prepare.py leaves beside shards
+
+
+def manifest(folder):
+    def line(path):
+        content = path.read_bytes()
+        return f"{path.name} {len(content)} {zlib.crc32(content[:65536] + content[-65536:]):08x}\n"
+
+    return "gpt2x3 manifest 1\n" + "".join(map(line, sorted(folder.glob("*.bin"))))
+
+
+def test_shards_are_held_against_their_manifest(each_build, data, finished, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    write_shard(folder / "train_3.bin", made_up_tokens(100_000))  # longer than what its checksum covers
+    (folder / "manifest.txt").write_text(manifest(folder))
+    model, val = finished["vanilla"] / "model.bin", folder / "val_0.bin"
+
+    def fails(says):
+        each_build.fails("eval", "--model", model, "--val", val, says=says)
+        each_build.fails(*training(folder, tmp_path / "out"), says=says)
+
+    each_build.run("eval", "--model", model, "--val", val)
+    for name in "val_0.bin", "train_3.bin":
+        good = (folder / name).read_bytes()
+        for bad in changed(good, len(good) - 1, "B", good[-1] ^ 1), good[:-2], good + good[-2:]:
+            (folder / name).write_bytes(bad)
+            fails(f"{name} is not what prepare.py wrote; .*remove .*manifest.txt")
+        (folder / name).unlink()
+        if name == "train_3.bin":
+            fails(f"{name} is not what prepare.py wrote")
+        (folder / name).write_bytes(good)
+    tokenizer = (folder / "tokenizer.bin").read_bytes()
+    write_tokenizer(folder / "tokenizer.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT, appendix=b"another file")
+    fails("tokenizer.bin is not what prepare.py wrote")
+    (folder / "tokenizer.bin").write_bytes(tokenizer)
+    each_build.run("eval", "--model", model, "--val", val)
+    shutil.copy(val, folder / "val_1.bin")
+    each_build.fails("eval", "--model", model, "--val", f"{folder}/val_*.bin", says="val_1.bin is not prepare.py's")
+    for content, says in [("incomplete\n", "is incomplete: prepare.py was stopped"), ("", "damaged"),
+                          ("incomplete", "was stopped"), (manifest(folder)[:-1], "damaged"), ("x" * 99, "damaged"),
+                          ("gpt2x3 manifest 1\n\n", " is not what"), ("gpt2x3 manifest 1\n\0\n", ""),
+                          ("gpt2x3 manifest 1\n../../etc/passwd 1 00000000\n", "passwd is not what"),
+                          ("gpt2x3 manifest 1\n", "is not prepare.py's, as its neighbours")]:
+        (folder / "manifest.txt").write_text(content)
+        fails(says)
+    (folder / "manifest.txt").unlink()
+    os.mkfifo(folder / "manifest.txt")
+    fails("manifest.txt: is not a regular file")
+
+
+# What a message may hold
+
+
+@pytest.mark.parametrize("name, shown", [("a\nb", r"a\\nb"), ("a\x1b[2Jb", r"a\\x1b\[2Jb"), ("a\tb", r"a\\tb"),
+                                         ("a\x9bb", r"a\\u009bb"), ("aéb", "aéb"), ("a\x7f", r"a\\x7f")])
+def test_control_characters_in_messages_are_escaped(each_build, data, tmp_path, name, shown):
+    each_build.fails("generate", "--model", name, says=shown)
+    each_build.fails("train", f"--{name}", says=shown)
+    each_build.fails(name, says=shown)
+    each_build.fails(*training(data, tmp_path / "out", "--train", tmp_path / name), says=shown)
+
+
+# metrics.csv
+
+
+@pytest.fixture
+def stopped(program, data, tmp_path):
+    """A run that was stopped in the middle, with at least ten rows."""
+    program.stop(*training(data, tmp_path / "out", steps=60), after=10, by=signal.SIGTERM)
+    return tmp_path / "out"
+
+
+def test_metrics_are_no_regular_file(program, stopped):
+    metrics = stopped / "metrics.csv"
+    metrics.unlink()
+    for make, says in [(os.mkfifo, "is not a regular file"), (os.mkdir, "is a folder"),
+                       (lambda path: os.symlink("/dev/zero", path), "is not a regular file")]:
+        make(metrics)
+        before = (stopped / "model.bin").read_bytes()
+        program.fails("train", "--out", stopped, "--resume", says=f"metrics.csv: {says}")
+        assert (stopped / "model.bin").read_bytes() == before
+        metrics.rmdir() if metrics.is_dir() else metrics.unlink()
+
+
+@pytest.mark.parametrize("at, bad", [
+    (0, "other,names"), (3, "\0" * 40), (3, ""), (3, "2,nan,,1e-3,0.5,1.0,10"), (3, "2,1.5,,1e-3"), (3, "x"),
+    (3, "1,1.5,,1e-3,0.5,1.00,10"), (3, "2,1.5,,1e-3,0.5,1.00,10,11"), (3, "-2,1.5,,1e-3,0.5,1.00,10"),
+    (3, "2 2,1.5,,1e-3,0.5,1.00,10")])
+def test_metrics_are_damaged(program, stopped, at, bad):
+    """Nothing is lost, and nothing invented: whoever knows what happened decides."""
+    metrics = stopped / "metrics.csv"
+    lines = metrics.read_text().split("\n")
+    lines[at] = bad
+    metrics.write_text("\n".join(lines))
+    before = contents(stopped)
+    program.fails("train", "--out", stopped, "--resume", says=f"metrics.csv: line {max(at + 1, 2)} is no row of")
+    assert contents(stopped) == before
+    metrics.unlink()
+    program.run("train", "--out", stopped, "--resume")
+
+
+@pytest.mark.parametrize("torn", ["\0" * 400, "12,1.2", "garbage\nmore\n", "999999,1,,1,1,1,1\n\0\0\n"])
+def test_rows_after_the_checkpoint_may_be_anything(program, stopped, torn):
+    """What a power cut leaves of them."""
+    with (stopped / "metrics.csv").open("a") as file:
+        file.write(torn)
+    program.run("train", "--out", stopped, "--resume")
+    rows = (stopped / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(61))
 
 
 @pytest.mark.parametrize("tokens", ["1,", ",1", "1,,2", "1, 2", "-1", "257", "99999999999", "1.5", "a", "+1"])
@@ -554,8 +796,8 @@ def test_prompt_without_tokenizer(each_build, model, tmp_path):
     each_build.fails("generate", "--model", alone, "--prompt", "x", says="--prompt needs a tokenizer")
 
 
-def test_prompt_that_needs_merges(each_build, model, tmp_path):
-    tokenizer = tmp_path / "merges.bin"
+def test_prompt_that_needs_merges(each_build, without_state, tmp_path):
+    tokenizer, model = tmp_path / "merges.bin", without_state
     write_tokenizer(tokenizer, [b"ab%c" % i for i in range(VOCABULARY - 1)] + [b"x"])
     each_build.fails("generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "a", says="merges")
     each_build.fails("generate", "--model", model, "--tokenizer", tokenizer, says="no newline")

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import struct
+import unicodedata
 
 from collections import Counter
 
@@ -13,7 +14,7 @@ import pytest
 
 from helpers import (
     ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, HEADER_BYTES, PARAMETERS, SEQUENCE,
-    VOCABULARY, changed, metrics, read_shard, weights_only, write_tokenizer,
+    VOCABULARY, changed, metrics, on_terminal, read_shard, weights_only, write_tokenizer,
 )
 
 
@@ -95,21 +96,22 @@ def test_weights_in_bf16_are_read(each_build, finished, tmp_path):
 # Prompts and text
 
 
-def test_prompt_in_bytes(each_build, model, tmp_path):
+def test_prompt_in_bytes(each_build, without_state, tmp_path):
     """Tokens of bytes in another order; what looks like a special token is text."""
     tokenizer = tmp_path / "tokenizer.bin"
     write_tokenizer(tokenizer, BYTES_AND_END_OF_TEXT[-2::-1] + BYTES_AND_END_OF_TEXT[-1:], END_OF_TEXT)
     prompt = "a é日b😀\n<|endoftext|>"
-    said = each_build.run("generate", "--model", model, "--tokenizer", tokenizer, "--prompt", prompt, "--tokens", 0)
+    said = each_build.run("generate", "--model", without_state, "--tokenizer", tokenizer, "--prompt", prompt,
+                          "--tokens", 0)
     assert said == prompt + "\n"
 
 
-def test_prompt_in_characters(each_build, model, tmp_path):
+def test_prompt_in_characters(each_build, without_state, tmp_path):
     characters = ["\n", " ", "a", "b", "é", "日", "😀"]
     characters += [chr(0x4000 + i) for i in range(VOCABULARY - 1 - len(characters))]
     tokenizer = tmp_path / "tokenizer.bin"
     write_tokenizer(tokenizer, [c.encode() for c in characters] + [b"<|endoftext|>"], END_OF_TEXT)
-    args = ["generate", "--model", model, "--tokenizer", tokenizer, "--tokens", 0, "--prompt"]
+    args = ["generate", "--model", without_state, "--tokenizer", tokenizer, "--tokens", 0, "--prompt"]
     assert each_build.run(*args, "a é日b😀\n") == "a é日b😀\n\n"
     each_build.fails(*args, "aéx", says="'x' at byte 3 is not in the vocabulary")
     each_build.fails(*args, "aü", says="'ü'")
@@ -125,22 +127,77 @@ def test_bytes_that_are_no_utf8_become_replacement_characters(each_build, model)
         assert said == text.decode("utf-8", "replace") + "\n"
 
 
-def test_tokenizer_with_an_appendix(each_build, model, tmp_path):
+def test_tokenizer_with_an_appendix(each_build, without_state, tmp_path):
     write_tokenizer(tmp_path / "t.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT, appendix=b"merges")
-    each_build.run("generate", "--model", model, "--tokenizer", tmp_path / "t.bin", "--tokens", 3)
+    each_build.run("generate", "--model", without_state, "--tokenizer", tmp_path / "t.bin", "--tokens", 3)
 
 
-def test_tokenizer_without_end_of_text_begins_with_a_newline(each_build, model, tmp_path):
+def test_tokenizer_without_end_of_text_begins_with_a_newline(each_build, without_state, tmp_path):
     """Version 1 has GPT-2's, 50256, which lies outside this vocabulary."""
     write_tokenizer(tmp_path / "t.bin", BYTES_AND_END_OF_TEXT, version=1)
-    said = each_build.run("generate", "--model", model, "--tokenizer", tmp_path / "t.bin", "--tokens", 3)
+    said = each_build.run("generate", "--model", without_state, "--tokenizer", tmp_path / "t.bin", "--tokens", 3)
     assert said.startswith("\n")
 
 
-def test_tokens_of_several_bytes_are_written(each_build, model, tmp_path):
+def test_tokens_of_several_bytes_are_written(each_build, without_state, tmp_path):
     write_tokenizer(tmp_path / "t.bin", [b"ab%c" % i for i in range(VOCABULARY - 1)] + [b"x"])
-    args = ["generate", "--model", model, "--tokenizer", tmp_path / "t.bin", "--prompt-tokens", "1,2", "--tokens", 0]
+    args = ["generate", "--model", without_state, "--tokenizer", tmp_path / "t.bin", "--prompt-tokens", "1,2",
+            "--tokens", 0]
     assert each_build.run(*args) == "ab\x01ab\x02\n"
+
+
+# --stop, --samples, the terminal
+
+
+def test_stop_ends_the_text_before_it(program, without_state, tmp_path):
+    """The text is cut where the first --stop begins, also where a token holds more than that, or ends in the middle."""
+    r = random.Random(1)
+    tokens = [bytes(r.choices(b"ab", k=r.randint(1, 5))) for _ in range(VOCABULARY)]
+    write_tokenizer(tmp_path / "t.bin", tokens)
+    args = ["generate", "--model", without_state, "--tokenizer", tmp_path / "t.bin", "--prompt-tokens", "1",
+            "--tokens", 40]
+    for seed in range(8):
+        text = program.run(*args, "--seed", seed)[:-1]
+        prompt, rest = text[:len(tokens[1])], text[len(tokens[1]):]
+        for stops in ["bbb"], ["aaaa", "bab"], ["ababa", "bb", "aa"], ["a"], ["x"], ["b" * 30, "ab"]:
+            words = [word for stop in stops for word in ("--stop", stop)]
+            ends = [rest.find(stop) for stop in stops if stop in rest]
+            said = program.run(*args, "--seed", seed, *words)
+            assert said == prompt + rest[:min(ends, default=len(rest))] + "\n"
+
+
+def test_stop_without_tokenizer(each_build, no_tokenizer):
+    each_build.fails("generate", "--model", no_tokenizer, "--prompt-tokens", "1", "--stop", "x",
+                     says="--stop needs a tokenizer")
+    each_build.fails("generate", "--model", no_tokenizer, "--stop", "", says="--stop : is empty")
+
+
+def test_samples_are_those_of_the_next_seeds(program, model):
+    args = ["generate", "--model", model, "--prompt", "ab", "--tokens", 20]
+    alone = [program.run(*args, "--seed", seed) for seed in (5, 6, 7)]
+    assert program.run(*args, "--seed", 5, "--samples", 3) == "---\n".join(alone)
+    program.run(*args, "--seed", 2**31 - 1, "--samples", 2)
+
+
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 3 * CONTEXT])
+def test_prompt_longer_than_the_context_says_what_is_dropped(each_build, no_tokenizer, length):
+    args = ["generate", "--model", no_tokenizer, "--prompt-tokens", ",".join(["5"] * length), "--tokens", 2]
+    _, _, err = each_build.finish(*args)
+    said = re.search(rb"note: of the prompt's (\d+) tokens, the first (\d+) are not read: the context is 32\n", err)
+    assert bool(said) == (length > CONTEXT)
+    assert not said or (int(said[1]) == length and length - CONTEXT <= int(said[2]) <= length - CONTEXT // 2)
+
+
+def test_terminal_gets_no_control_characters(each_build, model):
+    """All bytes, and U+009B, a terminal's other way to begin a command; in a pipe they stay as they are."""
+    text = bytes(range(256)) + "\u009b1mé\n\t".encode()
+    args = ["generate", "--model", model, "--prompt-tokens", ",".join(map(str, text)), "--tokens", 0]
+    assert each_build.run(*args) == text.decode(errors="replace") + "\n"
+    status, said = on_terminal(each_build, args)
+    assert status == 0 and rb"\x00\x01" in said and rb"\x1b" in said and rb"\x7f" in said and rb"\u009b1m\xc3\xa9" in \
+        said.replace("é".encode(), rb"\xc3\xa9")
+    sent = said.decode().replace("\r\n", "\n").splitlines(keepends=True)[:4]
+    assert not [c for c in "".join(sent) if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 
 # eval

@@ -18,7 +18,7 @@ from helpers import (
 
 emulator_alone = pytest.mark.skipif(GPU_PROGRAM == "train_gpt2cu", reason="a GPU that the emulator alone can play")
 FP32 = ["--precision", "fp32"]
-FEW = ["--batch", 1, "--total-batch", SEQUENCE, "--val-batches", 2]  # tokens a step
+FEW = ["--batch", 1, "--total-batch", SEQUENCE, "--val-tokens", 2 * SEQUENCE]  # tokens a step
 # Queries, keys and values of 64 channels: bf16's attention in tiles, of which a sequence takes two. At a higher rate, a
 # batch of one sequence makes losses jump, and runs that differ by a rounding part.
 TILES = ["--heads", 1, "--channels", 64, "--context", 70, "--sequence", 65, "--batch", 1, "--total-batch", 65,
@@ -45,7 +45,7 @@ def text_data(root, tmp_path_factory):
 
 
 def column(out, i):
-    return [float(row[i]) for row in metrics(out)[1:]]
+    return [float(row[i]) for row in metrics(out)[2:]]  # after the names and step 0
 
 
 def losses(out):
@@ -72,7 +72,7 @@ def test_losses_of_fifty_steps_are_those_of_the_cpu(program, gpu, text_data, tmp
     def run(which, precision, *more):
         out = tmp_path / f"{which.path.name}_{precision}"
         which.run(*training(text_data, out, "--attention", attention, "--precision", precision, "--overwrite",
-                            "--val-batches", 1, *more, steps=50))
+                            "--val-tokens", 1, *more, steps=50))
         return losses(out)
 
     two = ["--batch", 2, "--total-batch", 2 * SEQUENCE]
@@ -120,7 +120,7 @@ def test_run_on_the_gpu_ends_as_if_never_stopped(gpu, data, tmp_path):
 def test_layers_smaller_than_their_slots(program, gpu, data, tmp_path, attention, heads, channels, sequence):
     """Biases and activations of a layer do not fill a multiple of 256 bytes, so there are gaps between layers."""
     shape = ["--heads", heads, "--channels", channels, "--batch", 1, "--sequence", sequence,
-             "--total-batch", 3 * sequence, "--attention", attention, "--precision", "bf16", "--val-batches", 1]
+             "--total-batch", 3 * sequence, "--attention", attention, "--precision", "bf16", "--val-tokens", 1]
     program.run(*training(data, tmp_path / "cpu", *shape, steps=2))
     for name, more in ("kept", []), ("again", ["--recompute"]):
         gpu.run(*training(data, tmp_path / name, *shape, *more, steps=2))
