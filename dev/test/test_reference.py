@@ -263,6 +263,66 @@ def test_one_changed_gradient_is_named(attention, change, tmp_path):
         assert result.returncode == 1 and blamed == {name}, f"{name}[{entry}]\n{result.stdout}{result.stderr}"
 
 
+# A model file in bf16. llm.c computes the state that goes with it from the weights before they are rounded.
+
+
+def round_weights(monkeypatch):
+    exact = reference.random_parameters
+    monkeypatch.setattr(reference, "random_parameters", lambda c, rng: {
+        name: torch.tensor(a).bfloat16().float().numpy() for name, a in exact(c, rng).items()})
+
+
+def check_bf16_pair(prefix, options):
+    """Result of test_gpt2 for a fresh dump whose model file is then written in bf16."""
+    model, state = make_dump(prefix, options)
+    content = np.fromfile(model, "<i4")
+    content[1] += 2  # version 3 to 5, 1003 to 1005
+    weights = torch.tensor(content[256:].view("<f4")).bfloat16().view(torch.int16)
+    Path(model).write_bytes(content[:256].tobytes() + weights.numpy().tobytes())
+    return run("test_gpt2", model, state)
+
+
+@pytest.mark.parametrize("rounded_first", [False, True])
+@pytest.mark.parametrize("seed", [101, 102])
+@pytest.mark.parametrize("attention", GPT2.ATTENTIONS)
+def test_bf16_file_passes(attention, seed, rounded_first, tmp_path, monkeypatch):
+    if rounded_first:
+        round_weights(monkeypatch)
+    result = check_bf16_pair(tmp_path / "fresh", f"--attention {attention} {SMALL[attention]} --seed {seed}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ("allows for weights rounded to bf16 after" in result.stdout) == (not rounded_first)
+
+
+def without_last_bias(forward):
+    return lambda m, x: forward(GPT2(m.c, m.p | {"fcb": torch.cat([m.p["fcb"][:-1], 0 * m.p["fcb"][-1:]])}), x)
+
+
+def gradients_5_percent_larger(compute):
+    def wrong(*args):
+        result = compute(*args)
+        result["dqkvw"][1] *= 1.05
+        return result
+    return wrong
+
+
+@pytest.mark.parametrize("rounded_first", [False, True])
+@pytest.mark.parametrize("where, name, mistake", [
+    (GPT2, "attention", lambda right: lambda m, q, k, v: right(m, q, k, v).flip(1)),  # heads in the wrong order
+    (GPT2, "attention", lambda right: lambda m, q, k, v: right(m, 1.05 * q, k, v)),  # another scale
+    (GPT2, "attention", lambda right: lambda m, q, k, v: m.attend(q @ k.transpose(-2, -1) / math.sqrt(m.c.HS), v)),
+    (GPT2, "gelu", lambda right: lambda m, x: F.gelu(x)),  # not the tanh approximation
+    (GPT2, "forward", without_last_bias),
+    (reference, "compute", gradients_5_percent_larger),
+], ids=["heads", "scale", "mask", "GELU", "bias", "gradient"])
+def test_bf16_file_fails_after_a_mistake(where, name, mistake, rounded_first, tmp_path, monkeypatch):
+    if rounded_first:
+        round_weights(monkeypatch)
+    monkeypatch.setattr(where, name, mistake(getattr(where, name)))
+    result = check_bf16_pair(tmp_path / "fresh", f"--attention vanilla {SMALL['vanilla']} --seed 97")
+    too_small = name == "gelu" and not rounded_first  # a thirtieth of what rounding the weights does to the logits
+    assert result.returncode == (0 if too_small else 1), result.stdout + result.stderr
+
+
 def assert_same_text(model, count, *options, prompt=(1, 2, 3)):
     """Compares greedy text, up to where the reference's two best logits nearly tie. Returns the number of tokens."""
     result = run("train_gpt2", "generate", "--model", model, "--prompt-tokens", ",".join(map(str, prompt)),
