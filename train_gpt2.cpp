@@ -3937,9 +3937,14 @@ static void softmax_cross_entropy(float* losses, X* all_logits, const int* targe
         X* logits = all_logits + r * Vp;
         const int target = targets[r];
         const float max = maximum(logits, V), logit_target = logits[target];
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < V; i++) sum += exp_approx(logits[i] - max);
+        double total = 0;
+        for (size_t begin = 0; begin < V; begin += 1024) {
+            float part = 0;
+#pragma omp simd reduction(+ : part)
+            for (size_t i = begin; i < std::min(V, begin + 1024); i++) part += exp_approx(logits[i] - max);
+            total += part;
+        }
+        const float sum = (float)total;
         losses[r] = logf(sum) + max - logit_target;
         if (gradient_scale == 0) continue;
         const float p_target = exp_approx(logit_target - max) / sum, scale = gradient_scale / sum;
@@ -4169,7 +4174,7 @@ template <int R, int V, class CellType>
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < V; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES) : vec{};
+        for (int j = 0; j < V; j++) sum[i][j] = vec{};
     for (size_t step = 0; step < steps; step++, a += a_step, b += ldb) {
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++)
@@ -4179,7 +4184,8 @@ template <int R, int V, class CellType>
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < V; j++) store(c + i * ldc + j * LANES, sum[i][j]);
+        for (int j = 0; j < V; j++)
+            store(c + i * ldc + j * LANES, add ? load(c + i * ldc + j * LANES) + sum[i][j] : sum[i][j]);
 }
 
 // Rows per tile. `rows` are split evenly into tiles of at most MR: a tile of only a few rows has too few sums to hide

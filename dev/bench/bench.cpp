@@ -279,7 +279,7 @@ static void bench_generating(const Options& o, const std::vector<Config>& config
 
 static void bench(Options& o, OptionTable& table, bool profile) {
     if (is_file(o.model)) die("bench takes a shape, but --model %s is a file", o.model.c_str());
-    const Config shape = configure(o, nullptr, find_tokenizer(o.tokenizer, {}), true);
+    const Config shape = configure(o, nullptr, find_tokenizer(o.tokenizer, nullptr, {}), true);
     const int precision = o.precision;
     std::vector<Config> configs;
     for (int a = 0; a < ATTENTIONS; a++)
