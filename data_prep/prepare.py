@@ -79,8 +79,7 @@ class Tokenizer:
         # The first of equal tokens counts; <|endoftext|> has no letters here, since in a text they are text.
         self.index = {tokens[i]: i for i in reversed(range(len(tokens))) if i != end_of_text}
         self.values = {}  # tokens of a character as a string, each token a code unit of UTF-16
-        self.bpe = None
-        self.decoding = "utf-8", "strict"
+        self.bpe, self.decoding = None, ("utf-8", "strict")
         if len(self.index) == 256 and all(len(token) == 1 for token in self.index):
             self.decoding = "latin-1", "strict"
             self.values = {b: chr(self.index[bytes([b])]) for b in range(256)}
@@ -94,8 +93,10 @@ class Tokenizer:
 
     def learn(self, path, text):
         """Finds the tokens of each character: its own, or those of its bytes."""
+        if self.bpe or self.decoding[0] == "latin-1":  # these encode any text
+            return
         unknown = set()
-        for c in set() if self.bpe or self.decoding[0] == "latin-1" else set(text):  # those have all
+        for c in set(text):
             data = c.encode(*self.decoding)
             tokens = [data] if data in self.index else [bytes([b]) for b in data]
             if all(token in self.index for token in tokens):
@@ -113,8 +114,9 @@ class Tokenizer:
             yield from encode_gpt2(self.bpe, text)
             return
         for begin in range(0, len(text), 1 << 20):
-            some = text[begin:begin + (1 << 20)]
-            yield (some if self.name == "bytes" else some.translate(self.values)).encode("utf-16-le", "surrogatepass")
+            chunk = text[begin:begin + (1 << 20)]
+            chunk = chunk if self.name == "bytes" else chunk.translate(self.values)
+            yield chunk.encode("utf-16-le", "surrogatepass")
 
 
 def uint16(tokens):
@@ -218,7 +220,7 @@ def cut_spread(documents, fraction):
     for most in 1.5 * smaller_set, 0.5 * smaller_set:  # the second always comes near enough
         cut(documents, [])
         due = 0
-        for d in sorted(documents, key=lambda d: d.length.bit_length()):  # so each has the share of its size's class
+        for d in sorted(documents, key=lambda d: d.length.bit_length()):  # some of each size, large or small
             if d.length <= most:
                 due += fraction * d.length
                 if due >= d.length / 2:
@@ -236,8 +238,8 @@ def cut_spread(documents, fraction):
     cut(long, bounds, reach=min(smaller_part // n // 8, 4096))
 
 
-def near(text, at, reach):
-    """The nearest beginning of a paragraph within reach, else of a line or word, else of a UTF-8 character."""
+def nearest_beginning(text, at, reach):
+    """That of a paragraph within reach, else of a line or word, else of a UTF-8 character."""
     low, high = max(at - reach, 0), min(at + reach, len(text))
     for mark in "\n\n", "\n", " ":
         before, after = text.rfind(mark, low, at), text.find(mark, max(at - len(mark), 0), high)
@@ -257,7 +259,7 @@ def token_values(documents, split, tokenizer, val_tail):
         text, stamp = read(d.path, tokenizer.decoding)  # anew: at no time is more than one document held
         if stamp != d.stamp:
             fail(f"{d.path}: changed between two readings; it has to be a file that stays as it is")
-        edges = [0, *(near(text, at, d.reach) for at in d.cuts), d.length]
+        edges = [0, *(nearest_beginning(text, at, d.reach) for at in d.cuts), d.length]
         d.parts = [(begin, end) for begin, end in zip(edges, edges[1:])][split == "val"::2]
         for begin, end in d.parts:
             if begin < end:
@@ -342,6 +344,8 @@ class Output:
             outcome = f"all files in {self.folder} are written"
         except OSError as e:
             fail(f"{e.filename2 or e.filename}: {e.strerror}; {outcome}")
+        for s in SIGNALS:
+            signal.signal(s, stop)
         if signals:
             stop(signals[0])
 
@@ -393,21 +397,21 @@ def options():
         fail(f"--shard-tokens {o.shard_tokens}: must be from 1 to {MOST_SHARD_TOKENS:,}, so that a file is under 2 GiB")
     check_former_files(o)
     shards = {os.path.realpath(os.path.join(o.out, name)) for name in former_files(o.out)}
-    first = {}  # what each file was given as
+    given_as = {}
     for path, split in [(path, "FILE") for path in o.files] + [(path, "--val") for path in o.val]:
         real = os.path.realpath(path)
         if real in shards:
             fail(f"{path} has the name of a shard in --out, which --overwrite removes; give another --out")
-        if real in first and (first[real] != split or not o.val and o.val_fraction > 0):
+        if given_as.get(real, split) != split or real in given_as and not o.val and o.val_fraction > 0:
             fail(f"{path}: is given twice, so it could be both training and validation text")
-        first[real] = split
+        given_as[real] = split
     return o
 
 
 def prepare(o):
     # First reading: lengths, in characters (bytes are some, too), and the alphabet.
     tokenizer = find_tokenizer(o.tokenizer)
-    characters, text_bytes, empty, documents = set(), 0, [], []
+    characters, text_bytes, documents = set(), 0, []
     for path in o.files + o.val:
         text, stamp = read(path, tokenizer.decoding if tokenizer else ("utf-8", "strict"))
         if tokenizer:
@@ -463,7 +467,7 @@ def summary(documents, val_tail):
     taken = [f"{len(whole):,} of {count(len(documents), 'file')}"] * bool(whole)
     if cut_ones:
         of = cut_ones[0].path if len(cut_ones) == 1 else count(len(cut_ones), "file")
-        taken.append(f"{count(len(lengths) - len(whole), 'part')} spread over {of}")
+        taken.append(f"{count(len(lengths) - len(whole), 'part')} of {of}")
     share = f"{100 * sum(lengths) / sum(d.length for d in documents):.1f} % of the text"
     return f"the last {share}" if val_tail else f"{' and '.join(taken)}, {share}"
 

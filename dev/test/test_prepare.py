@@ -484,7 +484,7 @@ def test_parts_of_one_file(prepare, tmp_path):
     assert all(3500 < len(part) < 4500 for part in val)
     assert all(part.endswith(b"\n\n") for part in (train + val)[:-1])
     assert abs(share(out) - 0.1) < 0.005
-    assert f"validation: 10 parts spread over {tmp_path / 'big.txt'}, {100 * share(out):.1f} % of the text" in said
+    assert f"validation: 10 parts of {tmp_path / 'big.txt'}, {100 * share(out):.1f} % of the text" in said
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
@@ -564,16 +564,17 @@ def test_one_large_file_among_small_ones(prepare, tmp_path):
     val = parts(out, "val")
     whole = [part for part in val if part in texts]
     assert len(whole) == 4 and len(val) == 14 and texts[20] not in whole
-    assert f"validation: 4 of 41 files and 10 parts spread over {tmp_path / '020'}" in said
+    assert f"validation: 4 of 41 files and 10 parts of {tmp_path / '020'}" in said
 
 
 @pytest.mark.parametrize("size", [2, 3, 10, 100, 1000, 5120, 20_000, 50_000])
 def test_small_texts(prepare, tmp_path, size):
     out, data = tmp_path / "out", lines_of(0, size)
-    prepared(prepare("--tokenizer", "bytes", "--out", out, write(tmp_path / "a", data)))
+    said = prepared(prepare("--tokenizer", "bytes", "--out", out, write(tmp_path / "a", data)))
     train, val = parts(out, "train"), parts(out, "val")
     assert b"".join(part for pair in zip(train, val) for part in pair) == data
     assert len(val) == max(1, size // 10 // 512)
+    assert f"validation: {len(val)} part{'s' * (len(val) > 1)} of" in said
     assert size < 100 or 0.08 < share(out) < 0.12
 
 
