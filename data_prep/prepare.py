@@ -12,11 +12,11 @@
 
 Each file is a document, and a document begins with the token <|endoftext|>; those letters in a text are only text.
 
-Without --val, a tenth of the text becomes the validation set, taken from all over it: of ten files, small or large,
-about one whole file. Files too large for that, such as a single one, are divided into up to 32 stretches, of which the
-last parts are taken; a part begins with a paragraph or line if one begins near. Parts that follow each other in a
-shard are from different places, so each begins with <|endoftext|>, in both sets. With --val-tail, the validation set
-is the end of the text, as in nanoGPT, and continues the training set, without a new <|endoftext|>.
+Without --val, about a tenth of the text becomes the validation set: whole files, spread over the list, small and large
+ones alike. Files too large for that, or a single file, are divided into up to 32 stretches, and the last tenth of each
+is taken; a part begins with a paragraph or line if one begins near. Parts that are neighbors in a shard come from
+different places, so each begins with <|endoftext|>, in both sets. With --val-tail, the validation set is the end of
+the text, as in nanoGPT, and continues the training set, without a new <|endoftext|>.
 
 DIR/manifest.txt lists the other files with their sizes and checksums; it says "incomplete" while they are replaced.
 """
