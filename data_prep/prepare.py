@@ -173,7 +173,7 @@ def read_tokenizer(path):
     while len(tokens) < min(n, 1 << 16) and at < len(data) and 0 < data[at] < len(data) - at:
         tokens.append(data[at + 1:at + 1 + data[at]])
         at += 1 + data[at]
-    if not 1 <= n <= 1 << 16 or len(tokens) != n or appendix < 0 or at + appendix != len(data) or len(data) > most:
+    if not tokens or len(tokens) != n or appendix < 0 or at + appendix != len(data) or len(data) > most:
         fail(f"{path}: damaged: its header says {count(n, 'token')} (at most 65,536) and {count(appendix, 'byte')} "
              f"after them; but of {count(len(data), 'byte')}, {count(len(tokens), 'token')} end at byte {at:,}")
     if version == 1:

@@ -481,14 +481,18 @@ def test_parts_of_one_file(prepare, tmp_path):
     train, val = parts(out, "train"), parts(out, "val")
     assert len(train) == len(val) == 10
     assert b"".join(part for pair in zip(train, val) for part in pair) == data
-    assert all(3500 < len(part) < 4500 for part in val)
+    edges = list(itertools.accumulate(len(part) for pair in zip(train, val) for part in pair))
+    paragraph = 8 * 32 + 1  # the nearest beginning is no farther away than half of one
+    assert all(abs(edge - at) <= paragraph / 2 for edge, at in zip(edges[::2], range(36_000, 400_000, 40_000)))
+    assert all(abs(edge - at) <= paragraph / 2 for edge, at in zip(edges[1::2], range(40_000, 400_001, 40_000)))
     assert all(part.endswith(b"\n\n") for part in (train + val)[:-1])
     assert abs(share(out) - 0.1) < 0.005
+    check_manifest(out)
     assert f"validation: 10 parts of {tmp_path / 'big.txt'}, {100 * share(out):.1f} % of the text" in said
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
-@pytest.mark.parametrize("text", ["é東🙂" * 9000, "word " * 6000, "words of a line\n" * 2000],
+@pytest.mark.parametrize("text", ["é東🙂" * 9001, "word " * 6000, "words of a line\n" * 2000],
                          ids=["none", "words", "lines"])
 def test_parts_begin_with_whole_words(prepare, tmp_path, text, tokenizer):
     """Or with whole characters, if there are no words."""
@@ -539,6 +543,13 @@ def test_some_files_whole(prepare, tmp_path):
         assert abs(share(tmp_path / "out") - 0.1) < 0.03
         assert {i // 20 for i in taken} == {0, 1, 2}
         assert len({sizes[i].bit_length() for i in taken}) >= 4
+
+
+def test_large_and_small_files_are_taken_alike(prepare, tmp_path):
+    texts = [lines_of(i, 9000 if i % 2 else 2000) for i in range(40)]
+    prepared(prepare("--tokenizer", "bytes", "--out", tmp_path / "out",
+                     *(write(tmp_path / f"{i:03}", text) for i, text in enumerate(texts))))
+    assert sorted(map(len, parts(tmp_path / "out", "val"))) == [2000, 2000, 9000, 9000]
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 7, 8, 10, 12, 14, 15, 20, 31])
