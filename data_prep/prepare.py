@@ -3,76 +3,149 @@
 
     prepare.py --tokenizer bytes --out data letters.txt
     prepare.py --tokenizer gpt2 --out data novels/train/*.txt --val novels/val/*.txt
+    prepare.py --tokenizer data/tokenizer.bin --out more diary.txt
 
     bytes   one token for each of the 256 bytes; takes any file
     chars   one token for each distinct character of the text
     gpt2    GPT-2's byte pair encoding, 50,257 tokens; needs tiktoken
+    FILE    the vocabulary of a tokenizer.bin, llm.c's too, if its tokens are bytes, characters or GPT-2's
 
 Each file is a document, and a document begins with the token <|endoftext|>; those letters in a text are only text.
-Without --val, the files are taken as one long text in the order given, and its last tenth is the validation set. So
-the later files go there whole, and the one that the cut falls into continues there, without a new <|endoftext|>.
+
+Without --val, about a tenth of the text becomes the validation set: whole files, spread over the list, small and large
+ones alike. Files too large for that, or a single file, are divided into up to 32 stretches, and the last tenth of each
+is taken; a part begins with a paragraph or line if one begins near. Parts that are neighbors in a shard come from
+different places, so each begins with <|endoftext|>, in both sets. With --val-tail, the validation set is the end of
+the text, as in nanoGPT, and continues the training set, without a new <|endoftext|>.
+
+DIR/manifest.txt lists the other files with their sizes and checksums; it says "incomplete" while they are replaced.
 """
 
 import argparse
+import bisect
+import contextlib
+import fcntl
 import itertools
 import os
 import re
+import shutil
 import signal
+import stat
 import struct
 import sys
 import tempfile
-from array import array
+import zlib
+from types import SimpleNamespace
 
-END_OF_TEXT = b"<|endoftext|>"  # the last token of all three vocabularies
+END_OF_TEXT = b"<|endoftext|>"  # the last token of bytes, chars and gpt2
 SHARD, TOKENIZER = 20240520, 20240328  # magic numbers
-MOST_SHARD_TOKENS = (2**31 - 1 - 1024) // 2  # llm.c seeks in shards with an int
+HEADER_BYTES = 1024
+MOST_SHARD_TOKENS = (2**31 - 1 - HEADER_BYTES) // 2  # llm.c seeks in shards with an int
+CHECKED_BYTES = 1 << 16  # at each end of a file, for the manifest
+outcome = "nothing was written"  # what to say if a signal ends the program
 
 
 def fail(message):
-    sys.exit(f"error: {message}")
+    sys.exit("error: " + message.replace("\n", "\\n"))
+
+
+def count(n, noun):
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def read_file(path, most=-1):
+    # O_NONBLOCK: a pipe is refused, even one without a writer
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+            fail(f"{path}: not a regular file")
+        return f.read(most)
+
+
+def header(*fields):
+    return struct.pack("<256i", *fields, *[0] * (256 - len(fields)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers: each gives the bytes of its tokens, and a function from a text to the uint16 values of its tokens
+# Tokenizers
+
+
+class Tokenizer:
+    """Encodes text into uint16 tokens. Text of bytes is decoded as Latin-1, which has a character for each byte."""
+
+    def __init__(self, name, tokens, end_of_text, content=None):
+        self.name, self.tokens, self.end_of_text = name, tokens, end_of_text
+        table = b"".join(bytes([len(token)]) + token for token in tokens)
+        self.content = content or header(TOKENIZER, 2, len(tokens), end_of_text) + table
+        # The first of equal tokens counts; <|endoftext|> has no letters here, since in a text they are text.
+        self.index = {tokens[i]: i for i in reversed(range(len(tokens))) if i != end_of_text}
+        self.values = {}  # tokens of a character as a string, each token a code unit of UTF-16
+        self.bpe, self.decoding = None, ("utf-8", "strict")
+        if len(self.index) == 256 and all(len(token) == 1 for token in self.index):
+            self.decoding = "latin-1", "strict"
+            self.values = {b: chr(self.index[bytes([b])]) for b in range(256)}
+        elif any(len(token.decode("utf-8", "surrogateescape")) != 1 for token in self.index):
+            self.bpe = gpt2_encoding() if len(tokens) == 50257 else None
+            if not self.bpe or tokens != self.bpe.decode_tokens_bytes(range(50257)) or end_of_text not in (-1, 50256):
+                fail(f"--tokenizer {name}: its tokens are neither bytes, nor characters, nor GPT-2's; "
+                     "it holds no merges to encode text with")
+        elif any(len(token) == 1 and token >= b"\x80" for token in self.index):  # characters and bytes
+            self.decoding = "utf-8", "surrogateescape"
+
+    def learn(self, path, text):
+        """Finds the tokens of each character: its own, or those of its bytes."""
+        if self.bpe or self.decoding[0] == "latin-1":  # these encode any text
+            return
+        unknown = set()
+        for c in set(text):
+            data = c.encode(*self.decoding)
+            tokens = [data] if data in self.index else [bytes([b]) for b in data]
+            if all(token in self.index for token in tokens):
+                self.values[ord(c)] = "".join(chr(self.index[token]) for token in tokens)
+            else:
+                unknown.add(c)
+        if unknown:
+            at = next(i for i, c in enumerate(text) if c in unknown)
+            line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+            fail(f"{path}: line {line:,}, column {column:,}: {text[at]!r} (U+{ord(text[at]):04X}) is not in the "
+                 f"vocabulary of {self.name}")
+
+    def encode(self, text):
+        if self.bpe:
+            yield from encode_gpt2(self.bpe, text)
+            return
+        for begin in range(0, len(text), 1 << 20):
+            chunk = text[begin:begin + (1 << 20)]
+            chunk = chunk if self.name == "bytes" else chunk.translate(self.values)
+            yield chunk.encode("utf-16-le", "surrogatepass")
 
 
 def uint16(tokens):
-    values = array("H", tokens)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
-
-
-def bytes_tokenizer():
-    def encode(data):
-        values = bytearray(2 * len(data))
-        values[::2] = data  # low bytes; the high ones are 0
-        return values
-
-    return [bytes([i]) for i in range(256)] + [END_OF_TEXT], encode
+    return struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def chars_tokenizer(characters):
     if len(characters) >= 1 << 16:  # a token is 16 bits, and <|endoftext|> is one
         fail(f"the text has {len(characters):,} distinct characters, and --tokenizer chars takes at most 65,535; "
              "use bytes or gpt2")
-    tokens = sorted(characters)
-    index = {c: i for i, c in enumerate(tokens)}
-    return [c.encode() for c in tokens] + [END_OF_TEXT], lambda text: uint16(map(index.__getitem__, text))
+    tokenizer = Tokenizer("chars", [c.encode() for c in sorted(characters)] + [END_OF_TEXT], len(characters))
+    tokenizer.learn("", "".join(characters))
+    return tokenizer
 
 
-def gpt2_tokenizer():
+def gpt2_encoding():
     try:
         import tiktoken
     except ImportError:
-        fail("--tokenizer gpt2 needs tiktoken: python3 -m pip install tiktoken")
+        fail("GPT-2's tokenizer needs tiktoken: python3 -m pip install tiktoken")
     try:
-        bpe = tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding("gpt2")
     except Exception as e:  # whatever a download can raise
         reason = " ".join(str(e).split())[:200]
         fail(f"tiktoken could not get GPT-2's vocabulary, from the network or from TIKTOKEN_CACHE_DIR: {reason}")
 
-    def pieces(text):
+
+def encode_gpt2(bpe, text):
+    def pieces():
         # Some 64k characters each, so that threads share the work and only a batch is held as Python integers. A
         # newline after a visible character always begins a new word of GPT-2's pattern: no token would span the cut.
         begin = 0
@@ -82,85 +155,217 @@ def gpt2_tokenizer():
             yield text[begin:end]
             begin = end
 
-    def encode(text):
-        values, rest = bytearray(), pieces(text)
-        while True:
-            batch = list(itertools.islice(rest, 256))
-            if not batch:
-                return values
-            for tokens in bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
-                values += uint16(tokens)
+    rest = pieces()
+    for batch in iter(lambda: list(itertools.islice(rest, 256)), []):
+        yield from map(uint16, bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1))
 
-    return [bpe.decode_single_token_bytes(i) for i in range(bpe.n_vocab)], encode
+
+def read_tokenizer(path):
+    most = 1 << 26  # bytes: 65,536 tokens take at most 2^24; the rest is for what may follow them
+    try:
+        data = read_file(path, most + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        fail(f"--tokenizer {path}: must be bytes, chars, gpt2 or an existing tokenizer.bin")
+    magic, version, n, end_of_text, appendix = struct.unpack_from("<5i", data.ljust(HEADER_BYTES, b"\0"))
+    if magic != TOKENIZER or version not in (1, 2):
+        fail(f"{path}: not a tokenizer: it begins with {magic} and {version}, not with {TOKENIZER} and 1 or 2")
+    tokens, at = [], HEADER_BYTES
+    while len(tokens) < min(n, 1 << 16) and at < len(data) and 0 < data[at] < len(data) - at:
+        tokens.append(data[at + 1:at + 1 + data[at]])
+        at += 1 + data[at]
+    if not tokens or len(tokens) != n or appendix < 0 or at + appendix != len(data) or len(data) > most:
+        fail(f"{path}: damaged: its header says {count(n, 'token')} (at most 65,536) and {count(appendix, 'byte')} "
+             f"after them; but of {count(len(data), 'byte')}, {count(len(tokens), 'token')} end at byte {at:,}")
+    if version == 1:
+        end_of_text = 50256
+    return Tokenizer(path, tokens, end_of_text if 0 <= end_of_text < n else -1, data)
+
+
+def find_tokenizer(name):
+    """The tokenizer; None for chars, which are found in the text."""
+    if name == "bytes":
+        return Tokenizer(name, [bytes([i]) for i in range(256)] + [END_OF_TEXT], 256)
+    if name == "gpt2":
+        return Tokenizer(name, gpt2_encoding().decode_tokens_bytes(range(50257)), 50256)
+    return None if name == "chars" else read_tokenizer(name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Texts
 
 
-def read(path, as_bytes):
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe, say
-        fail(f"{path}: not a regular file; it is read twice")
-    with open(path, "rb") as f:
-        data = f.read()
-    if as_bytes:
-        return data
+def read(path, decoding):
+    """The text, and a stamp that tells whether it changes later."""
+    data = read_file(path)
     try:
-        return data.decode("utf-8")
+        return data.decode(*decoding), (len(data), zlib.crc32(data))
     except UnicodeDecodeError as e:
         fail(f"{path}: not UTF-8 at byte {e.start:,}; convert it, or use --tokenizer bytes")
 
 
-def token_values(documents, begin, end, as_bytes, encode, end_of_text):
-    """The tokens of the text from position begin to end of all documents, a list of (path, length)."""
+def cut(documents, bounds, reach=0):
+    """Divides documents, taken as one text, at these bounds into parts, in turn for training and for validation. A
+    document has its own cuts, the first at 0 if it begins with validation, and reach, how far each may still move."""
     position = 0
-    for path, length in documents:
-        first, last = max(begin - position, 0), min(end - position, length)
-        position += length
-        if first >= last:
+    for d in documents:
+        begins_with_validation = bisect.bisect_right(bounds, position) % 2 == 1
+        d.cuts = [0] * begins_with_validation + [b - position for b in bounds if position < b < position + d.length]
+        d.reach = reach
+        position += d.length
+
+
+def cut_spread(documents, fraction):
+    """Takes whole documents for validation, and the ends of stretches of those that are too long for that."""
+    smaller_set = min(fraction, 1 - fraction) * sum(d.length for d in documents)
+    for most in 1.5 * smaller_set, 0.5 * smaller_set:  # the second always comes near enough
+        cut(documents, [])
+        due = 0
+        for d in sorted(documents, key=lambda d: d.length.bit_length()):  # some of each size, large or small
+            if d.length <= most:
+                due += fraction * d.length
+                if due >= d.length / 2:
+                    due -= d.length
+                    d.cuts = [0]
+        if abs(due) <= 0.4 * smaller_set:
+            break
+    long = [d for d in documents if d.length > most]
+    length = sum(d.length for d in long)
+    # Parts of 4096 characters or more, in up to 32 stretches; shorter ones where there would be fewer than 10.
+    smaller_part = int(min(fraction, 1 - fraction) * length)
+    n = max(1, min(32, max(smaller_part // 4096, min(10, smaller_part // 512))))
+    ends = [length * i // n for i in range(n + 1)]
+    bounds = [b for begin, end in zip(ends, ends[1:]) for b in (begin + int((end - begin) * (1 - fraction)), end)]
+    cut(long, bounds, reach=min(smaller_part // n // 8, 4096))
+
+
+def nearest_beginning(text, at, reach):
+    """That of a paragraph within reach, else of a line or word, else of a UTF-8 character."""
+    low, high = max(at - reach, 0), min(at + reach, len(text))
+    for mark in "\n\n", "\n", " ":
+        before, after = text.rfind(mark, low, at), text.find(mark, max(at - len(mark), 0), high)
+        found = [i + len(mark) for i in (before, after) if i >= 0] + [i for i in (0, len(text)) if low <= i <= high]
+        if found:
+            return min(found, key=lambda i: abs(i - at))
+    while at < high and "\x80" <= text[at] < "\xc0":  # in text of bytes, inside a character
+        at += 1
+    return at
+
+
+def token_values(documents, split, tokenizer, val_tail):
+    """The tokens of a split, part by part."""
+    for d in documents:
+        if split == "train" and d.cuts == [0] or split == "val" and not d.cuts:
             continue
-        text = read(path, as_bytes)  # anew: at no time is more than one document held
-        if len(text) != length:
-            fail(f"{path}: another length at the second reading; it has to be a file that stays as it is")
-        if first == 0:
-            yield uint16([end_of_text])
-        yield encode(text[first:last])
+        text, stamp = read(d.path, tokenizer.decoding)  # anew: at no time is more than one document held
+        if stamp != d.stamp:
+            fail(f"{d.path}: changed between two readings; it has to be a file that stays as it is")
+        edges = [0, *(nearest_beginning(text, at, d.reach) for at in d.cuts), d.length]
+        d.parts = [(begin, end) for begin, end in zip(edges, edges[1:])][split == "val"::2]
+        for begin, end in d.parts:
+            if begin < end:
+                if tokenizer.end_of_text >= 0 and (begin == 0 or not val_tail):
+                    yield uint16([tokenizer.end_of_text])
+                yield from tokenizer.encode(text[begin:end])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def write(path, header, body):
-    with open(path, "wb") as f:
-        f.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))
-        f.write(body)
-        f.flush()
-        os.fsync(f.fileno())
+class Output:
+    """Writes files into a hidden folder in DIR, and moves them to DIR together."""
 
+    def __init__(self, o):
+        self.folder, self.manifest = o.out, {}
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self.lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--out {self.folder}: another process is writing there; wait for it, or give another --out")
+            check_former_files(o)  # again, since another run may just have ended
+            for name in os.listdir(self.folder):
+                if re.fullmatch(r"\.prepare-\w{8}", name):  # of a run that was killed: one that lives has the lock
+                    shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+            self.aside = tempfile.mkdtemp(prefix=".prepare-", dir=self.folder)
+        except OSError as e:
+            fail(f"--out {self.folder}: cannot be written ({e.strerror})")
 
-def write_shards(folder, split, values, shard_tokens):
-    """Writes split_000.bin and so on; returns their numbers of tokens."""
-    counts, size, waiting = [], 2 * shard_tokens, bytearray()
+    def write(self, name, head, body):
+        try:
+            with open(os.path.join(self.aside, name), "wb") as f:
+                f.write(head)
+                f.write(body)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            fail(f"{os.path.join(self.folder, name)} could not be written: {e.strerror}; "
+                 f"nothing was changed in {self.folder}")
+        ends = head + (body if len(body) < 2 * CHECKED_BYTES else body[:CHECKED_BYTES] + body[-CHECKED_BYTES:])
+        check = zlib.crc32(ends[:CHECKED_BYTES] + ends[-CHECKED_BYTES:])
+        self.manifest[name] = f"{name} {len(head) + len(body)} {check:08x}\n"
 
-    def write_one():
-        body = waiting[:size]
-        del waiting[:size]
-        write(os.path.join(folder, f"{split}_{len(counts):03d}.bin"), [SHARD, 1, len(body) // 2], body)
-        counts.append(len(body) // 2)
+    def write_shards(self, split, values, shard_tokens):
+        """Writes split_000.bin and so on; returns their numbers of tokens."""
+        counts, size, waiting = [], 2 * shard_tokens, bytearray()
 
-    for some in values:
-        waiting += some
-        while len(waiting) >= size:
+        def write_one():
+            body = waiting[:size]
+            del waiting[:size]
+            self.write(f"{split}_{len(counts):03d}.bin", header(SHARD, 1, len(body) // 2), body)
+            counts.append(len(body) // 2)
+
+        for some in values:
+            waiting += some
+            while len(waiting) >= size:
+                write_one()
+        if waiting:
             write_one()
-    if waiting:
-        write_one()
-    return counts
+        return counts
+
+    def move_all(self):
+        """Killed at any instant, it leaves the old files, the new ones, or a manifest that says "incomplete"."""
+        global outcome
+        names = sorted(self.manifest)
+        self.write("incomplete", b"", b"incomplete\n")
+        self.write("manifest.txt", b"gpt2x3 manifest 1\n", "".join(map(self.manifest.get, names)).encode())
+        signals = []  # they wait until all is done
+        for s in SIGNALS:
+            signal.signal(s, lambda s, _: signals.append(s))
+        try:
+            self.move("incomplete", to="manifest.txt")
+            outcome = f"{self.folder} is incomplete; run again with --overwrite"
+            for name in set(former_files(self.folder)) - {"manifest.txt"}:
+                os.remove(os.path.join(self.folder, name))
+            for name in names:
+                self.move(name, to=name)
+            self.move("manifest.txt", to="manifest.txt")
+            outcome = f"all files in {self.folder} are written"
+        except OSError as e:
+            fail(f"{e.filename2 or e.filename}: {e.strerror}; {outcome}")
+        for s in SIGNALS:
+            signal.signal(s, stop)
+        if signals:
+            stop(signals[0])
+
+    def move(self, name, to):
+        os.replace(os.path.join(self.aside, name), os.path.join(self.folder, to))
+        with contextlib.suppress(OSError):  # some file systems cannot
+            os.fsync(self.lock)
 
 
 def former_files(folder):
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(name for name in names if re.fullmatch(r"(train|val)_.*\.bin|tokenizer\.bin", name))
+    return sorted(name for name in names if re.fullmatch(r"(train|val)_.*\.bin|tokenizer\.bin|manifest\.txt", name))
+
+
+def check_former_files(o):
+    for path in (os.path.join(o.out, name) for name in former_files(o.out)):
+        if not o.overwrite:
+            fail(f"{path} exists; give another --out, or --overwrite to remove all shards there")
+        if os.path.isdir(path) and not os.path.islink(path):
+            fail(f"{path} is a folder, which --overwrite does not remove")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,106 +376,115 @@ def options():
                                 allow_abbrev=False)
     p.error = fail
     p.add_argument("files", metavar="FILE", nargs="+", help="the text, UTF-8 unless for bytes")
-    p.add_argument("--tokenizer", choices=["bytes", "chars", "gpt2"], required=True)
+    p.add_argument("--tokenizer", metavar="NAME", required=True, help="bytes, chars, gpt2 or a file (see above)")
     p.add_argument("--out", metavar="DIR", required=True, help="where to write; made if need be")
     split = p.add_mutually_exclusive_group()
     split.add_argument("--val", metavar="FILE", nargs="+", default=[], help="validation text (give it after the FILEs)")
     split.add_argument("--val-fraction", metavar="X", type=float, default=0.1,
-                       help="the share of the text that is its validation tail; 0 for none (default 0.1)")
+                       help="the share of the text that is for validation; 0 for none (default 0.1)")
+    p.add_argument("--val-tail", action="store_true", help="validation is the end of the text, as in nanoGPT")
     p.add_argument("--shard-tokens", metavar="N", type=int, default=100_000_000,
                    help="most tokens in one file (default 100,000,000, which is 200 MB)")
-    p.add_argument("--overwrite", action="store_true", help="remove all train_*.bin and val_*.bin that DIR has")
+    p.add_argument("--overwrite", action="store_true",
+                   help="remove all train_*.bin, val_*.bin, tokenizer.bin and manifest.txt that DIR has")
     o = p.parse_args()
 
     if not 0 <= o.val_fraction < 1:
         fail(f"--val-fraction {o.val_fraction}: must be at least 0 and less than 1")
+    if o.val and o.val_tail:
+        fail("--val-tail: not with --val, which names the validation text")
     if not 1 <= o.shard_tokens <= MOST_SHARD_TOKENS:
         fail(f"--shard-tokens {o.shard_tokens}: must be from 1 to {MOST_SHARD_TOKENS:,}, so that a file is under 2 GiB")
-    for path in o.val:
-        if os.path.realpath(path) in map(os.path.realpath, o.files):
-            fail(f"{path}: is both training and validation text")
-    former = former_files(o.out)
-    if former and not o.overwrite:
-        fail(f"{os.path.join(o.out, former[0])} exists; give another --out, or --overwrite to remove all shards there")
-    shards = {os.path.realpath(os.path.join(o.out, name)) for name in former}
-    for path in o.files + o.val:
-        if os.path.realpath(path) in shards:
+    check_former_files(o)
+    shards = {os.path.realpath(os.path.join(o.out, name)) for name in former_files(o.out)}
+    given_as = {}
+    for path, split in [(path, "FILE") for path in o.files] + [(path, "--val") for path in o.val]:
+        real = os.path.realpath(path)
+        if real in shards:
             fail(f"{path} has the name of a shard in --out, which --overwrite removes; give another --out")
+        if given_as.get(real, split) != split or real in given_as and not o.val and o.val_fraction > 0:
+            fail(f"{path}: is given twice, so it could be both training and validation text")
+        given_as[real] = split
     return o
 
 
 def prepare(o):
-    # First reading: lengths, in bytes or characters, and the alphabet.
-    as_bytes = o.tokenizer == "bytes"
-    characters, text_bytes, splits, empty = set(), 0, [], []
-    for paths in o.files, o.val:
-        documents = []
-        for path in paths:
-            text = read(path, as_bytes)
-            if o.tokenizer == "chars":
-                characters.update(text)
-            if text:
-                documents.append((path, len(text)))
-                text_bytes += os.path.getsize(path)
-            else:
-                empty.append(path)
-        splits.append((documents, sum(length for _, length in documents)))
+    # First reading: lengths, in characters (bytes are some, too), and the alphabet.
+    tokenizer = find_tokenizer(o.tokenizer)
+    characters, text_bytes, documents = set(), 0, []
+    for path in o.files + o.val:
+        text, stamp = read(path, tokenizer.decoding if tokenizer else ("utf-8", "strict"))
+        if tokenizer:
+            tokenizer.learn(path, text)
+        else:
+            characters.update(text)
+        text_bytes += stamp[0]
+        documents.append(SimpleNamespace(path=path, length=len(text), stamp=stamp))
+    train = [d for d in documents[:len(o.files)] if d.length]
+    val = [d for d in documents[len(o.files):] if d.length]
+    tokenizer = tokenizer or chars_tokenizer(characters)
+    cut(val, [0])
+    cut(train, [])
+    if o.val_tail:
+        cut(train, [int(sum(d.length for d in train) * (1 - o.val_fraction))])
+    elif not o.val and o.val_fraction > 0:
+        cut_spread(train, o.val_fraction)
+    no_training, no_validation = all(d.cuts == [0] for d in train), not any(d.cuts for d in train + val)
+    if no_training or no_validation and (o.val or o.val_fraction > 0):
+        fail(f"there is no text for {'training' if no_training else 'validation'}: what was given has "
+             f"{count(text_bytes, 'byte')} in all")
 
-    (train, n_train), (val, n_val) = splits
-    if o.val:
-        ranges = [("train", train, 0, n_train), ("val", val, 0, n_val)]
-    else:
-        cut = int(n_train * (1 - o.val_fraction))
-        ranges = [("train", train, 0, cut), ("val", train, cut, n_train)]
-    for split, _, begin, end in ranges:
-        if begin == end and (split == "train" or o.val or o.val_fraction > 0):
-            fail(f"there is no text for {'training' if split == 'train' else 'validation'}: what was given has "
-                 f"{text_bytes} bytes in all")
-
-    if o.tokenizer == "bytes":
-        vocabulary, encode = bytes_tokenizer()
-    elif o.tokenizer == "chars":
-        vocabulary, encode = chars_tokenizer(characters)
-    else:
-        vocabulary, encode = gpt2_tokenizer()
-    end_of_text = len(vocabulary) - 1
-
-    # Second reading. All is written aside and moved into place at the end, so DIR never mixes two texts.
+    # Later readings. All is written aside and moved into place at the end, so DIR never mixes two texts.
+    output, counts = Output(o), {}
     try:
-        os.makedirs(o.out, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=".prepare-", dir=o.out)
-    except OSError as e:
-        fail(f"--out {o.out}: cannot be written ({e.strerror})")
-    with folder as aside:
-        counts = {}
-        for split, documents, begin, end in ranges:
-            values = token_values(documents, begin, end, as_bytes, encode, end_of_text)
-            counts[split] = write_shards(aside, split, values, o.shard_tokens)
-        body = b"".join(bytes([len(token)]) + token for token in vocabulary)
-        write(os.path.join(aside, "tokenizer.bin"), [TOKENIZER, 2, len(vocabulary), end_of_text, 0], body)
-        for name in former_files(o.out):
-            os.remove(os.path.join(o.out, name))
-        for name in sorted(os.listdir(aside)):
-            os.replace(os.path.join(aside, name), os.path.join(o.out, name))
+        for split in "train", "val":
+            values = token_values(train + val, split, tokenizer, o.val_tail)
+            counts[split] = output.write_shards(split, values, o.shard_tokens)
+        output.write("tokenizer.bin", tokenizer.content, b"")
+        output.move_all()
+    finally:
+        shutil.rmtree(output.aside, ignore_errors=True)
 
-    for split, numbers in counts.items():
-        for i, n in enumerate(numbers):
-            print(f"{os.path.join(o.out, f'{split}_{i:03d}.bin')}: {n:,} tokens")
-    print(f"{os.path.join(o.out, 'tokenizer.bin')}: a vocabulary of {len(vocabulary):,} tokens, "
-          f"{text_bytes / sum(map(sum, counts.values())):.2f} bytes of text per token")
-    for path in empty:
-        print(f"left out: {path} is empty")
+    lines = [f"{os.path.join(o.out, f'{split}_{i:03d}.bin')}: {count(n, 'token')}"
+             for split, numbers in counts.items() for i, n in enumerate(numbers)]
+    lines.append(f"{os.path.join(o.out, 'tokenizer.bin')}: a vocabulary of {count(len(tokenizer.tokens), 'token')}, "
+                 f"{text_bytes / sum(map(sum, counts.values())):.2f} bytes of text per token")
+    if counts["val"] and not o.val:
+        lines.append("validation: " + summary(train, o.val_tail))
+    lines += [f"left out: {d.path} is empty" for d in documents if not d.length]
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more
+        fail(f"standard output: {e.strerror}; {outcome}")
+
+
+def summary(documents, val_tail):
+    """What was taken for validation."""
+    whole = [d for d in documents if d.cuts == [0]]
+    cut_ones = [d for d in documents if d.cuts not in ([], [0])]
+    lengths = [end - begin for d in whole + cut_ones for begin, end in d.parts if begin < end]
+    taken = [f"{len(whole):,} of {count(len(documents), 'file')}"] * bool(whole)
+    if cut_ones:
+        of = cut_ones[0].path if len(cut_ones) == 1 else count(len(cut_ones), "file")
+        taken.append(f"{count(len(lengths) - len(whole), 'part')} of {of}")
+    share = f"{100 * sum(lengths) / sum(d.length for d in documents):.1f} % of the text"
+    return f"the last {share}" if val_tail else f"{' and '.join(taken)}, {share}"
+
+
+def stop(number, _=None):
+    fail(f"{'interrupted' if number == signal.SIGINT else 'terminated'}; {outcome}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated; nothing was written"))  # with all cleaned up
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files
-    sys.stderr.reconfigure(errors="backslashreplace")
+    SIGNALS = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    for s in SIGNALS:
+        signal.signal(s, stop)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # for names of files
     try:
         prepare(options())
     except OSError as e:
         fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
     except MemoryError:
         fail("not enough memory: a document is held whole; split the largest")
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written")

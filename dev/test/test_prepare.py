@@ -1,25 +1,63 @@
 """data_prep/prepare.py: its files hold the text, and nothing but the text; what is wrong is said in one line."""
 
+import itertools
 import os
+import random
+import re
+import resource
+import shutil
+import signal
 import struct
 import subprocess
 import sys
-import time
+import zlib
 from array import array
 
 import pytest
+from helpers import (BYTES_AND_END_OF_TEXT, changed, contents, header, heed_signals, read_shard, wait_until,
+                     write_tokenizer)
 
 EOT = b"<|endoftext|>"
 SAMPLE = "First line.\nSecond: naïve café, 東京, 🙂.\n\n\tend<|endoftext|> of\r\n  text   \n" * 20
 
 
+FILES = ["manifest.txt", "tokenizer.bin", "train_000.bin", "val_000.bin"]
+
+# Runs prepare.py, and CODE when it makes its Nth change in a folder, or saves a file for good. The first is after the
+# first reading of the text.
+AT_CHANGE = """
+import os, runpy, signal, sys
+path, code, instant = sys.argv[1], sys.argv[2], int(sys.argv[3])
+changes = 0
+def hook(function):
+    def hooked(*arguments, **named):
+        global changes
+        changes += 1
+        if changes == instant:
+            exec(code)
+        return function(*arguments, **named)
+    return hooked
+for name in "mkdir", "remove", "unlink", "rmdir", "rename", "replace", "fsync":
+    setattr(os, name, hook(getattr(os, name)))
+sys.argv = [path] + sys.argv[4:]
+runpy.run_path(path, run_name="__main__")
+"""
+
+
+def command(root, *arguments, bare=True, code=None, instant=0):
+    """-I -S hides all packages but the standard library's."""
+    script = [root / "data_prep/prepare.py"] if code is None else [
+        "-c", AT_CHANGE, root / "data_prep/prepare.py", code, instant]
+    return list(map(str, [sys.executable, *(["-I", "-S"] if bare else []), *script, *arguments]))
+
+
 @pytest.fixture
 def prepare(root):
-    """Runs prepare.py. -I -S hides all packages but the standard library's."""
+    """Runs prepare.py; at its instant-th change, it also runs code."""
 
-    def run(*arguments, bare=True):
-        command = [sys.executable, *(["-I", "-S"] if bare else []), root / "data_prep/prepare.py", *arguments]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    def run(*arguments, stdout=subprocess.PIPE, before=heed_signals, **named):
+        return subprocess.run(command(root, *arguments, **named), stdout=stdout, stderr=subprocess.PIPE, text=True,
+                              preexec_fn=before, timeout=300)
 
     return run
 
@@ -79,6 +117,25 @@ def decode(folder, split):
     return [b"".join(tokens) for tokens in documents]
 
 
+def parts(folder, split):
+    """The texts of a split after each <|endoftext|>."""
+    first, *rest = decode(folder, split)
+    assert first == b""
+    return rest
+
+
+def check_manifest(folder):
+    """The manifest names each file that is read, with its size and the checksum of its ends."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".bin"))
+    data = [(folder / name).read_bytes() for name in names]
+    lines = [f"{name} {len(d)} {zlib.crc32(d[:65536] + d[-65536:]):08x}" for name, d in zip(names, data)]
+    assert (folder / "manifest.txt").read_text().splitlines() == ["gpt2x3 manifest 1", *lines]
+
+
+def contents_of_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def write(path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
@@ -87,18 +144,19 @@ def write(path, text):
 def test_bytes(prepare, tmp_path):
     data = bytes(range(256)) * 4 + SAMPLE.encode()
     out = tmp_path / "new" / "folder"
-    said = prepared(prepare("--tokenizer", "bytes", "--out", out, write(tmp_path / "a", data)))
+    said = prepared(prepare("--tokenizer", "bytes", "--out", out, "--val-tail", write(tmp_path / "a", data)))
     assert read_tokenizer(out) == [bytes([i]) for i in range(256)] + [EOT]
     cut = int(len(data) * 0.9)
     assert read_shards(out, "train") == ([256] + list(data[:cut]), [cut + 1])
     assert read_shards(out, "val") == (list(data[cut:]), [len(data) - cut])
     assert f"train_000.bin: {cut + 1:,} tokens" in said and "257 tokens" in said
-    assert sorted(os.listdir(out)) == ["tokenizer.bin", "train_000.bin", "val_000.bin"]
+    assert "validation: the last 10.0 % of the text" in said
+    assert sorted(os.listdir(out)) == FILES
 
 
 def test_chars(prepare, tmp_path):
     out = tmp_path / "out"
-    prepared(prepare("--tokenizer", "chars", "--out", out, write(tmp_path / "a", SAMPLE)))
+    prepared(prepare("--tokenizer", "chars", "--out", out, "--val-tail", write(tmp_path / "a", SAMPLE)))
     alphabet = sorted(set(SAMPLE))
     assert read_tokenizer(out) == [c.encode() for c in alphabet] + [EOT]
     cut = int(len(SAMPLE) * 0.9)
@@ -109,7 +167,7 @@ def test_chars(prepare, tmp_path):
 def test_files_are_documents(prepare, tmp_path):
     files = [write(tmp_path / f"{i} x", f"text {i} " * 10) for i in range(10)]  # names with spaces
     out = tmp_path / "out"
-    prepared(prepare("--tokenizer", "chars", "--out", out, *files, "--val-fraction", "0.15"))
+    prepared(prepare("--tokenizer", "chars", "--out", out, *files, "--val-fraction", "0.15", "--val-tail"))
     texts = [f.read_bytes() for f in files]
     half = len(texts[0]) // 2
     assert decode(out, "train") == [b""] + texts[:8] + [texts[8][:half]]
@@ -129,7 +187,8 @@ def test_files_are_documents(prepare, tmp_path):
 @pytest.mark.parametrize("tokens", [1, 7, 450, 451, 452])
 def test_shards(prepare, tmp_path, tokens):
     out = tmp_path / "out"
-    prepared(prepare("--tokenizer", "bytes", "--out", out, "--shard-tokens", tokens, write(tmp_path / "a", b"x" * 500)))
+    prepared(prepare("--tokenizer", "bytes", "--out", out, "--shard-tokens", tokens, "--val-tail",
+                     write(tmp_path / "a", b"x" * 500)))
     values, counts = read_shards(out, "train")
     assert values == [256] + [ord("x")] * 450
     assert all(n == tokens for n in counts[:-1]) and 1 <= counts[-1] <= tokens
@@ -138,18 +197,23 @@ def test_shards(prepare, tmp_path, tokens):
 def test_keeps_former_run(prepare, tmp_path):
     a, b = write(tmp_path / "a", "a" * 500), write(tmp_path / "b", "b" * 100)
     out = tmp_path / "out"
-    arguments = "--tokenizer", "bytes", "--out", out, "--shard-tokens", 100
+    arguments = "--tokenizer", "bytes", "--out", out, "--shard-tokens", 100, "--val-tail"
     prepared(prepare(*arguments, a))
     write(out / "train_other.bin", "would be read as a shard, too")
     write(out / "notes", "stay")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    refused(prepare(*arguments, b), "tokenizer.bin", "--overwrite")
+    refused(prepare(*arguments, b), "manifest.txt exists", "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     refused(prepare(*arguments, tmp_path / "missing", "--overwrite"), "missing: No such file")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     prepared(prepare(*arguments, b, "--overwrite"))
     assert decode(out, "train")[1] == b"b" * 90
-    assert sorted(os.listdir(out)) == ["notes", "tokenizer.bin", "train_000.bin", "val_000.bin"]
+    assert sorted(os.listdir(out)) == sorted(["notes", *FILES])
+    check_manifest(out)
+    (out / "val_folder.bin").mkdir()
+    before = contents_of_files(out)
+    refused(prepare(*arguments, a, "--overwrite"), "val_folder.bin is a folder")
+    assert contents_of_files(out) == before
 
 
 def test_refuses(prepare, tmp_path):
@@ -162,11 +226,17 @@ def test_refuses(prepare, tmp_path):
     refused(prepare(*chars, write(tmp_path / "empty", "")), "no text", "0 bytes")
     refused(prepare(*chars, good, "--val", tmp_path / "empty"), "validation")
     refused(prepare(*chars, good, "--val", good), "both")
+    refused(prepare(*chars, good, "--val", tmp_path / "." / "good"), "both")
+    refused(prepare(*chars, good, "--val", tmp_path / "latin", "--val-tail"), "--val-tail: not with --val")
+    refused(prepare(*chars, good, good), "good: is given twice")
+    refused(prepare(*chars, tmp_path / "two\nlines"), "two\\nlines: No such file")
+    refused(prepare(*chars, write(tmp_path / "short", "x")), "1 byte in all")
     refused(prepare(*chars, good, "--val-fraction", "1"), "--val-fraction")
     refused(prepare(*chars, good, "--val-fraction", "nan"), "--val-fraction")
     refused(prepare(*chars, good, "--shard-tokens", "0"), "--shard-tokens")
     refused(prepare(*chars, good, "--shard-tokens", 2**30), "2 GiB")
-    refused(prepare("--tokenizer", "words", "--out", out, good), "words")
+    refused(prepare("--tokenizer", "words", "--out", out, good),
+            "--tokenizer words: must be bytes, chars, gpt2 or an existing tokenizer.bin")
     refused(prepare("--out", out, good), "--tokenizer")
     assert not out.exists()
     refused(prepare("--tokenizer", "bytes", "--out", good, good), "cannot be written")
@@ -177,7 +247,7 @@ def test_chars_has_room_for_65535(prepare, tmp_path):
     scalars = [chr(i) for i in range(0x10000 + 4096) if not 0xD800 <= i < 0xE000]
     most = write(tmp_path / "most", "".join(scalars[:65535]))
     out = tmp_path / "out"
-    prepared(prepare("--tokenizer", "chars", "--out", out, most))
+    prepared(prepare("--tokenizer", "chars", "--out", out, "--val-tail", most))
     tokens = read_shards(out, "train")[0] + read_shards(out, "val")[0]
     assert tokens == [65535] + list(range(65535))
     assert len(read_tokenizer(out)) == 65536
@@ -193,7 +263,7 @@ def test_gpt2_without_tiktoken(prepare, tmp_path):
 
 def test_gpt2(prepare, tmp_path, gpt2_bpe):
     out = tmp_path / "out"
-    prepared(prepare("--tokenizer", "gpt2", "--out", out, write(tmp_path / "a", SAMPLE), bare=False))
+    prepared(prepare("--tokenizer", "gpt2", "--out", out, "--val-tail", write(tmp_path / "a", SAMPLE), bare=False))
     vocabulary = read_tokenizer(out)
     assert vocabulary[:50256] == [gpt2_bpe.decode_single_token_bytes(i) for i in range(50256)]
     cut = int(len(SAMPLE) * 0.9)
@@ -217,11 +287,11 @@ def test_gpt2_long_text(prepare, tmp_path, test_data, gpt2_bpe):
 
 
 def test_tinyshakespeare(prepare, tmp_path, test_data, gpt2_bpe):
-    """nanoGPT's split: its counts of tokens, and the <|endoftext|> in front."""
+    """With --val-tail, nanoGPT's split: its counts of tokens, and the <|endoftext|> in front."""
     for tokenizer, train, val in ("chars", 1003854, 111540), ("gpt2", 301966, 36059):
         out = tmp_path / tokenizer
         text = test_data / "tinyshakespeare.txt"
-        prepared(prepare("--tokenizer", tokenizer, "--out", out, text, bare=False))
+        prepared(prepare("--tokenizer", tokenizer, "--out", out, "--val-tail", text, bare=False))
         assert read_shards(out, "train")[1] == [train + 1]
         assert read_shards(out, "val")[1] == [val]
         assert b"".join(decode(out, "train") + decode(out, "val")) == text.read_bytes()
@@ -236,16 +306,484 @@ def test_an_abbreviated_option_is_refused(prepare, tmp_path):
     refused(prepare("--tok", "bytes", "--out", tmp_path / "data", __file__), "--tokenizer")
 
 
+def test_says_one_token(prepare, tmp_path):
+    said = prepared(prepare("--tokenizer", "bytes", "--out", tmp_path / "out", "--shard-tokens", 1,
+                            write(tmp_path / "a", "12")))
+    assert said.count("bin: 1 token\n") == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer of an existing file
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """Writes a tokenizer file."""
+
+    def write_vocabulary(tokens, end_of_text=-1, **named):
+        path = tmp_path / "vocabulary"
+        write_tokenizer(path, tokens, end_of_text, **named)
+        return path
+
+    return write_vocabulary
+
+
+def test_bytes_of_a_file(prepare, tmp_path, vocabulary):
+    text = write(tmp_path / "a", bytes(range(256)) * 20)
+    prepared(prepare("--tokenizer", "bytes", "--out", tmp_path / "bytes", text))
+    prepared(prepare("--tokenizer", tmp_path / "bytes" / "tokenizer.bin", "--out", tmp_path / "file", text))
+    assert contents(tmp_path / "file") == contents(tmp_path / "bytes")
+
+    # In another order, and more than 256 tokens in front of them.
+    tokens = [b"\xff"] * 300 + [bytes([i]) for i in reversed(range(256))]
+    file = vocabulary(tokens)
+    prepared(prepare("--tokenizer", file, "--out", tmp_path / "other", text, "--val-fraction", "0"))
+    assert read_shard(tmp_path / "other" / "train_000.bin") == [0 if i == 255 else 300 + 255 - i
+                                                                for i in text.read_bytes()]
+    assert (tmp_path / "other" / "tokenizer.bin").read_bytes() == file.read_bytes()
+
+
+def test_characters_of_a_file(prepare, tmp_path):
+    """Also where the file is in --out itself, and the run's own."""
+    out, a, b = tmp_path / "out", write(tmp_path / "a", SAMPLE), write(tmp_path / "b", "東京🙂 naïve\n" * 10)
+    prepared(prepare("--tokenizer", "chars", "--out", out, a))
+    before = (out / "tokenizer.bin").read_bytes()
+    refused(prepare("--tokenizer", out / "tokenizer.bin", "--out", out, b), "exists")
+    prepared(prepare("--tokenizer", out / "tokenizer.bin", "--out", out, b, "--overwrite", "--val-fraction", 0))
+    assert (out / "tokenizer.bin").read_bytes() == before
+    assert decode(out, "train") == [b"", b.read_bytes()]
+    prepared(prepare("--tokenizer", out / "tokenizer.bin", "--out", tmp_path / "ab", a, "--val", b))
+    assert (decode(tmp_path / "ab", "train"), decode(tmp_path / "ab", "val")) == ([b"", a.read_bytes()],
+                                                                                  [b"", b.read_bytes()])
+
+
+def test_unknown_characters_are_named(prepare, tmp_path, vocabulary):
+    file, out = vocabulary([bytes([c]) for c in b"abc\n"] + ["é".encode(), EOT], 5), tmp_path / "out"
+
+    def refuses(text, *words):
+        refused(prepare("--tokenizer", file, "--out", out, write(tmp_path / "good", "abc"), "--val",
+                        write(tmp_path / "text", text)), *words)
+        assert not out.exists()
+
+    refuses("abc\nébé東\n", "text: line 2, column 4: '東' (U+6771)", str(file))
+    refuses("d", "line 1, column 1: 'd' (U+0064)")
+    refuses("a\n\n\t", r"line 3, column 1: '\t' (U+0009)")
+    refuses("ab\u202e", r"line 1, column 3: '\u202e' (U+202E)")
+    refuses("ab<|endoftext|>", "column 3: '<' (U+003C)")  # those letters are no token
+    refuses(b"abc\xe9", "not UTF-8 at byte 3")
+
+
+def test_letters_of_end_of_text_are_text(prepare, tmp_path, vocabulary):
+    """One letter may be that token, or none."""
+    out, text = tmp_path / "out", write(tmp_path / "a", "abba")
+    prepared(prepare("--tokenizer", vocabulary([b"b", b"a", b"b"], 0), "--out", out, text, "--val-fraction", 0))
+    assert read_shard(out / "train_000.bin") == [0, 1, 2, 2, 1]
+    for no_end_of_text in -1, 3, -7:
+        file = vocabulary([b"b", b"a", b"b"], no_end_of_text)
+        prepared(prepare("--tokenizer", file, "--out", out, text, "--val-fraction", 0, "--overwrite"))
+        assert read_shard(out / "train_000.bin") == [1, 0, 0, 1]
+        assert (out / "tokenizer.bin").read_bytes() == file.read_bytes()
+
+
+def test_characters_without_a_token_are_bytes(prepare, tmp_path, vocabulary):
+    file = vocabulary(["é".encode()] + [bytes([i]) for i in range(256)])
+    text = write(tmp_path / "a", "xé東".encode() + b"\xff\xed\xa0\x80")
+    prepared(prepare("--tokenizer", file, "--out", tmp_path / "out", text, "--val-fraction", 0))
+    data = "東".encode() + b"\xff\xed\xa0\x80"
+    assert read_shard(tmp_path / "out" / "train_000.bin") == [1 + ord("x"), 0] + [1 + i for i in data]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_gpt2_of_a_file(prepare, tmp_path, vocabulary, gpt2_bpe, version):
+    """llm.c's, too."""
+    text = write(tmp_path / "a", SAMPLE)
+    tokens = [gpt2_bpe.decode_single_token_bytes(i) for i in range(50257)]
+    file = vocabulary(tokens, 50256 if version == 2 else 0, version=version)
+    prepared(prepare("--tokenizer", file, "--out", tmp_path / "out", text, "--val-fraction", 0, bare=False))
+    assert read_shard(tmp_path / "out" / "train_000.bin") == [50256] + gpt2_bpe.encode_ordinary(SAMPLE)
+    assert (tmp_path / "out" / "tokenizer.bin").read_bytes() == file.read_bytes()
+    refused(prepare("--tokenizer", file, "--out", tmp_path / "bare", text), "pip install tiktoken")
+    file = vocabulary(tokens[::-1], 0)
+    refused(prepare("--tokenizer", file, "--out", tmp_path / "bare", text, bare=False), "nor GPT-2's")
+    file = vocabulary(tokens[:-1])
+    refused(prepare("--tokenizer", file, "--out", tmp_path / "bare", text), "nor GPT-2's")
+
+
+def test_damaged_tokenizers(prepare, tmp_path, vocabulary):
+    file, text, out = vocabulary(BYTES_AND_END_OF_TEXT, 256), write(tmp_path / "a", "text" * 10), tmp_path / "out"
+    good = file.read_bytes()
+
+    def refuses(data, *words):
+        refused(prepare("--tokenizer", write(file, data), "--out", out, text), str(file), *words)
+        assert not out.exists()
+
+    for length in 0, 1, 4, 1023:
+        refuses(good[:length])
+    for length in 1024, 1025, len(good) - 1:
+        refuses(good[:length], "damaged", "257 tokens")
+    refuses(good + b"x", "damaged")
+    refuses(text.read_bytes() * 100, "not a tokenizer")
+    refuses(changed(good, 0, "<i", 20240520), "not a tokenizer")
+    for version in 0, 3, -1:
+        refuses(changed(good, 4, "<i", version), "not a tokenizer")
+    for n in -1, 0, 1, 256, 258, 65536, 65537, 2**31 - 1, -2**31:
+        refuses(changed(good, 8, "<i", n), "damaged")
+    for appendix in 1, -1, 2**31 - 1, -2**31:
+        refuses(changed(good, 16, "<i", appendix), "damaged")
+    refuses(changed(good, 1024, "B", 0), "damaged", "0 tokens end at byte 1,024")
+    refuses(header(20240328, 2, 65537, -1) + b"\1x" * 65537, "damaged")
+    with open(file, "wb") as f:  # sparse
+        f.write(good)
+        f.truncate(1 << 40)
+    refused(prepare("--tokenizer", file, "--out", out, text), "damaged")
+
+    vocabulary(BYTES_AND_END_OF_TEXT, 256, appendix=b"merges")
+    prepared(prepare("--tokenizer", file, "--out", out, text))
+    assert (out / "tokenizer.bin").read_bytes() == file.read_bytes()
+    vocabulary([b"a", b"text"])
+    refused(prepare("--tokenizer", file, "--out", tmp_path / "no", text), "neither bytes, nor characters")
+
+
+def test_a_tokenizer_is_a_regular_file(prepare, tmp_path):
+    text = write(tmp_path / "a", "text" * 10)
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "Is a directory"),
+                        ("/dev/zero", "not a regular file"), (text / "below", "must be bytes, chars, gpt2 or")):
+        refused(prepare("--tokenizer", path, "--out", tmp_path / "out", text), str(path), words)
+    if os.geteuid() != 0:
+        text.chmod(0)
+        refused(prepare("--tokenizer", text, "--out", tmp_path / "out", text), "Permission denied")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The validation set
+
+
+def lines_of(n, length, paragraph=0):
+    """Numbered lines of a file, 32 bytes each; every so many of them, one is empty."""
+    text = "".join(f"file {n:06} line {i:014}\n" + "\n" * (paragraph and i % paragraph == 0)
+                   for i in range(length // 32 + 1))
+    return text[:length].encode()
+
+
+def share(folder):
+    """The validation set's, without <|endoftext|>."""
+    val, train = (sum(map(len, parts(folder, split))) for split in ("val", "train"))
+    return val / (val + train)
+
+
+def test_parts_of_one_file(prepare, tmp_path):
+    """Long ones, from everywhere, from paragraph to paragraph; nothing is lost or twice."""
+    data = lines_of(1, 400_000, paragraph=8)
+    out = tmp_path / "out"
+    said = prepared(prepare("--tokenizer", "bytes", "--out", out, write(tmp_path / "big.txt", data)))
+    train, val = parts(out, "train"), parts(out, "val")
+    assert len(train) == len(val) == 10
+    assert b"".join(part for pair in zip(train, val) for part in pair) == data
+    edges = list(itertools.accumulate(len(part) for pair in zip(train, val) for part in pair))
+    paragraph = 8 * 32 + 1  # the nearest beginning is no farther away than half of one
+    assert all(abs(edge - at) <= paragraph / 2 for edge, at in zip(edges[::2], range(36_000, 400_000, 40_000)))
+    assert all(abs(edge - at) <= paragraph / 2 for edge, at in zip(edges[1::2], range(40_000, 400_001, 40_000)))
+    assert all(part.endswith(b"\n\n") for part in (train + val)[:-1])
+    assert abs(share(out) - 0.1) < 0.005
+    check_manifest(out)
+    assert f"validation: 10 parts of {tmp_path / 'big.txt'}, {100 * share(out):.1f} % of the text" in said
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
+@pytest.mark.parametrize("text", ["é東🙂" * 9001, "word " * 6000, "words of a line\n" * 2000],
+                         ids=["none", "words", "lines"])
+def test_parts_begin_with_whole_words(prepare, tmp_path, text, tokenizer):
+    """Or with whole characters, if there are no words."""
+    out = tmp_path / "out"
+    prepared(prepare("--tokenizer", tokenizer, "--out", out, write(tmp_path / "a", text)))
+    train, val = parts(out, "train"), parts(out, "val")
+    assert len(val) >= 5
+    assert b"".join(part for pair in zip(train, val) for part in pair) == text.encode()
+    for part in train + val:
+        part.decode()
+        assert tokenizer == "chars" or len(set(text)) == 3 or part.endswith((b" ", b"\n"))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("sizes", [[600_000], [300_000, 300_000], [500_000] + [3000] * 30, [3000] * 100,
+                                   [1000 + 50 * i for i in range(100)], [2**(i % 8 + 8) for i in range(200)],
+                                   [200_000, 1, 2, 3, 150_000], [60_000] * 4 + [2000] * 120],
+                         ids=["one", "two", "huge", "equal", "growing", "mixed", "odd", "half"])
+def test_share_is_near_what_was_asked(prepare, tmp_path, sizes, fraction):
+    texts = [lines_of(i, size) for i, size in enumerate(sizes)]
+    files = [write(tmp_path / f"{i:03}", text) for i, text in enumerate(texts)]
+    out = tmp_path / "out"
+    prepared(prepare("--tokenizer", "bytes", "--out", out, *files, "--val-fraction", fraction))
+    assert abs(share(out) - fraction) <= 0.4 * min(fraction, 1 - fraction)
+    pieces = parts(out, "train") + parts(out, "val")
+    begins = [(i, text.index(piece)) for piece in pieces for i, text in enumerate(texts) if piece in text]
+    if len(begins) == len(pieces):  # none is so short that it is in two texts
+        assert b"".join(piece for _, piece in sorted(zip(begins, pieces))) == b"".join(texts)
+    assert sum(map(len, pieces)) == sum(sizes)
+
+
+def test_some_files_whole(prepare, tmp_path):
+    """They are neither the last ones nor of one size."""
+    r = random.Random(1)
+    for order in "random", "growing", "shrinking":
+        sizes = [int(1000 * 2**r.uniform(0, 6)) for _ in range(60)]
+        sizes = {"random": sizes, "growing": sorted(sizes), "shrinking": sorted(sizes)[::-1]}[order]
+        texts = [lines_of(i, size) for i, size in enumerate(sizes)]
+        files = [write(tmp_path / f"{i:03}", text) for i, text in enumerate(texts)]
+        arguments = "--tokenizer", "bytes", "--out", tmp_path / "out", "--overwrite", *files
+        said = prepared(prepare(*arguments))
+        before = contents(tmp_path / "out")
+        prepared(prepare(*arguments))
+        assert contents(tmp_path / "out") == before
+        taken = [texts.index(part) for part in parts(tmp_path / "out", "val")]
+        assert parts(tmp_path / "out", "train") == [text for i, text in enumerate(texts) if i not in taken]
+        assert f"validation: {len(taken)} of 60 files, {100 * share(tmp_path / 'out'):.1f} % of the text" in said
+        assert abs(share(tmp_path / "out") - 0.1) < 0.03
+        assert {i // 20 for i in taken} == {0, 1, 2}
+        assert len({sizes[i].bit_length() for i in taken}) >= 4
+
+
+def test_large_and_small_files_are_taken_alike(prepare, tmp_path):
+    texts = [lines_of(i, 9000 if i % 2 else 2000) for i in range(40)]
+    prepared(prepare("--tokenizer", "bytes", "--out", tmp_path / "out",
+                     *(write(tmp_path / f"{i:03}", text) for i, text in enumerate(texts))))
+    assert sorted(map(len, parts(tmp_path / "out", "val"))) == [2000, 2000, 9000, 9000]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 8, 10, 12, 14, 15, 20, 31])
+def test_files_of_one_size(prepare, tmp_path, n):
+    texts = [lines_of(i, 20_000) for i in range(n)]
+    out = tmp_path / "out"
+    prepared(prepare("--tokenizer", "bytes", "--out", out,
+                     *(write(tmp_path / f"{i:03}", text) for i, text in enumerate(texts))))
+    assert 0.06 < share(out) < 0.14
+    val = parts(out, "val")
+    if n < 8:  # a whole one would be too much
+        assert all(any(part in text for part in val) for text in texts)
+    else:
+        assert set(val) < set(texts) and val != texts[-len(val):]
+
+
+def test_one_large_file_among_small_ones(prepare, tmp_path):
+    sizes = [2000] * 20 + [400_000] + [2000] * 20
+    texts = [lines_of(i, size) for i, size in enumerate(sizes)]
+    out = tmp_path / "out"
+    said = prepared(prepare("--tokenizer", "bytes", "--out", out,
+                            *(write(tmp_path / f"{i:03}", text) for i, text in enumerate(texts))))
+    val = parts(out, "val")
+    whole = [part for part in val if part in texts]
+    assert len(whole) == 4 and len(val) == 14 and texts[20] not in whole
+    assert f"validation: 4 of 41 files and 10 parts of {tmp_path / '020'}" in said
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 100, 1000, 5120, 20_000, 50_000])
+def test_small_texts(prepare, tmp_path, size):
+    out, data = tmp_path / "out", lines_of(0, size)
+    said = prepared(prepare("--tokenizer", "bytes", "--out", out, write(tmp_path / "a", data)))
+    train, val = parts(out, "train"), parts(out, "val")
+    assert b"".join(part for pair in zip(train, val) for part in pair) == data
+    assert len(val) == max(1, size // 10 // 512)
+    assert f"validation: {len(val)} part{'s' * (len(val) > 1)} of" in said
+    assert size < 100 or 0.08 < share(out) < 0.12
+
+
+def test_tail_of_several_files(prepare, tmp_path):
+    texts = [lines_of(i, 1000) for i in range(3)]
+    out = tmp_path / "out"
+    prepared(prepare("--tokenizer", "bytes", "--out", out, "--val-tail", "--val-fraction", 0.5,
+                     *(write(tmp_path / str(i), text) for i, text in enumerate(texts))))
+    assert decode(out, "train") == [b"", texts[0], texts[1][:500]]
+    assert decode(out, "val") == [texts[1][500:], texts[2]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Full disks, signals, other runs, files that change
+
+
+def test_full_disk(prepare, tmp_path):
+    """A limit on the size of files stands for one."""
+    def limit(most):
+        def before():
+            heed_signals()
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        return before
+
+    out, text = tmp_path / "out", write(tmp_path / "a", "some text " * 1000)
+    arguments = "--tokenizer", "bytes", "--out", out
+    for former in None, "former text" * 10:
+        if former:
+            prepared(prepare(*arguments, write(tmp_path / "b", former)))
+        before = contents(out) if out.exists() else {}
+        for most, name in (0, "train_000.bin"), (1000, "train_000.bin"), (15_000, "train_000.bin"):
+            refused(prepare(*arguments, text, "--overwrite", before=limit(most)),
+                    f"{out / name} could not be written: File too large; nothing was changed in {out}")
+            assert contents(out) == before
+        refused(prepare(*arguments, write(tmp_path / "c", "ab"), "--overwrite", before=limit(1100)), "tokenizer.bin")
+        assert contents(out) == before
+
+
+def test_full_standard_output(prepare, tmp_path):
+    out, text = tmp_path / "out", write(tmp_path / "a", "some text " * 1000)
+    arguments = "--tokenizer", "bytes", "--out", out, "--overwrite", text
+    with open("/dev/full", "w") as full:
+        result = prepare(*arguments, stdout=full)
+    assert (result.returncode, result.stderr) == (
+        1, f"error: standard output: No space left on device; all files in {out} are written\n")
+    check_manifest(out)
+    result = prepare(*arguments, before=lambda: os.close(1))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.fixture
+def two_runs(prepare, tmp_path):
+    """The arguments of a run over another one's files, and what both write."""
+    runs = {}
+    for name, size in ("old", 5000), ("new", 9000):
+        arguments = ["--tokenizer", "chars", "--shard-tokens", 2000, write(tmp_path / f"{name}.txt",
+                                                                            name + " text\n" * (size // 10))]
+        prepared(prepare(*arguments, "--out", tmp_path / name))
+        check_manifest(tmp_path / name)
+        runs[name] = arguments, contents(tmp_path / name)
+    assert len(runs["old"][1]) != len(runs["new"][1])
+    return runs
+
+
+def test_killed_at_any_instant(prepare, tmp_path, two_runs):
+    """The folder has all old files, or all new ones, or a manifest that says so."""
+    states = []
+    for instant in itertools.count(1):
+        out = tmp_path / f"out{instant}"
+        shutil.copytree(tmp_path / "old", out)
+        arguments = *two_runs["new"][0], "--out", out, "--overwrite"
+        result = prepare(*arguments, code="os.kill(os.getpid(), signal.SIGKILL)", instant=instant)
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL
+        found = contents_of_files(out)
+        if found["manifest.txt"] == b"incomplete\n":
+            states.append("incomplete")
+        else:
+            states.append("new" if found == two_runs["new"][1] else "old")
+            assert found == two_runs[states[-1]][1]
+        prepared(prepare(*arguments))
+        assert contents(out) == two_runs["new"][1]  # without the killed run's hidden folder
+    assert [state for state, _ in itertools.groupby(states)] == ["old", "incomplete", "new"]
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
+def test_stopped_at_any_instant(prepare, tmp_path, two_runs, by):
+    """Nothing is left half done, and what is said is true."""
+    states = []
+    for instant in itertools.count(1):
+        out = tmp_path / f"out{instant}"
+        shutil.copytree(tmp_path / "old", out)
+        result = prepare(*two_runs["new"][0], "--out", out, "--overwrite", code=f"os.kill(os.getpid(), {int(by)})",
+                         instant=instant)
+        if result.returncode == 0:
+            break
+        word = "interrupted" if by == signal.SIGINT else "terminated"
+        states.append("old" if "nothing was written" in result.stderr else "new")
+        refused(result, f"{word}; " + ("nothing was written" if states[-1] == "old" else
+                                       f"all files in {out} are written"))
+        assert contents_of_files(out) == two_runs[states[-1]][1]
+    assert [state for state, _ in itertools.groupby(states)] == ["old", "new"]
+
+
 def test_sigterm_leaves_nothing(root, tmp_path):
     (tmp_path / "text").write_bytes(b"some text " * 20_000_000)
-    command = [sys.executable, root / "data_prep/prepare.py", "--tokenizer", "bytes", "--out", tmp_path / "data",
-               tmp_path / "text"]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob("data/.prepare-*/*")):
-            time.sleep(0.001)
+    arguments = command(root, "--tokenizer", "bytes", "--out", tmp_path / "data", tmp_path / "text")
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals) as process:
+        wait_until(lambda: list(tmp_path.glob("data/.prepare-*/*")), process)
         process.terminate()
         assert process.wait() == 1 and "terminated; nothing was written" in process.stderr.read()
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_ignored_signals_stay_ignored(prepare, tmp_path):
+    """As under nohup, or in the background."""
+    result = prepare("--tokenizer", "bytes", "--out", tmp_path / "out", write(tmp_path / "a", "text" * 10), instant=3,
+                     before=lambda: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGHUP, signal.SIGINT)],
+                     code="os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGINT)")
+    prepared(result)
+
+
+def test_files_that_cannot_be_replaced(prepare, tmp_path):
+    """It says that the folder is incomplete, if it is."""
+    out = tmp_path / "out"
+    arguments = "--tokenizer", "bytes", "--out", out, write(tmp_path / "a", "text" * 10), "--overwrite"
+    prepared(prepare(*arguments))
+    said = set()
+    for instant in range(1, 20):
+        result = prepare(*arguments, code="raise OSError(5, 'Input/output error', 'some file')", instant=instant)
+        if result.returncode:
+            refused(result, "Input/output error")
+            incomplete = f"{out} is incomplete; run again with --overwrite" in result.stderr
+            assert incomplete == ((out / "manifest.txt").read_text() == "incomplete\n")
+            said.add(incomplete)
+    assert said == {False, True}
+
+
+def test_second_run_at_the_same_time_is_refused(root, prepare, tmp_path, two_runs):
+    out = tmp_path / "out"
+    first = command(root, *two_runs["new"][0], "--out", out, code="os.kill(os.getpid(), signal.SIGSTOP)", instant=3)
+    with subprocess.Popen(first, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: re.search(r"^State:\s+T", open(f"/proc/{process.pid}/status").read(), re.M), process)
+            before = os.listdir(out)
+            refused(prepare(*two_runs["old"][0], "--out", out), f"--out {out}: another process is writing there")
+            assert os.listdir(out) == before and before[0].startswith(".prepare-")
+        finally:
+            process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0, process.stderr.read()
+    assert contents(out) == two_runs["new"][1]
+
+
+def test_run_that_ended_meanwhile_is_kept(prepare, root, tmp_path, two_runs):
+    """Both began with an empty folder."""
+    out = tmp_path / "out"
+    other = command(root, *two_runs["old"][0], "--out", out)
+    refused(prepare(*two_runs["new"][0], "--out", out, instant=1,
+                    code=f"import subprocess; subprocess.run({other}, stdout=subprocess.DEVNULL)"), "exists")
+    assert contents(out) == two_runs["old"][1]
+
+
+CHANGES = {
+    "longer": "open(text, 'a').write('more')",
+    "shorter": "open(text, 'w').write('less')",
+    "empty": "open(text, 'w')",
+    "gone": "os.remove(text)",
+    "folder": "os.remove(text); os.mkdir(text)",
+    "pipe": "os.remove(text); os.mkfifo(text)",
+    "characters": "open(text, 'w').write('#' * size)",
+    "same characters": "open(text, 'w').write('ba' * (size // 2))",
+    "not UTF-8": "open(text, 'wb').write(b'\\xff' * size)",
+    "same time": "t = os.stat(text); open(text, 'w').write('ba' * (size // 2)); "
+                 "os.utime(text, ns=(t.st_atime_ns, t.st_mtime_ns))",
+}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "FILE"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_that_change_between_two_readings(prepare, tmp_path, vocabulary, change, tokenizer):
+    out, text = tmp_path / "out", write(tmp_path / "a", "ab" * 5000)
+    if tokenizer == "FILE":
+        tokenizer = vocabulary([b"a", b"b"])
+    result = prepare("--tokenizer", tokenizer, "--out", out, text, instant=1,
+                     code=f"text, size = {str(text)!r}, 10000; {CHANGES[change]}")
+    refused(result, f"{text}: ")
+    assert not list(out.iterdir())
+
+
+def test_files_written_anew_have_not_changed(prepare, tmp_path):
+    out, text = tmp_path / "out", write(tmp_path / "a", "ab" * 5000)
+    prepared(prepare("--tokenizer", "chars", "--out", out, text, instant=1,
+                     code=f"os.remove({str(text)!r}); open({str(text)!r}, 'w').write('ab' * 5000)"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What else data_prep and dev write
 
 
 @pytest.mark.parametrize("documented", [True, False])
