@@ -56,15 +56,15 @@ class Fault(Exception):
     pass
 
 
-TIMES = rb"prompt: .*\n"  # generate's
-OWN_MESSAGES = rb"(prompt: .*\n|\n?libgomp: .*\n)"  # OpenMP ends the program if it gets no memory or threads
+TIMES = rb"(prompt: .*\n)*"  # generate's
+OWN_MESSAGES = rb"\n?libgomp: .*\n"  # OpenMP ends the program if it gets no memory or threads
 
 
-def ended_well(result, also=TIMES):
-    """'worked' or 'refused'. `also`: what else may be on standard error."""
+def ended_well(result, also=rb"(?!)"):
+    """'worked' or 'refused'. `also`: what else an error may look like."""
     status, _, err = result
-    fine = re.fullmatch(also, err) or (not err if status == 0 else re.fullmatch(rb"error: [^\0-\x1f\x7f]+\n", err))
-    if status not in (0, 1) or not fine:
+    fine = re.fullmatch(TIMES, err) if status == 0 else re.fullmatch(TIMES + rb"error: [^\0-\x1f\x7f]+\n", err)
+    if status not in (0, 1) or not (fine or (status == 1 and re.fullmatch(also, err))):
         raise Fault(f"exit status {status}: {err[-300:].decode(errors='replace')!r}")
     return "refused" if status else "worked"
 
@@ -147,8 +147,10 @@ class Training:
         if "model.bin" in now:
             names = [name for name in now if re.fullmatch(r"(model|best).*\.bin", name)]
             for name in {"model.bin", "best.bin", max(names)} & set(names):
-                if b"checkpoint of step" not in case.must(PROGRAM, "describe", "--model", out / name):
-                    raise Fault(f"{name} is no checkpoint")
+                described = case.run([PROGRAM, "describe", "--model", out / name])
+                former_left = name != "model.bin" and "--overwrite" in again  # with the new tokenizer
+                if ended_well(described) == "refused" and not former_left:
+                    raise Fault(f"{name} is no checkpoint: {described.err.decode()!r}")
             generated = ended_well(case.run([PROGRAM, "generate", "--model", out / "model.bin", "--prompt", "a"]))
             if "--overwrite" in again and now["model.bin"] == former["model.bin"]:
                 lost = [name for name in former if now.get(name) != former[name]]
@@ -324,19 +326,21 @@ def replace(r, path, lab):
     """Damages a file, or puts something else in its place. Returns whether the program can notice."""
     good, kind, fitting = path.read_bytes(), r.random(), r.random() < 0.7
     is_shard = path.name.startswith(("train", "val"))
+    state = (path.parent / "model.bin").read_bytes()[WEIGHTS_END:] if path.parent.name == "out" else b""
+    noticed = path.name == "model.bin" or (is_shard and (path.parent / "manifest.txt").exists())
     path.unlink()
     if kind < 0.08:
         link = r.choice(["/dev/null", "/dev/zero", "/dev/full", "nowhere", path.name])
         r.choice([os.mkfifo, os.mkdir, lambda path: os.symlink(link, path)])(path)
     elif path.name == "model.bin" and fitting:
         path.write_bytes(sealed(r.choice([damage, damage_state])(r, good[:-TRAILER_BYTES])))
-        return False
+        noticed = False
     elif path.name == "tokenizer.bin" and kind < 0.2:
         shutil.copy(lab.folder / "old_data/tokenizer.bin", path)
-        return path.parent.name == "out" and b"tokenizer" in (path.parent / "model.bin").read_bytes()[WEIGHTS_END:]
+        noticed = b"tokenizer" in state
     elif path.name == "manifest.txt" and kind < 0.2:
         path.write_bytes(b"incomplete\n")
-        return True
+        noticed = True
     elif path.suffix in (".csv", ".txt") and fitting:
         path.write_bytes(damage_words(r, good, r.choice([b",", b"\n", b" "])))
     elif is_shard and fitting:  # without a header, or with one that fits
@@ -344,7 +348,6 @@ def replace(r, path, lab):
         path.write_bytes(r.choice([b"", changed(good[:HEADER_BYTES], 8, "<i", len(tokens) // 2)]) + tokens)
     else:
         path.write_bytes(damage(r, good))
-    noticed = path.name == "model.bin" or (is_shard and (path.parent / "manifest.txt").exists())
     return noticed and not (path.is_file() and path.read_bytes() == good)
 
 
@@ -390,7 +393,7 @@ def files(lab):
         reader = r.choice(commands.split())
         result = case.run_either(readers[reader])
         outcome = ended_well(result)
-        if outcome == "worked" and must_notice:
+        if outcome == "worked" and must_notice and (reader != "describe" or target.name == "model.bin"):
             raise Fault(f"{reader}: another {target.name} is not noticed")
         began = b"\noptions " in result.out  # files are written from then on
         after = snapshot(folder)
@@ -458,7 +461,7 @@ def calls(lab):
         case.note = f"{name}, {fault}: "
         job, out = lab.jobs[name], begin(lab.jobs[name], case)
         result = case.run(job.command(out), env=lab.disturb(fault), threads=3 if function == "pthread_create" else 1)
-        outcome = ended_well(result, OWN_MESSAGES if function in ("pthread_create", "malloc", "large") else TIMES)
+        outcome = ended_well(result, *[OWN_MESSAGES] * (function in ("pthread_create", "malloc", "large")))
         if outcome == "refused" and (action == "short" or int(error) == EINTR):
             raise Fault(f"gives up: {result.err.decode()!r}")
         job.check(case, out, outcome == "worked", result)
@@ -534,7 +537,8 @@ def options(lab):
         model, val = {"--model": place / "run/model.bin"}, {"--val": f"{place}/data/val_*.bin"}
         train = {"--train": f"{place}/data/train_*.bin", "--steps": 2, "--tokens": 5}
         command, given = r.choice([
-            ("train", {**train, **val, **dict(zip(SHAPE[::2], SHAPE[1::2])), "--out": place / "new"}), ("eval", {**model, **val, "--batch": 2}),
+            ("train", {**train, **val, **dict(zip(SHAPE[::2], SHAPE[1::2])), "--out": place / "new"}),
+            ("eval", {**model, **val, "--batch": 2}),
             ("train", {**train, **model, "--batch": 2, "--out": place / "new"}), ("generate", {**model, "--tokens": 5}),
             ("train", {"--out": place / "run", "--resume": None}), ("describe", {}), ("describe", model)])
         # Those of another command are mistakes.
@@ -550,7 +554,7 @@ def options(lab):
             word = str(words[i])
             words[i:i + 1] = r.choice([[], [word[:-1]], [word + "s"], [word + "=1"], [r.choice(WORDS)], [word, "-h"]])
         data = snapshot(place / "data")
-        outcome = ended_well(case.run_either(words), TIMES if words and words[0] else rb"(?s).*\nCommands\n.*")
+        outcome = ended_well(case.run_either(words), *[] if words and words[0] else [rb"(?s).*\nCommands\n.*"])
         if snapshot(place / "data") != data:
             raise Fault("the data has changed")
         return outcome
