@@ -271,8 +271,9 @@ def begin(job, case):
 INTEGERS = [0, 1, 2, -1, 7, 127, 257, 65535, 65536, 2**24, INT_MAX, -INT_MAX - 1]
 # Values that bound the time of a run, where a larger one would be no mistake
 BOUNDED = {"steps": [0, 1, 2], "batch": [0, 1, 3, 65536], "sequence": [0, 1, 7, 16], "total-batch": [0, 1, 48, 64, 128],
-           "tokens": [-1, 0, 1, 5], "layers": [0, 1, 2, 1025], "heads": [0, 1, 2, 4, 65537], "context": [0, 16, 33],
-           "channels": [0, 8, 16, 24, 65537], "vocab": [0, 256, 257, 300, 65537], "model": ["", "gpt2", "none"]}
+           "tokens": [-1, 0, 1, 5], "samples": [0, 1, 2], "layers": [0, 1, 2, 1025], "heads": [0, 1, 2, 4, 65537],
+           "channels": [0, 8, 16, 24, 65537], "context": [0, 16, 33], "vocab": [0, 256, 257, 300, 65537],
+           "model": ["", "gpt2", "none"]}
 WORDS = ["", " ", "nan", "inf", "-1", "1e999", "-0", "0x10", " 1", "1 ", "1.5", "+1", "1,2", "1,", "9" * 40, "1" * 5000,
          "--", "-", "--lr", "=", "\n", "a\nb", "\x1b[31m", "\x7f", "'", '"', "%s%n", "[", "*", "\\", "é", "日本",
          "..", os.fsdecode(b"\xff\xfe"), "/dev/null", "/dev/zero", "/proc/self/mem", "/none/x", "."]
@@ -530,7 +531,7 @@ def options(lab):
 
     def case(case, _):
         r, folder = case.r, case.folder
-        place = folder / r.choice(["x", *(word for word in WORDS if "/" not in word and len(word) < 99), "x" * 200])
+        place = folder / r.choice(["x", *(word for word in WORDS if word != ".." and "/" not in word and len(word) < 99)])
         place.mkdir(parents=True, exist_ok=True)
         shutil.copytree(lab.data, place / "data")
         shutil.copytree(lab.stopped, place / "run")
