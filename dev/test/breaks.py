@@ -41,7 +41,7 @@ BREAKS = {
     "GELU: derivative of x³ without the 3": ("gelu", "3.0f *", ""),
     "embedding: its share of the tied gradient": ("embedding_backward", "dwte_bt[i] += ", "dwte_bt[i] += 0 * "),
     "classifier: a padded column takes probability": (
-        "softmax_cross_entropy", "i < V; i++) sum", "i < (logits[V] = 0, V + 1); i++) sum"),
+        "softmax_cross_entropy", "i < std::min(V, begin + 1024)", "i < (logits[V] = 0, std::min(V + 1, begin + 1024))"),
     "AdamW: no bias correction": ("update", "1.0 / (1.0 - pow(a.beta1, step))", "1.0"),
     "AdamW: decay on a bias": ("update", "t.decays ?", "t.decays || t.cols == 1 ?"),
     "attention: last partial tile of queries, forward": (
