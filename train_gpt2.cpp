@@ -1400,36 +1400,6 @@ static std::string set_value(Option& o, const std::string& text) {
     return "";
 }
 
-struct Command {
-    const char* name;
-    CommandBit bit;
-    void (*run)(Options&, OptionTable&);
-    const char* summary;
-    const char* notes;  // for its --help
-};
-
-[[maybe_unused]] static void train(Options&, OptionTable&);
-[[maybe_unused]] static void eval(Options&, OptionTable&);
-[[maybe_unused]] static void generate(Options&, OptionTable&);
-[[maybe_unused]] static void describe(Options&, OptionTable&);
-static const Command commands[] = {
-    {"train", TRAIN, train, "trains a new or an existing model, or resumes a run",
-     "DIR/model.bin is always the newest complete checkpoint, DIR/best.bin that of the\n"
-     "lowest validation loss; DIR/metrics.csv has one row per step. Ctrl-C finishes\n"
-     "the step, saves and stops; a second Ctrl-C stops at once. --resume takes options\n"
-     "from the checkpoint. You may change the shards' paths, sampling, how often it\n"
-     "prints, validates, samples and saves; and --steps, to train on; nothing else,\n"
-     "since the result would depend on it."},
-    {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
-    {"generate", GENERATE, generate, "continues a prompt",
-     "Needs --model FILE. Generation stops after --tokens, at end-of-text, or before a\n"
-     "--stop text. Without a tokenizer it prints token numbers. When the context is\n"
-     "full, its second half is processed again from position 0."},
-    {"describe", DESCRIBE, describe, "shows a model's tensors, FLOPs and memory",
-     "It compares the attention variants. Memory is for training with --batch and\n"
-     "--sequence, and for generating one text."},
-};
-
 static void print_options(FILE* out, const OptionTable& table, bool common) {
     for (const Option& o : table) {
         if ((o.commands == EVERY) != common) continue;
@@ -1438,24 +1408,6 @@ static void print_options(FILE* out, const OptionTable& table, bool common) {
         bool shown = !value.empty() && !strchr(o.help, '[');
         fprintf(out, "%-28s%s%s\n", left.c_str(), o.help, shown ? format(" [%s]", value.c_str()).c_str() : "");
     }
-}
-
-static void print_help(FILE* out, const char* program, const OptionTable& table, const Command* command) {
-    if (command) {
-        fprintf(out, "%s %s [--option value]...\n%s.\n\n%s\n\nOptions [and their defaults]\n", program, command->name,
-                command->summary, command->notes);
-        print_options(out, table, false);
-        fprintf(out, "\n");
-    } else {
-        fprintf(out, "%s COMMAND [--option value]...\nTrains GPT-2 with any of three attention variants.\n\nCommands\n",
-                program);
-        for (const Command& c : commands) fprintf(out, "  %-26s%s\n", c.name, c.summary);
-        fprintf(out, "  %-26s%s\n", "COMMAND --help", "lists the command's options");
-        fprintf(out, "  %-26s%s\n\n", "--version", "what this program was built for");
-    }
-    fprintf(out, "Options of every command\n");
-    print_options(out, table, true);
-    fprintf(out, "\n%s\nExit status: 0, or 1 after an error.\n", device_help());
 }
 
 // What llm.c, nanoGPT and others call an option
@@ -2279,9 +2231,11 @@ static State read_state(const ModelFile& m) {
 // must be the one with which the model was trained.
 static Tokenizer find_tokenizer(const std::string& named, const ModelFile* model,
                                 const std::vector<std::string>& shards) {
-    const std::string expected = model ? read_state(*model)["tokenizer"] : "";
+    State state = model ? read_state(*model) : State{};
+    const std::string expected = state["tokenizer"];
+    const bool former = state.contains("overwrites");  // what lies beside the model may be the former run's
     std::vector<std::string> paths;
-    if (model && (named.empty() || expected.empty())) add_tokenizer_beside(paths, model->file.path);
+    if (model && !former && (named.empty() || expected.empty())) add_tokenizer_beside(paths, model->file.path);
     if (!named.empty()) paths.push_back(named);
     for (size_t i = 0; i < shards.size(); i++)
         if (i == 0 || folder_of(shards[i]) != folder_of(shards[i - 1])) add_tokenizer_beside(paths, shards[i]);
@@ -3229,6 +3183,50 @@ static void describe(Options& o, OptionTable&) {
 
 // --------------------------------------------------------------------------------------------------------------------
 // The command line
+
+struct Command {
+    const char* name;
+    CommandBit bit;
+    void (*run)(Options&, OptionTable&);
+    const char* summary;
+    const char* notes;  // for its --help
+};
+
+static const Command commands[] = {
+    {"train", TRAIN, train, "trains a new or an existing model, or resumes a run",
+     "DIR/model.bin is always the newest complete checkpoint, DIR/best.bin that of the\n"
+     "lowest validation loss; DIR/metrics.csv has one row per step. Ctrl-C finishes\n"
+     "the step, saves and stops; a second Ctrl-C stops at once. --resume takes options\n"
+     "from the checkpoint. You may change the shards' paths, sampling, how often it\n"
+     "prints, validates, samples and saves; and --steps, to train on; nothing else,\n"
+     "since the result would depend on it."},
+    {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
+    {"generate", GENERATE, generate, "continues a prompt",
+     "Needs --model FILE. Generation stops after --tokens, at end-of-text, or before a\n"
+     "--stop text. Without a tokenizer it prints token numbers. When the context is\n"
+     "full, its second half is processed again from position 0."},
+    {"describe", DESCRIBE, describe, "shows a model's tensors, FLOPs and memory",
+     "It compares the attention variants. Memory is for training with --batch and\n"
+     "--sequence, and for generating one text."},
+};
+
+static void print_help(FILE* out, const char* program, const OptionTable& table, const Command* command) {
+    if (command) {
+        fprintf(out, "%s %s [--option value]...\n%s.\n\n%s\n\nOptions [and their defaults]\n", program, command->name,
+                command->summary, command->notes);
+        print_options(out, table, false);
+        fprintf(out, "\n");
+    } else {
+        fprintf(out, "%s COMMAND [--option value]...\nTrains GPT-2 with any of three attention variants.\n\nCommands\n",
+                program);
+        for (const Command& c : commands) fprintf(out, "  %-26s%s\n", c.name, c.summary);
+        fprintf(out, "  %-26s%s\n", "COMMAND --help", "lists the command's options");
+        fprintf(out, "  %-26s%s\n\n", "--version", "what this program was built for");
+    }
+    fprintf(out, "Options of every command\n");
+    print_options(out, table, true);
+    fprintf(out, "\n%s\nExit status: 0, or 1 after an error.\n", device_help());
+}
 
 // Runs the command that argv names.
 [[maybe_unused]] static int run_program(int argc, char** argv) try {
