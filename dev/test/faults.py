@@ -56,7 +56,7 @@ class Fault(Exception):
     pass
 
 
-TIMES = rb"(prompt: .*\n)*"  # generate's
+TIMES = rb"((note|prompt): .*\n)*"  # generate's
 OWN_MESSAGES = rb"\n?libgomp: .*\n"  # OpenMP ends the program if it gets no memory or threads
 
 

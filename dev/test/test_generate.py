@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import unicodedata
 
 from collections import Counter
@@ -250,6 +251,12 @@ def test_describe_counts_the_parameters(each_build, model):
 def test_describe_of_shapes_and_settings(each_build):
     each_build.run("describe", "--model", "gpt2-xl", "--attention", "skip")
     each_build.run("describe", "--skip-heads", 3, "--depth-window", 2)
+
+
+def test_describe_of_many_sources(each_build):
+    """In time that grows with the square of the layers at most: with the cube, it would take more than the limit."""
+    command = each_build.command(["describe", "--layers", 1024, "--depth-stride", 1])
+    subprocess.run(["sh", "-c", 'ulimit -t 3; exec "$@"', "sh", *command], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_describe_of_the_largest_shape(each_build):
