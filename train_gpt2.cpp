@@ -2788,7 +2788,7 @@ static void print_start(const Run& run, size_t memory_needed) {
         Options former = o;
         former.steps = run.former_steps;
         printf("extended   %d steps become %d; the next learning rate is %.2e, after %.2e\n", run.former_steps, o.steps,
-               learning_rate(o, run.step + 1), learning_rate(former, run.step));
+               learning_rate(o, run.step + 1), learning_rate(former, std::max(1, run.step)));
     }
     printf("machine    %s, computing in %s; %s of memory needed, %s free\n", device_name().c_str(),
            precision_names[o.precision], mebibytes(memory_needed).c_str(), mebibytes(device_free_memory()).c_str());
