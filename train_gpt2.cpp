@@ -787,13 +787,6 @@ static void for_live_columns(const Model& m, int l, F f) {
     f(3 * C - kvC, kvC, false, true);
 }
 
-// Is dx of the qkv projection a sum of chunks in some layer, of (B, T, C)?
-static bool has_chunks(const Config& c) {
-    for (int l = 0; l < c.L; l++)
-        if (kv_channels(c, l) < (size_t)c.C) return true;
-    return false;
-}
-
 // The keys and values that layer l attends to, from those of each layer j, kv_of(j)
 template <class KeysValuesOf>
 static auto skip_keys_values(const Config& c, int l, KeysValuesOf kv_of) {
@@ -4683,7 +4676,8 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
     const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    const size_t summed = has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp);
+    // dx of qkv is summed in chunks (for_live_columns) where a layer skips that none skips to: the last one, if any.
+    const size_t summed = skipping_heads(c, c.L - 1) ? BT_trained : classifier_rows(BT_trained, c.Vp);
     all.take(ws.dx_sum, std::is_same_v<X, float> ? 0 : summed * C, &Memory::scratch);  // in fp32, dx gathers the sums
 }
 static void backend_free(Inputs&, Results&) { end_thread_trials(); }
