@@ -335,12 +335,10 @@ template <class X> static void embedding_forward(X* x, const int* tokens, const 
 template <class X> static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inputs&, size_t B,
                                                   size_t T, size_t C, bool add);
 
-// y (rows, C) = LayerNorm(x) w + b; mean, rstd (rows): float, or null if nobody needs them
+// y (rows, C) = LayerNorm(x) w + b; mean, rstd (rows): float =, or null if nobody needs them. again: the same y from x
+// and the mean and rstd that an earlier call has left
 template <class X> static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b,
-                                                 size_t rows, size_t C);
-// the same y again, from x and the statistics that forward has left
-template <class X> static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const float* mean,
-                                                   const float* rstd, size_t rows, size_t C);
+                                                 size_t rows, size_t C, bool again = false);
 // dx = or += (add_dx); dw, db = or += (add)
 template <class X> static void layernorm_backward(const Workspace&, X* dx, float* dw, float* db, const X* dy,
                                                   const X* x, const X* w, const float* mean, const float* rstd,
@@ -579,7 +577,7 @@ static void backward(ModelOf<X>& m) {
         linear_gelu_backward_input(ws, m.dfch, recompute ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
         linear_backward_weight(ws, d(FCPROJW), d(FCPROJB), dx, fch_gelu, BT, 4 * C, C, C, add);
         // fch = ln2 fcwᵀ + fcb
-        if (recompute) layernorm_recompute(ln2, x2, w(LN2W), w(LN2B), m.ln_mean[j], m.ln_rstd[j], BT, C);
+        if (recompute) layernorm_forward(ln2, m.ln_mean[j], m.ln_rstd[j], x2, w(LN2W), w(LN2B), BT, C, true);
         linear_backward_input(ws, dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
         linear_backward_weight(ws, d(FCW), d(FCB), m.dfch, ln2, BT, C, 4 * C, 4 * C, add);
         // ln2 = layernorm(x2); dx3 becomes dx2
@@ -590,7 +588,7 @@ static void backward(ModelOf<X>& m) {
         // atty = attention(qkv)
         attend_backward(m, l);
         // qkv = ln1 qkvwᵀ + qkvb
-        if (recompute) layernorm_recompute(ln1, x, w(LN1W), w(LN1B), m.ln_mean[i], m.ln_rstd[i], BT, C);
+        if (recompute) layernorm_forward(ln1, m.ln_mean[i], m.ln_rstd[i], x, w(LN1W), w(LN1B), BT, C, true);
         qkv_backward(m, l, ln1, add);
         // ln1 = layernorm(x); dx2 becomes dx
         layernorm_backward(ws, dx, d(LN1W), d(LN1B), dln, x, w(LN1W), m.ln_mean[i], m.ln_rstd[i], BT, C, true, add);
@@ -3593,33 +3591,24 @@ static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inpu
 // LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each row; rstd = 1/√(variance + 1e-5)
 
 template <class X>
-static void layernorm_normalize(X* y, const X* x, const X* w, const X* b, float mean, float rstd, size_t C) {
-    for (size_t i = 0; i < C; i++) y[i] = (x[i] - mean) * rstd * w[i] + b[i];
-}
-
-template <class X>
 static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows,
-                              size_t C) {
+                              size_t C, bool again) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (size_t r = 0; r < rows; r++) {
         const X* x_r = x + r * C;
-        float sum = 0, variance = 0;
+        X* y_r = y + r * C;
+        float sum = 0, variance = 0, m = again ? mean[r] : 0, s = again ? rstd[r] : 0;
+        if (!again) {
 #pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < C; i++) sum += x_r[i];
-        float m = sum / C;
+            for (size_t i = 0; i < C; i++) sum += x_r[i];
+            m = sum / C;
 #pragma omp simd reduction(+ : variance)
-        for (size_t i = 0; i < C; i++) variance += (x_r[i] - m) * (x_r[i] - m);
-        float s = 1.0f / sqrtf(variance / C + 1e-5f);
-        if (mean) mean[r] = m, rstd[r] = s;  // for backward
-        layernorm_normalize(y + r * C, x_r, w, b, m, s, C);
+            for (size_t i = 0; i < C; i++) variance += (x_r[i] - m) * (x_r[i] - m);
+            s = 1.0f / sqrtf(variance / C + 1e-5f);
+            if (mean) mean[r] = m, rstd[r] = s;  // for backward
+        }
+        for (size_t i = 0; i < C; i++) y_r[i] = (x_r[i] - m) * s * w[i] + b[i];
     }
-}
-
-template <class X>
-static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const float* mean, const float* rstd,
-                                size_t rows, size_t C) {
-#pragma omp parallel for schedule(static)
-    for (size_t r = 0; r < rows; r++) layernorm_normalize(y + r * C, x + r * C, w, b, mean[r], rstd[r], C);
 }
 
 // Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd (δ_ij: 1 if i =

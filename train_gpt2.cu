@@ -716,19 +716,13 @@ __global__ void layernorm_forward_kernel(X* y, float* mean, float* rstd, const X
     }
 }
 
+// `again` computes the statistics again too: they cost no further pass over memory.
 template <class X>
 static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows,
-                              size_t C) {
+                              size_t C, bool again) {
     layernorm_forward_kernel<X><<<(unsigned)ceil_div(rows, ROW_WARPS), dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(
-        y, mean, rstd, x, w, b, rows, (int)C);
+        y, again ? nullptr : mean, rstd, x, w, b, rows, (int)C);
     CHECK(cudaGetLastError());
-}
-
-// Computes the statistics again too: they cost no further pass over memory.
-template <class X>
-static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const float*, const float*, size_t rows,
-                                size_t C) {
-    layernorm_forward<X>(y, nullptr, nullptr, x, w, b, rows, C);
 }
 
 // With g = dy w: dx_i = rstd (g_i - mean(g) - n_i mean(g n)). dw = Σ dy n and db = Σ dy over rows: first over chunks of

@@ -44,7 +44,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
         X *y = m.ln[i], *x = m.residual[i];
         float *mean = m.ln_mean[i], *rstd = m.ln_rstd[i];
         layernorm_forward(y, mean, rstd, x, w, b, BT, C);
-        if (recompute && i < last) layernorm_recompute(y, x, w, b, mean, rstd, BT, C);
+        if (recompute && i < last) layernorm_forward(y, mean, rstd, x, w, b, BT, C, true);
         layernorm_backward(ws, dx, dw, db, dln, x, w, mean, rstd, BT, C, i < last, false);
     };
     for (int l = 0; l < c.L; l++) {
