@@ -344,12 +344,10 @@ template <class X> static void layernorm_backward(const Workspace&, X* dx, float
                                                   const X* x, const X* w, const float* mean, const float* rstd,
                                                   size_t rows, size_t C, bool add_dx, bool add);
 
-// y (rows, OC) = x (rows, C) wᵀ + b, or without b if it is null. Rows of y begin ldy elements apart.
-template <class X> static void linear_forward(const Workspace&, X* y, const X* x, const X* w, const X* b, size_t rows,
-                                              size_t C, size_t OC, size_t ldy);
-// y = residual + x wᵀ + b. y may be residual.
-template <class X> static void linear_residual_forward(const Workspace&, X* y, const X* residual, const X* x,
-                                                       const X* w, const X* b, size_t rows, size_t C, size_t OC);
+// y (rows, OC) = residual + x (rows, C) wᵀ + b, without residual or b if it is null. Rows of y and of residual begin
+// ldy elements apart; y may be residual.
+template <class X> static void linear_forward(const Workspace&, X* y, const X* residual, const X* x, const X* w,
+                                              const X* b, size_t rows, size_t C, size_t OC, size_t ldy);
 // h = x wᵀ + b, unless h is null; y = gelu(x wᵀ + b)
 template <class X> static void linear_gelu_forward(const Workspace&, X* y, X* h, const X* x, const X* w, const X* b,
                                                    size_t rows, size_t C, size_t OC);
@@ -535,10 +533,10 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
         layernorm_forward(ln1, m.ln_mean[i], m.ln_rstd[i], x, w(LN1W), w(LN1B), BT, C);
         qkv_forward(m, l, qkv, ln1, BT);
         attend_forward(m, l, atty);
-        linear_residual_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C);
+        linear_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C, C);
         layernorm_forward(ln2, m.ln_mean[j], m.ln_rstd[j], x2, w(LN2W), w(LN2B), BT, C);
         linear_gelu_forward(ws, fch_gelu, fch, ln2, w(FCW), w(FCB), BT, C, 4 * C);
-        linear_residual_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C);
+        linear_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C, C);
     }
     const int last = 2 * c.L;
     layernorm_forward(m.ln[last], m.ln_mean[last], m.ln_rstd[last], m.residual[last], m.weight(LNFW), m.weight(LNFB),
@@ -635,7 +633,7 @@ static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
     for (size_t r = 0; r < rows; r += at_once) {
         const size_t n = std::min(rows - r, at_once);
         const X* x_r = x + r * C;
-        linear_forward<X>(m.ws, m.logits, x_r, wte, nullptr, n, C, V, c.Vp);
+        linear_forward<X>(m.ws, m.logits, nullptr, x_r, wte, nullptr, n, C, V, c.Vp);
         softmax_cross_entropy(m.losses + r, m.logits, m.inputs.y + r, n, c.V, c.Vp, gradient_scale);
         if (gradient_scale == 0) continue;
         for (size_t v = 0; v < V; v += vocabulary_chunk)
@@ -657,7 +655,7 @@ static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
     const size_t C = m.config.C;
     const X *w = m.weight(QKVW, l), *b = m.weight(QKVB, l);
     for_live_columns(m, l, [&](size_t at, size_t count, bool, bool) {
-        linear_forward(m.ws, qkv + at, x, w + at * C, b + at, rows, C, count, 3 * C);
+        linear_forward<X>(m.ws, qkv + at, nullptr, x, w + at * C, b + at, rows, C, count, 3 * C);
     });
 }
 
@@ -916,10 +914,10 @@ static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
         cache_append<X>(kv.k, kv.v, new_kv.k, new_kv.v, first_live_head(c, l), s);
         attend(m, l, atty, nullptr, m.new_a, heads(qkv, 0, 3, c, n),
                [&](int j) { return cached_keys_values(m, j); }, layer_stride, s);
-        linear_residual_forward(ws, x, x, atty, w(ATTPROJW), w(ATTPROJB), rows, C, C);
+        linear_forward(ws, x, x, atty, w(ATTPROJW), w(ATTPROJB), rows, C, C, C);
         layernorm_forward(ln, nullptr, nullptr, x, w(LN2W), w(LN2B), rows, C);
         linear_gelu_forward<X>(ws, fch, nullptr, ln, w(FCW), w(FCB), rows, C, 4 * C);
-        linear_residual_forward(ws, x, x, fch, w(FCPROJW), w(FCPROJB), rows, 4 * C, C);
+        linear_forward(ws, x, x, fch, w(FCPROJW), w(FCPROJB), rows, 4 * C, C, C);
     }
     m.cache_length += n;
     for (size_t b = 0; b < B; b++)  // of each sequence, the last token alone
@@ -3482,18 +3480,11 @@ static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A,
 // The forward variants differ in what happens to the finished product while it is in registers.
 
 template <class X>
-static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
-                           size_t OC, size_t ldy) {
+static void linear_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
+                           size_t rows, size_t C, size_t OC, size_t ldy) {
     matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
-        store(y + m * ldy + n, b ? xw + load(b + n, count) : xw, count);
-    });
-}
-
-template <class X>
-static void linear_residual_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
-                                    size_t rows, size_t C, size_t OC) {
-    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
-        store(y + m * OC + n, load(residual + m * OC + n, count) + (xw + load(b + n, count)), count);
+        const vec sum = b ? xw + load(b + n, count) : xw;
+        store(y + m * ldy + n, residual ? load(residual + m * ldy + n, count) + sum : sum, count);
     }, residual);
 }
 

@@ -440,10 +440,9 @@ __global__ void bias_forward_kernel(X* y, const X* b, size_t rows, size_t OC, si
     store(to, sum);
 }
 
-// y = residual + x wᵀ + b, or without residual or b if these are null
 template <class X>
-static void linear_add_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
-                               size_t rows, size_t C, size_t OC, size_t ldy) {
+static void linear_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
+                           size_t rows, size_t C, size_t OC, size_t ldy) {
     constexpr int BLOCK = 128;
     if (b && try_matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C),
                               {.add = residual, .epilogue = Epilogue::BIAS, .bias = b}))
@@ -453,18 +452,6 @@ static void linear_add_forward(const Workspace& ws, X* y, const X* residual, con
     bias_forward_kernel<X>
         <<<(unsigned)ceil_div(rows * OC, BLOCK * VECTOR), BLOCK, 0, gpu.stream>>>(y, b, rows, OC, ldy);
     CHECK(cudaGetLastError());
-}
-
-template <class X>
-static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
-                           size_t OC, size_t ldy) {
-    linear_add_forward<X>(ws, y, nullptr, x, w, b, rows, C, OC, ldy);
-}
-
-template <class X>
-static void linear_residual_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
-                                    size_t rows, size_t C, size_t OC) {
-    linear_add_forward(ws, y, residual, x, w, b, rows, C, OC, OC);
 }
 
 // GELU as x σ(2u), and its derivative
@@ -535,7 +522,7 @@ static void linear_gelu_forward(const Workspace& ws, X* y, X* h, const X* x, con
                                             {.epilogue = epilogue, .bias = b, .aux = h}))
         return;
     X* sum = h ? h : y;
-    linear_forward(ws, sum, x, w, b, rows, C, OC, OC);
+    linear_forward<X>(ws, sum, nullptr, x, w, b, rows, C, OC, OC);
     gelu_forward(y, sum, rows * OC);
 }
 

@@ -65,9 +65,9 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
             break;
         case MATMULS:
             qkv_forward(m, l, qkv, ln1, BT);
-            linear_residual_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C);
+            linear_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C, C);
             linear_gelu_forward(ws, fch_gelu, fch, ln2, w(FCW), w(FCB), BT, C, 4 * C);
-            linear_residual_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C);
+            linear_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C, C);
             break;
         case MATMULS_DX:
             linear_gelu_backward_input(ws, m.dfch, recompute ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
