@@ -671,7 +671,7 @@ static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
     });
 }
 
-// Part 0, 1 or 2 of an array (B, T, parts, C): for qkv, these are queries, keys and values
+// Part 0, 1 or 2 of an array (B, T, parts, C): in qkv, these are queries, keys and values
 template <class X>
 static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
     const size_t C = c.C;
@@ -682,9 +682,10 @@ static AttentionShape training_shape(const Model& m) {
     return {.B = m.work.B, .NH = m.config.NH, .HS = m.config.head_size(), .queries = m.work.T, .before = 0};
 }
 
+// The last two parts of such an array: in qkv (B, T, 3C), or with parts = 2 in an array (B, T, 2C) of keys and values
 template <class X>
-static KeysValues<X> own_keys_values(X* qkv, const Config& c, size_t T) {
-    return {heads(qkv, 1, 3, c, T), heads(qkv, 2, 3, c, T)};
+static KeysValues<X> keys_values(X* data, int parts, const Config& c, size_t T) {
+    return {heads(data, parts - 2, parts, c, T), heads(data, parts - 1, parts, c, T)};
 }
 
 // o (B, queries, C) = attention of layer l with queries q. kv_of(j) gives the keys and values of layer j; depth needs
@@ -693,8 +694,7 @@ template <class X, class KeysValuesOf>
 static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q, KeysValuesOf kv_of,
                    ptrdiff_t layer_stride, const AttentionShape& s) {
     const Config& c = m.config;
-    KeysValues<X> kv = kv_of(l);
-    if (c.attention == SKIP) kv = skip_keys_values(c, l, kv_of);
+    const KeysValues<X> kv = c.attention == SKIP ? skip_keys_values(c, l, kv_of) : kv_of(l);
     if (c.attention == DEPTH && l > 0) depth_forward<X>(m.ws, kv.v, a, q, kv.k, layer_stride, c, l, s);
     attention_forward<X>(m.ws, heads(o, 0, 1, c, s.queries), lse, q, kv, s);
 }
@@ -704,12 +704,7 @@ static void attend_forward(ModelOf<X>& m, int l, X* o) {
     const Config& c = m.config;
     const int T = m.work.T;
     attend(m, l, o, m.lse[l], m.a + depth_place(m, l, 1), heads(m.qkv[l], 0, 3, c, T),
-           [&](int j) { return own_keys_values(m.qkv[j], c, T); }, m.qkv.stride, training_shape(m));
-}
-
-// Where attention leaves dk and dv, in fp32, if other layers have shares in them: (B, T, 2C)
-static KeysValues<float> own_shares(const Model& m) {
-    return {heads(m.dkv, 0, 2, m.config, m.work.T), heads(m.dkv, 1, 2, m.config, m.work.T)};
+           [&](int j) { return keys_values(m.qkv[j], 3, c, T); }, m.qkv.stride, training_shape(m));
 }
 
 // From do in m.datty: dq, written to m.dqkv, and dk and dv, written to dkv. kv is what layer l attended to.
@@ -727,7 +722,7 @@ static void attend_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     if (c.attention == SKIP) return skip_attention_backward(m, l);
     if (c.attention == DEPTH) return depth_attention_backward(m, l);
-    attention_gradients(m, l, own_keys_values(m.dqkv, c, m.work.T), own_keys_values(m.qkv[l], c, m.work.T));
+    attention_gradients(m, l, keys_values(m.dqkv, 3, c, m.work.T), keys_values(m.qkv[l], 3, c, m.work.T));
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -783,35 +778,25 @@ static void for_live_columns(const Model& m, int l, F f) {
     f(3 * C - kvC, kvC, false, true);
 }
 
-// The keys and values that layer l attends to, from those of each layer j, kv_of(j)
+// The keys and values that layer l attends to, or their gradients, from those of each layer j, kv_of(j)
 template <class KeysValuesOf>
 static auto skip_keys_values(const Config& c, int l, KeysValuesOf kv_of) {
-    auto kv = kv_of(l);
-    kv.skipping = skipping_heads(c, l);
-    if (kv.skipping == 0) return kv;
-    auto below = kv_of(l - c.skip_distance);
-    kv.k_below = below.k;
-    kv.v_below = below.v;
-    return kv;
+    auto kv = kv_of(l), below = skips(c, l, 0) ? kv_of(l - c.skip_distance) : kv;
+    return decltype(kv){kv.k, kv.v, below.k, below.v, skipping_heads(c, l)};
 }
 
 // dk and dv of a head are the sum of up to two layers' shares. If there is only the layer's own, it goes straight to
-// m.dqkv.
+// m.dqkv. Those of heads h < n_h that skip belong to layer l - n_l.
 template <class X>
 static void skip_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
-    const int T = m.work.T, skipping = skipping_heads(c, l);
-    auto kv_of = [&](int j) { return own_keys_values(m.qkv[j], c, T); };
-    const KeysValues<X> kv = skip_keys_values(c, l, kv_of);
-    if (!is_skipped_to(c, l) && skipping == 0)  // no other layer has a share in dk and dv
-        return attention_gradients(m, l, own_keys_values(m.dqkv, c, T), kv);
-    KeysValues<float> dkv = own_shares(m);
-    if (skipping > 0) {  // heads h < n_h: dk and dv belong to layer l - n_l
-        float* below = m.skip_dkv[l - c.skip_distance];
-        dkv = {dkv.k, dkv.v, heads(below, 0, 2, c, T), heads(below, 1, 2, c, T), skipping};
-    }
-    attention_gradients(m, l, dkv, kv);
-    skip_backward(m.dqkv, m.dkv, is_skipped_to(c, l) ? m.skip_dkv[l] : nullptr, c, l, (size_t)m.work.B * T);
+    const int T = m.work.T;
+    auto kv_of = [&](int j) { return keys_values(m.qkv[j], 3, c, T); };
+    auto dkv_of = [&](int j) { return keys_values(j == l ? m.dkv : m.skip_dkv[j], 2, c, T); };
+    if (!is_skipped_to(c, l) && !skips(c, l, 0))  // no other layer has a share in dk and dv
+        return attention_gradients(m, l, keys_values(m.dqkv, 3, c, T), kv_of(l));
+    attention_gradients(m, l, skip_keys_values(c, l, dkv_of), skip_keys_values(c, l, kv_of));
+    skip_backward(m.dqkv, m.dkv, is_skipped_to(c, l) ? m.skip_dkv[l] : nullptr, c, l, m.work.tokens());
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -873,7 +858,7 @@ static size_t depth_place(const Model& m, int l, int own) {
 template <class X>
 static void depth_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
-    attention_gradients(m, l, own_shares(m), own_keys_values(m.qkv[l], c, m.work.T));
+    attention_gradients(m, l, keys_values(m.dkv, 2, c, m.work.T), keys_values(m.qkv[l], 3, c, m.work.T));
     depth_backward(m.ws, m.dqkv, m.dkv, m.ds + depth_place(m, l, 0), m.a + depth_place(m, l, 1), m.qkv[l],
                    m.qkv.stride, c, l, m.work.tokens());
 }
@@ -908,7 +893,7 @@ static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
     embedding_forward(x, m.new_tokens, m.weight(WTE), m.weight(WPE) + before * C, B, n, C);
     for (int l = 0; l < c.L; l++) {
         auto w = [&](int tensor) { return m.weight(tensor, l); };
-        const KeysValues<X> kv = cached_keys_values(m, l), new_kv = own_keys_values(qkv, c, n);
+        const KeysValues<X> kv = cached_keys_values(m, l), new_kv = keys_values(qkv, 3, c, n);
         layernorm_forward(ln, nullptr, nullptr, x, w(LN1W), w(LN1B), rows, C);
         qkv_forward(m, l, qkv, ln, rows);
         cache_append<X>(kv.k, kv.v, new_kv.k, new_kv.v, first_live_head(c, l), s);

@@ -54,7 +54,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
         X *x = m.residual[i], *x2 = m.residual[j], *x3 = m.residual[j + 1], *ln1 = m.ln[i], *ln2 = m.ln[j];
         X *qkv = m.qkv[l], *atty = m.atty[l], *fch = m.fch[l], *fch_gelu = m.fch_gelu[l];
         const Heads<X> q = heads(qkv, 0, 3, c, T);
-        const KeysValues<X> kv = own_keys_values(qkv, c, T);
+        const KeysValues<X> kv = keys_values(qkv, 3, c, T);
         float* a = m.a + depth_place(m, l, 1);
         const AttentionShape shape = training_shape(m);
 
@@ -89,7 +89,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
         case ATTENTION:
             if (c.attention == DEPTH) {  // without depth_forward and depth_backward
                 attention_forward<X>(ws, heads(atty, 0, 1, c, T), m.lse[l], q, kv, shape);
-                attention_gradients(m, l, own_shares(m), kv);
+                attention_gradients(m, l, keys_values(m.dkv, 2, c, T), kv);
             } else {
                 attend_forward(m, l, atty);
                 attend_backward(m, l);
