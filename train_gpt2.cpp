@@ -690,9 +690,9 @@ static KeysValues<X> keys_values(X* data, int parts, const Config& c, size_t T) 
 
 // o (B, queries, C) = attention of layer l with queries q. kv_of(j) gives the keys and values of layer j; depth needs
 // them layer_stride elements apart from layer to layer. a is depth_forward's.
-template <class X, class KeysValuesOf>
-static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q, KeysValuesOf kv_of,
-                   ptrdiff_t layer_stride, const AttentionShape& s) {
+template <class X>
+static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q, auto kv_of, ptrdiff_t layer_stride,
+                   const AttentionShape& s) {
     const Config& c = m.config;
     const KeysValues<X> kv = c.attention == SKIP ? skip_keys_values(c, l, kv_of) : kv_of(l);
     if (c.attention == DEPTH && l > 0) depth_forward<X>(m.ws, kv.v, a, q, kv.k, layer_stride, c, l, s);
@@ -768,8 +768,7 @@ static size_t kv_channels(const Config& c, int l) { return c.C - first_live_head
 
 // Calls f(at, count, first, last) for each range of qkv's columns that is projected: all of them; or the queries, and
 // the last channels of keys and of values.
-template <class F>
-static void for_live_columns(const Model& m, int l, F f) {
+static void for_live_columns(const Model& m, int l, auto f) {
     const size_t C = m.config.C, kvC = kv_channels(m.config, l);
     if (kvC == C) return f(0, 3 * C, true, true);
     f(0, C, true, kvC == 0);
@@ -779,14 +778,13 @@ static void for_live_columns(const Model& m, int l, F f) {
 }
 
 // The keys and values that layer l attends to, or their gradients, from those of each layer j, kv_of(j)
-template <class KeysValuesOf>
-static auto skip_keys_values(const Config& c, int l, KeysValuesOf kv_of) {
+static auto skip_keys_values(const Config& c, int l, auto kv_of) {
     auto kv = kv_of(l), below = skips(c, l, 0) ? kv_of(l - c.skip_distance) : kv;
     return decltype(kv){kv.k, kv.v, below.k, below.v, skipping_heads(c, l)};
 }
 
 // dk and dv of a head are the sum of up to two layers' shares. If there is only the layer's own, it goes straight to
-// m.dqkv. Those of heads h < n_h that skip belong to layer l - n_l.
+// m.dqkv. The shares of heads that skip go to layer l - n_l.
 template <class X>
 static void skip_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
@@ -924,7 +922,7 @@ static size_t device_free_memory();             // bytes that can still be alloc
 static bool device_is_host();                   // model memory is host memory
 static void device_check(const Config&, const Workload&);    // exits if the device cannot run such a model
 static void device_free(void*);
-template <class F> static void host_parallel_for(size_t n, F f);  // calls f(0) ... f(n - 1), on the host's threads
+static void host_parallel_for(size_t n, auto f);  // calls f(0) ... f(n - 1), on the host's threads
 static void copy_to_host(void* to, const void* from, size_t bytes);  // synchronizes
 template <class X> static void backend_create(Allocator&, Workspace&, Inputs&, Results&, const Config&,
                                               const Workload&);
@@ -998,8 +996,7 @@ static void lay_out(ModelOf<X>& m) {
 }
 
 // Calls f with the model as the ModelOf<bf16> or ModelOf<float> that it is.
-template <class F>
-static void with_type(Model* m, F f) {
+static void with_type(Model* m, auto f) {
     if (m->precision == BF16) f(*(ModelOf<bf16>*)m);
     else f(*(ModelOf<float>*)m);
 }
@@ -1044,8 +1041,7 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
 
 // Calls f(place, done, count) for each run of values, of those from element `begin` of a file's order on, that lies in
 // memory without gaps: from `place` on lie `count` values, after `done` others.
-template <class F>
-static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, F f) {
+static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, auto f) {
     for (const Tensor& t : tensors)
         for (size_t l = 0; l < t.layers; l++) {
             size_t first = t.offset + l * t.layer_size(), end = std::min(first + t.layer_size(), begin + n);
@@ -4422,8 +4418,8 @@ static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Pane
 
 // Calls f(j0, keys, first) for each tile of keys that n queries, at positions i0, i0 + 1, ..., attend to. The tile's
 // keys begin with j0; queries before `first` see none of them.
-template <class X, class F>
-static void for_key_tiles(size_t i0, size_t n, F f) {
+template <class X>
+static void for_key_tiles(size_t i0, size_t n, auto f) {
     constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
     for (size_t j0 = 0, first = 0; first < n; first += STRIP) {
         const size_t end = first + STRIP < n ? round_up(i0 + first + STRIP, PER) : i0 + n;
@@ -4670,8 +4666,7 @@ static void device_check(const Config&, const Workload&) {}  // a CPU runs any m
 static void copy_to_device(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 static void copy_to_host(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
-template <class F>
-static void host_parallel_for(size_t n, F f) {
+static void host_parallel_for(size_t n, auto f) {
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i++) f(i);
 }
@@ -4694,8 +4689,7 @@ static double number_after(const std::string& path, const std::string& word, dou
 
 // Calls f with the folder of each control group that limits this process: its own, and those above it. In version 1,
 // each controller has a tree of its own.
-template <class F>
-static void for_control_groups(const std::string& controller, F f) {
+static void for_control_groups(const std::string& controller, auto f) {
     std::ifstream file(system_root + "/proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {  // number:controllers:path; version 2 names none
         const size_t names = line.find(':') + 1, path = line.find(':', names) + 1;

@@ -2009,8 +2009,7 @@ static void* device_allocate(size_t bytes, bool zero) {
 }
 static void device_free(void* p) { CHECK(cudaFree(p)); }
 
-template <class F>
-static void host_parallel_for(size_t n, F f) {  // one thread: nvcc's host code is built without OpenMP
+static void host_parallel_for(size_t n, auto f) {  // one thread: nvcc's host code is built without OpenMP
     for (size_t i = 0; i < n; i++) f(i);
 }
 
