@@ -416,7 +416,7 @@ static std::vector<float> everything(const Config& c, Precision precision, const
         model_backward(m);
         model_update(m, test_adamw, 1, step);
     }
-    for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, tensors + q * P);
+    for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, tensors), tensors += P;
     std::vector<int> tokens = random_tokens(sequences * prompt, c.V, 4);
     model_prefill(m, tokens.data(), prompt, logits);
     for (int i = 1; i <= decoded; i++) model_prefill(m, tokens.data() + i, 1, logits + i * sequences * c.V);

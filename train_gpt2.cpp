@@ -1014,7 +1014,8 @@ static void model_free(Model* m) {
     with_type(m, [](auto& model) { delete &model; });
 }
 
-static Model* make_model(const Config& c, int precision, const Workload& work, bool dry) {
+// Parameters are not initialized; gradients and moments are 0. dry: memory is only counted
+static Model* model_create(const Config& c, int precision, const Workload& work, bool dry = false) {
     device_check(c, work);
     Model* m = precision == BF16 ? (Model*)new ModelOf<bf16>{} : new ModelOf<float>{};
     m->config = c;
@@ -1026,14 +1027,9 @@ static Model* make_model(const Config& c, int precision, const Workload& work, b
     return m;
 }
 
-// Parameters are not initialized; gradients and moments are 0.
-static Model* model_create(const Config& c, int precision, const Workload& work) {
-    return make_model(c, precision, work, false);
-}
-
 // What model_create will allocate, to the byte
 static Memory model_memory(const Config& c, int precision, const Workload& work) {
-    Model* m = make_model(c, precision, work, true);
+    Model* m = model_create(c, precision, work, true);
     Memory memory = m->allocator.memory;
     model_free(m);
     return memory;
@@ -1051,18 +1047,17 @@ static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t
 }
 
 // Copy n values, from element `begin` of all parameters in file order (Tensor::offset) on.
-enum Quantity { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };
-static float* quantity(const Model* m, Quantity q) {
-    return q == PARAMETERS ? m->parameters : q == GRADIENTS ? m->gradients : q == MOMENT1 ? m->moment1 : m->moment2;
-}
+using Quantity = float* Model::*;
+[[maybe_unused]] constexpr Quantity PARAMETERS = &Model::parameters, GRADIENTS = &Model::gradients,
+                                    MOMENT1 = &Model::moment1, MOMENT2 = &Model::moment2;
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
     for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
-        copy_to_host(out + done, quantity(m, q) + place, count * sizeof(float));
+        copy_to_host(out + done, m->*q + place, count * sizeof(float));
     });
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
     for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
-        copy_to_device(quantity(m, q) + place, in + done, count * sizeof(float));
+        copy_to_device(m->*q + place, in + done, count * sizeof(float));
         if (q == PARAMETERS)
             with_type(m, [&](auto& model) { round_weights(model.weights + place, model.parameters + place, count); });
     });
