@@ -3441,12 +3441,10 @@ struct StoreSums {
     }
 };
 
-// The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the
-// finished elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ... If it
-// reads another (M, N) array, pass it as also_read, and it is prefetched. M, N and K are at least 1.
-template <class X, class Store>
-static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
-                   const X* also_read = nullptr);
+// The fast version is matmul(ws, M, N, K, A, B, store, also_read) ("What makes the layers fast", below). It does not
+// store C: store(m, n, x, count) receives the finished elements (m, n) .. (m, n + count - 1) in a register, count ≤
+// LANES, and adds a bias, applies GELU, ... If it reads another (M, N) array, pass it as also_read, and it is
+// prefetched. M, N and K are at least 1.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Linear layers: y = x wᵀ + b, with x (rows, C), w (OC, C), b (OC), y (rows, OC)
@@ -3698,19 +3696,7 @@ static void attention_plain_backward(Sum* dq, Sum* dk, Sum* dv, Rows<const X> do
     }
 }
 
-// The fast versions of one head, in tiles, and for a single query (below, in "What makes the layers fast"). `local` is
-// a thread's scratch. o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null; dk, dv of type DKV.
-template <class X>
-static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
-                                   Rows<const X> v, size_t queries, size_t before, size_t HS);
-template <class X, class DKV>
-static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
-                                    Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
-                                    Rows<const X> v, size_t T, size_t HS);
-template <class X>
-static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> k, Rows<const X> v, size_t keys,
-                                  size_t HS);
-
+// The fast versions of one head, in tiles and for a single query, are below, in "What makes the layers fast".
 template <class X>
 static void attention_forward(const Workspace& ws, Heads<X> o, float* lse, Heads<const X> q,
                               const KeysValues<const X>& kv, const AttentionShape& s) {
@@ -4229,8 +4215,8 @@ static inline vec add_up(vec (&sums)[LANES]) {
 // of its stream.
 constexpr size_t FEW_ROWS = 4;
 
-template <class X, class Store>
-static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store) {
+template <class X>
+static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store) {
     constexpr size_t STREAMS = 8, STEP = sizeof(vec) / sizeof(X);
     constexpr size_t AHEAD = 512 / sizeof(X);  // 8 cache lines of each stream in flight: more than the queues hold
     const size_t parts = thread_count();
@@ -4280,9 +4266,9 @@ static size_t matmul_local_size() {
     return SUMS + MR<X> * NC_PACKED + KC * (2 * LANES + NC_PACKED);
 }
 
-template <class X, class Store>
-static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
-                   const X* also_read) {
+template <class X>
+static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store,
+                   const X* also_read = nullptr) {
     if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store);
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
@@ -4319,7 +4305,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
                         float* c = sums + (chunks > 1 ? m : 0) * width + n;
                         size_t ldc = width;
                         bool add = k0 > 0, finish = k0 + k_count == K;
-                        if constexpr (std::is_same_v<Store, StoreSums>)
+                        if constexpr (std::is_same_v<decltype(store), StoreSums>)
                             if (AMX<X> ? tile_m == MR<X> && tile_n == NR : tile_n % LANES == 0) {
                                 // What the microkernel writes, whole vectors or tiles, is all wanted: it sums in place.
                                 c = store.at(m0 + m, n0 + n), ldc = store.stride;
@@ -4433,7 +4419,8 @@ static void scores_tile(float* s, Operand<Cell<X>> k, Panels<X> q, size_t keys, 
         for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
 
-// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
+// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i. `local` is
+// a thread's scratch.
 template <class X>
 static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
                                    Rows<const X> v, size_t queries, size_t before, size_t HS) {
@@ -4479,8 +4466,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
 }
 
 // Tile by tile, p is computed again from lse. The sum in ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij') runs over a whole
-// row, but equals do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, which is known before the
-// first tile.
+// row, but equals do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, which is known before the first tile. All arrays (T, HS).
 template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
                                     Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
