@@ -924,15 +924,11 @@ static void test_matmul(const char* type) {
     check(space, 1, 37, 1301);
     check(space, 29, 2 * NC + 1, 2 * KC + 1);
 
-    [[maybe_unused]] const int threads = thread_count();
+    const int threads = thread_count();
     KC = AMX<X> ? LANES : 4;
     std::vector<float> of_one_thread;
     for (int n : {1, 3}) {
-#ifdef _OPENMP
-        omp_set_num_threads(n);  // few, for wide and high blocks
-#else
-        if (n > 1) continue;
-#endif
+        set_thread_count(n);  // few, for wide and high blocks
         const TestWorkspace few(matmul_local_size<X>());
         turn = 0;
         results.clear();
@@ -948,10 +944,8 @@ static void test_matmul(const char* type) {
         if (n == 1) of_one_thread = results;
     }
     KC = whole_KC;
-#ifdef _OPENMP
-    omp_set_num_threads(threads);
+    set_thread_count(threads);
     report(same_bits(results, of_one_thread), format("matmul of %s: 1 and 3 threads give the same bits", type));
-#endif
     report(worst.ok(), format("matmul of %s equals its three loops", type), worst.text());
 }
 

@@ -3375,20 +3375,15 @@ static float dot(const X* a, const Y* b, size_t n) {
     return sum;
 }
 
-static int thread_id() {
 #ifdef _OPENMP
-    return omp_get_thread_num();
+static int thread_id() { return omp_get_thread_num(); }
+static int thread_count() { return omp_get_max_threads(); }
+static void set_thread_count(int n) { omp_set_num_threads(n); }
 #else
-    return 0;
+static int thread_id() { return 0; }
+static int thread_count() { return 1; }
+static void set_thread_count(int) {}
 #endif
-}
-static int thread_count() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
 static void choose_threads();  // for the next step (in "The machine")
 static double pass_start;       // when the newest forward pass began
 static float* local_scratch(const Workspace& ws) { return ws.local + thread_id() * ws.local_size; }
@@ -4592,16 +4587,11 @@ static ThreadTrials thread_trials = {.most = 0};  // of the newest model
 // Called once in each step, after its last backward. Trials compare the passes of a step's last batch, and the
 // reading of the next.
 static void choose_threads() {
-#ifdef _OPENMP
-    if (thread_count() == thread_trials.threads)
-        omp_set_num_threads(thread_trials.next(seconds() - pass_start));
-#endif
+    if (thread_count() == thread_trials.threads) set_thread_count(thread_trials.next(seconds() - pass_start));
 }
 static void end_thread_trials() {
-#ifdef _OPENMP
-    if (thread_count() == thread_trials.threads) omp_set_num_threads(thread_trials.most);
+    if (thread_count() == thread_trials.threads) set_thread_count(thread_trials.most);
     thread_trials = {.most = thread_trials.most};
-#endif
 }
 
 template <class X>
