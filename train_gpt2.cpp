@@ -4674,19 +4674,9 @@ static void for_control_groups(const std::string& controller, auto f) {
     }
 }
 
-#if defined(__AMX_BF16__)
-static const char* const instruction_set = "AVX-512 with AMX";
-#elif defined(__AVX512BF16__)
-static const char* const instruction_set = "AVX-512 with bf16";
-#elif defined(__AVX512F__)
-static const char* const instruction_set = "AVX-512";
-#elif defined(__AVX2__)
-static const char* const instruction_set = "AVX2";
-#elif defined(__ARM_NEON)
-static const char* const instruction_set = "NEON";
-#else
-static const char* const instruction_set = "128-bit vectors";
-#endif
+static const char* const instruction_set =
+    HAS_AMX ? "AVX-512 with AMX" : HAS_PAIRS ? "AVX-512 with bf16" : LANES == 16 ? "AVX-512" : LANES == 8 ? "AVX2" :
+    NV == 3 ? "NEON" : "128-bit vectors";
 
 #ifdef __x86_64__
 // Exits if the processor lacks instructions that this binary was built for, or the system forbids them. Any other
