@@ -4098,11 +4098,7 @@ static inline void multiply_add(vec& sum, Pair a, const Pair* b) {  // sum += a.
 template <int R, int V, class CellType>
 [[gnu::noinline]] static void microkernel(float* c, size_t ldc, const CellType* a, size_t a_row, size_t a_step,
                                           const CellType* b, size_t ldb, size_t steps, bool add) {
-    vec sum[R][V];
-#pragma GCC unroll 16
-    for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) sum[i][j] = vec{};
+    vec sum[R][V] = {};
     for (size_t step = 0; step < steps; step++, a += a_step, b += ldb) {
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++)
