@@ -4086,13 +4086,25 @@ static Panels<X> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, b
     return {buffer, NR, NR * steps<X>(K)};
 }
 
-static inline void multiply_add(vec& sum, float a, const float* b) { sum += a * load(b); }
+// sum += x · y, lane by lane. A lane of bf16 holds a pair: sum += x.low y.low + x.high y.high.
+template <class X>
+static inline void add_products(vec& sum, vec x, vec y) {
+    if constexpr (std::is_same_v<X, float>) return (void)(sum += x * y);
 #ifdef __AVX512BF16__
-static inline void multiply_add(vec& sum, Pair a, const Pair* b) {  // sum += a.low b.low + a.high b.high
-    __m512bh a_all = (__m512bh)_mm512_set1_epi32(std::bit_cast<int>(a));
-    sum = (vec)_mm512_dpbf16_ps((__m512)sum, a_all, (__m512bh)_mm512_loadu_si512(b));
-}
+    sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+    const bits_vec upper = bits_vec{} + 0xffff0000u;
+    sum += (vec)((bits_vec)x << 16) * (vec)((bits_vec)y << 16);
+    sum += (vec)((bits_vec)x & upper) * (vec)((bits_vec)y & upper);
 #endif
+}
+
+// The same, with one cell of A in all lanes of x and a register of cells of B
+template <class CellType>
+static inline void multiply_add(vec& sum, CellType a, const CellType* b) {
+    if constexpr (std::is_same_v<CellType, float>) sum += a * load(b);
+    else add_products<bf16>(sum, (vec)(bits_vec{} + std::bit_cast<uint32_t>(a)), load((const float*)b));
+}
 
 // The microkernel: c (R, V·LANES) = or += Σ over steps of a[., step] ⊗ b[step, .]. All of c is in registers meanwhile.
 template <int R, int V, class CellType>
@@ -4175,22 +4187,6 @@ static inline void multiply_tile(float* c, size_t ldc, Operand<Pair> a, size_t, 
     _tile_stored(3, c + LANES * ldc + LANES, c_row);
 }
 #endif
-
-// sum += x · y, lane by lane. A lane of bf16 holds two values.
-template <class X>
-static inline void add_products(vec& sum, vec x, vec y) {
-    if constexpr (std::is_same_v<X, float>) {
-        sum += x * y;
-    } else {
-#ifdef __AVX512BF16__
-        sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-#else
-        const bits_vec upper = bits_vec{} + 0xffff0000u;
-        sum += (vec)((bits_vec)x << 16) * (vec)((bits_vec)y << 16);
-        sum += (vec)((bits_vec)x & upper) * (vec)((bits_vec)y & upper);
-#endif
-    }
-}
 
 // Lane i of the result is the sum of the lanes of sums[i]: once transposed, they add up as vectors.
 static inline vec add_up(vec (&sums)[LANES]) {
