@@ -1153,7 +1153,7 @@ static void test_attention_head(const char* type, double tolerance) {
             for (size_t t = 0; t < T; t++) std::fill_n(&(*a)[t * ld + HS], ld - HS, (X)NAN);
         auto in = [&](const std::vector<X>& a, size_t row = 0) { return Rows<const X>{&a[row * ld], ld}; };
         auto out = [&](std::vector<X>& a) { return Rows<X>{a.data(), ld}; };
-        std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS, true).size, NAN);
+        std::vector<float> lse(T, NAN), local(HeadScratch<X>{nullptr, T, HS, true}.size, NAN);
         attention_head_forward(local.data(), out(o), lse.data(), in(q), in(k), in(v), T, 0, HS);
         std::fill(local.begin(), local.end(), NAN);
         attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k),

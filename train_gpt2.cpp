@@ -4330,46 +4330,39 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
 
 template <class X> constexpr size_t KEYS = 8 * MR<X>;  // scores of 112 keys and 32 queries: 14 KB, which stay in L1
 
-// A thread's scratch memory for one head of T keys, laid out from `local` on
+// A thread's scratch memory for one head of T keys, laid out from `local` on, or only counted if that is null
 template <class X>
 struct HeadScratch {
-    float* s;                         // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
-    X* p;                             // pᵀ (KEYS, NR), rounded to X
-    float* sum;                       // o, or in backward dq (NR, HS); rows of round_up(HS, NR)
-    Cell<X>*q, *k, *v_rows, *p_rows;  // operands, where they have to be packed
+    float* local;
+    size_t T, HS;
+    bool backward;
+    static constexpr bool same = std::is_same_v<X, float>;  // p takes the place of s, and ds that of dp
+    static constexpr size_t tile = KEYS<X> * NR;
+    const size_t columns = round_up(HS, NR), packed = same ? 0 : round_up(T, 2 * LANES) * steps<X>(HS);
+    size_t size = 0;                                          // floats in all
+    float* s = take<float>(tile);                             // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
+    X* p = same ? (X*)s : take<X>(tile);                      // pᵀ (KEYS, NR), rounded to X
+    float* sum = take<float>(std::max(NR, MR<X>) * columns);  // o, or in backward dq (NR, HS), in rows of `columns`
+    Cell<X>* q = take(steps<X>(HS) * NR);                     // operands, where they have to be packed
+    Cell<X>* k = take(packed);
+    Cell<X>* v_rows = take(steps<X>(T) * columns);
+    Cell<X>* p_rows = take(same ? 0 : tile);
     // In backward, also
-    float* dp;                        // dpᵀ (KEYS, NR)
-    X* ds;                            // scale·dsᵀ (KEYS, NR), rounded to X
-    float *dk_sum, *dv_sum;           // (T, HS), rows of round_up(HS, NR)
-    Cell<X>*dout, *q_rows, *dout_rows, *v, *k_rows;
-    size_t size = 0;                  // floats in all
+    float* dp = take<float>(backward * tile);                 // dpᵀ (KEYS, NR)
+    X* ds = same ? (X*)dp : take<X>(backward * tile);         // scale·dsᵀ (KEYS, NR), rounded to X
+    float* dk_sum = take<float>(backward * round_up(T, MR<X>) * columns);  // (T, HS), in rows of `columns`
+    float* dv_sum = take<float>(backward * round_up(T, MR<X>) * columns);
+    Cell<X>* dout = take(backward * steps<X>(HS) * NR);
+    Cell<X>* q_rows = take(backward * steps<X>(NR) * columns);
+    Cell<X>* dout_rows = take(backward * steps<X>(NR) * columns);
+    Cell<X>* v = take(backward * packed);
+    Cell<X>* k_rows = take(backward * steps<X>(T) * columns);
 
-    HeadScratch(float* local, size_t T, size_t HS, bool backward) {
-        auto take = [&]<class Element>(Element*& array, size_t n) {  // local == null: only count
-            array = local ? (Element*)(local + size) : nullptr;
-            size += round_up(n, CACHE_LINE);
-        };
-        constexpr bool same = std::is_same_v<X, float>;  // p takes the place of s, and ds that of dp
-        const size_t tile = KEYS<X> * NR, columns = round_up(HS, NR), rows_T = same ? 0 : round_up(T, 2 * LANES);
-        take(s, tile);
-        if constexpr (same) p = s;
-        else take(p, tile);
-        take(sum, std::max(NR, MR<X>) * columns);
-        take(q, steps<X>(HS) * NR);
-        take(k, rows_T * steps<X>(HS));
-        take(v_rows, steps<X>(T) * columns);
-        take(p_rows, same ? 0 : tile);
-        if (!backward) return;
-        take(dp, tile);
-        if constexpr (same) ds = dp;
-        else take(ds, tile);
-        take(dk_sum, round_up(T, MR<X>) * columns);
-        take(dv_sum, round_up(T, MR<X>) * columns);
-        take(dout, steps<X>(HS) * NR);
-        take(q_rows, steps<X>(NR) * columns);
-        take(dout_rows, steps<X>(NR) * columns);
-        take(v, rows_T * steps<X>(HS));
-        take(k_rows, steps<X>(T) * columns);
+    template <class Element = Cell<X>>
+    Element* take(size_t n) {
+        float* array = local ? local + size : nullptr;
+        size += round_up(n, CACHE_LINE);
+        return (Element*)array;
     }
 };
 
@@ -4414,7 +4407,7 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
     const size_t T = before + queries;
     const float scale = 1.0f / sqrtf(HS);
     const size_t columns = round_up(HS, NR);
-    const HeadScratch<X> h(local, T, HS, false);
+    const HeadScratch<X> h = {local, T, HS, false};
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
     const Panels<X> v_rows = cells_of_B(h.v_rows, across_k(v.data, v.stride), HS, T);
 
@@ -4460,7 +4453,7 @@ static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows
                                     Rows<const X> v, size_t T, size_t HS) {
     const size_t columns = round_up(HS, NR);
     const float scale = 1.0f / sqrtf(HS);
-    const HeadScratch<X> h(local, T, HS, true);
+    const HeadScratch<X> h = {local, T, HS, true};
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
     const Operand<Cell<X>> v_cells = cells_of_A(h.v, along_k(v.data, v.stride), T, HS);
     const Panels<X> k_rows = cells_of_B(h.k_rows, across_k(k.data, k.stride), HS, T);
@@ -4593,8 +4586,8 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     if (!all.dry) end_thread_trials(), thread_trials = {.most = thread_count()};
     all.take(inputs.x, BT, &Memory::activations);
     all.take(inputs.y, BT, &Memory::activations);
-    size_t head = HeadScratch<X>(nullptr, work.T, HS, work.train).size;
-    size_t decoding = work.sequences ? HeadScratch<X>(nullptr, c.maxT, HS, false).size : 0;
+    size_t head = HeadScratch<X>{nullptr, (size_t)work.T, HS, work.train}.size;
+    size_t decoding = work.sequences ? HeadScratch<X>{nullptr, (size_t)c.maxT, HS, false}.size : 0;
     ws.local_size = std::max({matmul_local_size<X>(), head, decoding, 3 * HS});
     all.take(ws.local, thread_count() * ws.local_size, &Memory::scratch);
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
