@@ -3255,8 +3255,8 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 //
 // Arithmetic is in float, whatever X is: a bf16 is converted when it is read and rounded when it is written.
 //
-// Every result is the same to the bit for any number of threads: threads share out output elements, or chunks of fixed
-// size whose sums are then added in order. So each element is summed in one order, whatever the number of threads.
+// Every result is the same to the bit for any number of threads: they share out output elements, or chunks of fixed
+// size whose sums are then added in order.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Numbers, vectors and threads
@@ -3529,8 +3529,7 @@ static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wp
     }
 }
 
-// dwte[token] += dx[b,t], dwpe[t] = or += Σ_b dx[b,t]. A token may occur many times, so threads share out channels, not
-// tokens.
+// A token may occur many times, so threads share out channels, not tokens.
 template <class X>
 static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inputs& inputs, size_t B, size_t T,
                                size_t C, bool add) {
@@ -4153,11 +4152,9 @@ struct alignas(64) TileShapes {
 
 // Each thread configures its tiles once.
 static inline void shape_tiles() {
-    static thread_local bool shaped = false;
-    if (shaped) return;
     static constexpr TileShapes shapes;
-    _tile_loadconfig(&shapes);
-    shaped = true;
+    static thread_local bool shaped = false;
+    if (!shaped) _tile_loadconfig(&shapes), shaped = true;
 }
 
 // c (32, 32) = or += Σ over steps, a multiple of 16, of a[., step] ⊗ b[step, .]; a along k. It writes all of c.
@@ -4248,10 +4245,7 @@ constexpr size_t SUMS = 1 << 17;         // a block's sums, if they have to wait
 constexpr size_t SHORT_CHUNK = 1 << 16;  // a chunk of B that is read in place spans up to 256 KB of L2, gaps included
 
 // The size of a thread's scratch memory for a product
-template <class X>
-static size_t matmul_local_size() {
-    return SUMS + MR<X> * NC_PACKED + KC * (2 * LANES + NC_PACKED);
-}
+template <class X> static size_t matmul_local_size() { return SUMS + MR<X> * NC_PACKED + KC * (2 * LANES + NC_PACKED); }
 
 template <class X>
 static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store,
