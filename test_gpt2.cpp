@@ -416,7 +416,7 @@ static std::vector<float> everything(const Config& c, Precision precision, const
         model_backward(m);
         model_update(m, test_adamw, 1, step);
     }
-    for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, tensors + q * P);
+    for (Quantity q : {PARAMETERS, GRADIENTS, MOMENT1, MOMENT2}) model_get(m, q, 0, P, tensors), tensors += P;
     std::vector<int> tokens = random_tokens(sequences * prompt, c.V, 4);
     model_prefill(m, tokens.data(), prompt, logits);
     for (int i = 1; i <= decoded; i++) model_prefill(m, tokens.data() + i, 1, logits + i * sequences * c.V);
@@ -924,15 +924,11 @@ static void test_matmul(const char* type) {
     check(space, 1, 37, 1301);
     check(space, 29, 2 * NC + 1, 2 * KC + 1);
 
-    [[maybe_unused]] const int threads = thread_count();
+    const int threads = thread_count();
     KC = AMX<X> ? LANES : 4;
     std::vector<float> of_one_thread;
     for (int n : {1, 3}) {
-#ifdef _OPENMP
-        omp_set_num_threads(n);  // few, for wide and high blocks
-#else
-        if (n > 1) continue;
-#endif
+        set_thread_count(n);  // few, for wide and high blocks
         const TestWorkspace few(matmul_local_size<X>());
         turn = 0;
         results.clear();
@@ -948,10 +944,8 @@ static void test_matmul(const char* type) {
         if (n == 1) of_one_thread = results;
     }
     KC = whole_KC;
-#ifdef _OPENMP
-    omp_set_num_threads(threads);
+    set_thread_count(threads);
     report(same_bits(results, of_one_thread), format("matmul of %s: 1 and 3 threads give the same bits", type));
-#endif
     report(worst.ok(), format("matmul of %s equals its three loops", type), worst.text());
 }
 
@@ -1159,7 +1153,7 @@ static void test_attention_head(const char* type, double tolerance) {
             for (size_t t = 0; t < T; t++) std::fill_n(&(*a)[t * ld + HS], ld - HS, (X)NAN);
         auto in = [&](const std::vector<X>& a, size_t row = 0) { return Rows<const X>{&a[row * ld], ld}; };
         auto out = [&](std::vector<X>& a) { return Rows<X>{a.data(), ld}; };
-        std::vector<float> lse(T, NAN), local(HeadScratch<X>(nullptr, T, HS, true).size, NAN);
+        std::vector<float> lse(T, NAN), local(HeadScratch<X>{nullptr, T, HS, true}.size, NAN);
         attention_head_forward(local.data(), out(o), lse.data(), in(q), in(k), in(v), T, 0, HS);
         std::fill(local.begin(), local.end(), NAN);
         attention_head_backward(local.data(), out(dq), out(dk), out(dv), in(dout), in(o), lse.data(), in(q), in(k),
@@ -1210,7 +1204,7 @@ static void test_layernorm(const char* type, double tolerance) {
         std::vector<X> w = random_values<X>(C, 3), b = random_values<X>(C, 4), y(rows * C, NAN), again(y), dx(y);
         std::vector<float> mean(rows, NAN), rstd(mean), dw(C, NAN), db(dw);
         layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), rows, C);
-        layernorm_recompute(again.data(), x.data(), w.data(), b.data(), mean.data(), rstd.data(), rows, C);
+        layernorm_forward(again.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), rows, C, true);
         layernorm_backward(space.ws, dx.data(), dw.data(), db.data(), dy.data(), x.data(), w.data(), mean.data(),
                            rstd.data(), rows, C, false, false);
         auto see = [&](double ours, double expected, double tolerated, const char* what) {

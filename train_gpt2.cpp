@@ -335,23 +335,19 @@ template <class X> static void embedding_forward(X* x, const int* tokens, const 
 template <class X> static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inputs&, size_t B,
                                                   size_t T, size_t C, bool add);
 
-// y (rows, C) = LayerNorm(x) w + b; mean, rstd (rows): float, or null if nobody needs them
+// y (rows, C) = LayerNorm(x) w + b; mean, rstd (rows): float =, or null if nobody needs them. again: the same y from x
+// and the mean and rstd that an earlier call has left
 template <class X> static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b,
-                                                 size_t rows, size_t C);
-// the same y again, from x and the statistics that forward has left
-template <class X> static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const float* mean,
-                                                   const float* rstd, size_t rows, size_t C);
+                                                 size_t rows, size_t C, bool again = false);
 // dx = or += (add_dx); dw, db = or += (add)
 template <class X> static void layernorm_backward(const Workspace&, X* dx, float* dw, float* db, const X* dy,
                                                   const X* x, const X* w, const float* mean, const float* rstd,
                                                   size_t rows, size_t C, bool add_dx, bool add);
 
-// y (rows, OC) = x (rows, C) wᵀ + b, or without b if it is null. Rows of y begin ldy elements apart.
-template <class X> static void linear_forward(const Workspace&, X* y, const X* x, const X* w, const X* b, size_t rows,
-                                              size_t C, size_t OC, size_t ldy);
-// y = residual + x wᵀ + b. y may be residual.
-template <class X> static void linear_residual_forward(const Workspace&, X* y, const X* residual, const X* x,
-                                                       const X* w, const X* b, size_t rows, size_t C, size_t OC);
+// y (rows, OC) = residual + x (rows, C) wᵀ + b, without residual or b if it is null. Rows of y and of residual begin
+// ldy elements apart; y may be residual.
+template <class X> static void linear_forward(const Workspace&, X* y, const X* residual, const X* x, const X* w,
+                                              const X* b, size_t rows, size_t C, size_t OC, size_t ldy);
 // h = x wᵀ + b, unless h is null; y = gelu(x wᵀ + b)
 template <class X> static void linear_gelu_forward(const Workspace&, X* y, X* h, const X* x, const X* w, const X* b,
                                                    size_t rows, size_t C, size_t OC);
@@ -537,10 +533,10 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
         layernorm_forward(ln1, m.ln_mean[i], m.ln_rstd[i], x, w(LN1W), w(LN1B), BT, C);
         qkv_forward(m, l, qkv, ln1, BT);
         attend_forward(m, l, atty);
-        linear_residual_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C);
+        linear_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C, C);
         layernorm_forward(ln2, m.ln_mean[j], m.ln_rstd[j], x2, w(LN2W), w(LN2B), BT, C);
         linear_gelu_forward(ws, fch_gelu, fch, ln2, w(FCW), w(FCB), BT, C, 4 * C);
-        linear_residual_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C);
+        linear_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C, C);
     }
     const int last = 2 * c.L;
     layernorm_forward(m.ln[last], m.ln_mean[last], m.ln_rstd[last], m.residual[last], m.weight(LNFW), m.weight(LNFB),
@@ -579,7 +575,7 @@ static void backward(ModelOf<X>& m) {
         linear_gelu_backward_input(ws, m.dfch, recompute ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
         linear_backward_weight(ws, d(FCPROJW), d(FCPROJB), dx, fch_gelu, BT, 4 * C, C, C, add);
         // fch = ln2 fcwᵀ + fcb
-        if (recompute) layernorm_recompute(ln2, x2, w(LN2W), w(LN2B), m.ln_mean[j], m.ln_rstd[j], BT, C);
+        if (recompute) layernorm_forward(ln2, m.ln_mean[j], m.ln_rstd[j], x2, w(LN2W), w(LN2B), BT, C, true);
         linear_backward_input(ws, dln, m.dfch, w(FCW), BT, C, 4 * C, 4 * C);
         linear_backward_weight(ws, d(FCW), d(FCB), m.dfch, ln2, BT, C, 4 * C, 4 * C, add);
         // ln2 = layernorm(x2); dx3 becomes dx2
@@ -590,7 +586,7 @@ static void backward(ModelOf<X>& m) {
         // atty = attention(qkv)
         attend_backward(m, l);
         // qkv = ln1 qkvwᵀ + qkvb
-        if (recompute) layernorm_recompute(ln1, x, w(LN1W), w(LN1B), m.ln_mean[i], m.ln_rstd[i], BT, C);
+        if (recompute) layernorm_forward(ln1, m.ln_mean[i], m.ln_rstd[i], x, w(LN1W), w(LN1B), BT, C, true);
         qkv_backward(m, l, ln1, add);
         // ln1 = layernorm(x); dx2 becomes dx
         layernorm_backward(ws, dx, d(LN1W), d(LN1B), dln, x, w(LN1W), m.ln_mean[i], m.ln_rstd[i], BT, C, true, add);
@@ -637,7 +633,7 @@ static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
     for (size_t r = 0; r < rows; r += at_once) {
         const size_t n = std::min(rows - r, at_once);
         const X* x_r = x + r * C;
-        linear_forward<X>(m.ws, m.logits, x_r, wte, nullptr, n, C, V, c.Vp);
+        linear_forward<X>(m.ws, m.logits, nullptr, x_r, wte, nullptr, n, C, V, c.Vp);
         softmax_cross_entropy(m.losses + r, m.logits, m.inputs.y + r, n, c.V, c.Vp, gradient_scale);
         if (gradient_scale == 0) continue;
         for (size_t v = 0; v < V; v += vocabulary_chunk)
@@ -659,7 +655,7 @@ static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
     const size_t C = m.config.C;
     const X *w = m.weight(QKVW, l), *b = m.weight(QKVB, l);
     for_live_columns(m, l, [&](size_t at, size_t count, bool, bool) {
-        linear_forward(m.ws, qkv + at, x, w + at * C, b + at, rows, C, count, 3 * C);
+        linear_forward<X>(m.ws, qkv + at, nullptr, x, w + at * C, b + at, rows, C, count, 3 * C);
     });
 }
 
@@ -675,7 +671,7 @@ static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
     });
 }
 
-// Part 0, 1 or 2 of an array (B, T, parts, C): for qkv, these are queries, keys and values
+// Part 0, 1 or 2 of an array (B, T, parts, C): in qkv, these are queries, keys and values
 template <class X>
 static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
     const size_t C = c.C;
@@ -686,19 +682,19 @@ static AttentionShape training_shape(const Model& m) {
     return {.B = m.work.B, .NH = m.config.NH, .HS = m.config.head_size(), .queries = m.work.T, .before = 0};
 }
 
+// The last two parts of such an array: in qkv (B, T, 3C), or with parts = 2 in an array (B, T, 2C) of keys and values
 template <class X>
-static KeysValues<X> own_keys_values(X* qkv, const Config& c, size_t T) {
-    return {heads(qkv, 1, 3, c, T), heads(qkv, 2, 3, c, T)};
+static KeysValues<X> keys_values(X* data, int parts, const Config& c, size_t T) {
+    return {heads(data, parts - 2, parts, c, T), heads(data, parts - 1, parts, c, T)};
 }
 
 // o (B, queries, C) = attention of layer l with queries q. kv_of(j) gives the keys and values of layer j; depth needs
 // them layer_stride elements apart from layer to layer. a is depth_forward's.
-template <class X, class KeysValuesOf>
-static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q, KeysValuesOf kv_of,
-                   ptrdiff_t layer_stride, const AttentionShape& s) {
+template <class X>
+static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q, auto kv_of, ptrdiff_t layer_stride,
+                   const AttentionShape& s) {
     const Config& c = m.config;
-    KeysValues<X> kv = kv_of(l);
-    if (c.attention == SKIP) kv = skip_keys_values(c, l, kv_of);
+    const KeysValues<X> kv = c.attention == SKIP ? skip_keys_values(c, l, kv_of) : kv_of(l);
     if (c.attention == DEPTH && l > 0) depth_forward<X>(m.ws, kv.v, a, q, kv.k, layer_stride, c, l, s);
     attention_forward<X>(m.ws, heads(o, 0, 1, c, s.queries), lse, q, kv, s);
 }
@@ -708,12 +704,7 @@ static void attend_forward(ModelOf<X>& m, int l, X* o) {
     const Config& c = m.config;
     const int T = m.work.T;
     attend(m, l, o, m.lse[l], m.a + depth_place(m, l, 1), heads(m.qkv[l], 0, 3, c, T),
-           [&](int j) { return own_keys_values(m.qkv[j], c, T); }, m.qkv.stride, training_shape(m));
-}
-
-// Where attention leaves dk and dv, in fp32, if other layers have shares in them: (B, T, 2C)
-static KeysValues<float> own_shares(const Model& m) {
-    return {heads(m.dkv, 0, 2, m.config, m.work.T), heads(m.dkv, 1, 2, m.config, m.work.T)};
+           [&](int j) { return keys_values(m.qkv[j], 3, c, T); }, m.qkv.stride, training_shape(m));
 }
 
 // From do in m.datty: dq, written to m.dqkv, and dk and dv, written to dkv. kv is what layer l attended to.
@@ -731,7 +722,7 @@ static void attend_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     if (c.attention == SKIP) return skip_attention_backward(m, l);
     if (c.attention == DEPTH) return depth_attention_backward(m, l);
-    attention_gradients(m, l, own_keys_values(m.dqkv, c, m.work.T), own_keys_values(m.qkv[l], c, m.work.T));
+    attention_gradients(m, l, keys_values(m.dqkv, 3, c, m.work.T), keys_values(m.qkv[l], 3, c, m.work.T));
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -777,8 +768,7 @@ static size_t kv_channels(const Config& c, int l) { return c.C - first_live_head
 
 // Calls f(at, count, first, last) for each range of qkv's columns that is projected: all of them; or the queries, and
 // the last channels of keys and of values.
-template <class F>
-static void for_live_columns(const Model& m, int l, F f) {
+static void for_live_columns(const Model& m, int l, auto f) {
     const size_t C = m.config.C, kvC = kv_channels(m.config, l);
     if (kvC == C) return f(0, 3 * C, true, true);
     f(0, C, true, kvC == 0);
@@ -787,42 +777,24 @@ static void for_live_columns(const Model& m, int l, F f) {
     f(3 * C - kvC, kvC, false, true);
 }
 
-// Is dx of the qkv projection a sum of chunks in some layer, of (B, T, C)?
-static bool has_chunks(const Config& c) {
-    for (int l = 0; l < c.L; l++)
-        if (kv_channels(c, l) < (size_t)c.C) return true;
-    return false;
-}
-
-// The keys and values that layer l attends to, from those of each layer j, kv_of(j)
-template <class KeysValuesOf>
-static auto skip_keys_values(const Config& c, int l, KeysValuesOf kv_of) {
-    auto kv = kv_of(l);
-    kv.skipping = skipping_heads(c, l);
-    if (kv.skipping == 0) return kv;
-    auto below = kv_of(l - c.skip_distance);
-    kv.k_below = below.k;
-    kv.v_below = below.v;
-    return kv;
+// The keys and values that layer l attends to, or their gradients, from those of each layer j, kv_of(j)
+static auto skip_keys_values(const Config& c, int l, auto kv_of) {
+    auto kv = kv_of(l), below = skips(c, l, 0) ? kv_of(l - c.skip_distance) : kv;
+    return decltype(kv){kv.k, kv.v, below.k, below.v, skipping_heads(c, l)};
 }
 
 // dk and dv of a head are the sum of up to two layers' shares. If there is only the layer's own, it goes straight to
-// m.dqkv.
+// m.dqkv. The shares of heads that skip go to layer l - n_l.
 template <class X>
 static void skip_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
-    const int T = m.work.T, skipping = skipping_heads(c, l);
-    auto kv_of = [&](int j) { return own_keys_values(m.qkv[j], c, T); };
-    const KeysValues<X> kv = skip_keys_values(c, l, kv_of);
-    if (!is_skipped_to(c, l) && skipping == 0)  // no other layer has a share in dk and dv
-        return attention_gradients(m, l, own_keys_values(m.dqkv, c, T), kv);
-    KeysValues<float> dkv = own_shares(m);
-    if (skipping > 0) {  // heads h < n_h: dk and dv belong to layer l - n_l
-        float* below = m.skip_dkv[l - c.skip_distance];
-        dkv = {dkv.k, dkv.v, heads(below, 0, 2, c, T), heads(below, 1, 2, c, T), skipping};
-    }
-    attention_gradients(m, l, dkv, kv);
-    skip_backward(m.dqkv, m.dkv, is_skipped_to(c, l) ? m.skip_dkv[l] : nullptr, c, l, (size_t)m.work.B * T);
+    const int T = m.work.T;
+    auto kv_of = [&](int j) { return keys_values(m.qkv[j], 3, c, T); };
+    auto dkv_of = [&](int j) { return keys_values(j == l ? m.dkv : m.skip_dkv[j], 2, c, T); };
+    if (!is_skipped_to(c, l) && !skips(c, l, 0))  // no other layer has a share in dk and dv
+        return attention_gradients(m, l, keys_values(m.dqkv, 3, c, T), kv_of(l));
+    attention_gradients(m, l, skip_keys_values(c, l, dkv_of), skip_keys_values(c, l, kv_of));
+    skip_backward(m.dqkv, m.dkv, is_skipped_to(c, l) ? m.skip_dkv[l] : nullptr, c, l, m.work.tokens());
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -884,7 +856,7 @@ static size_t depth_place(const Model& m, int l, int own) {
 template <class X>
 static void depth_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
-    attention_gradients(m, l, own_shares(m), own_keys_values(m.qkv[l], c, m.work.T));
+    attention_gradients(m, l, keys_values(m.dkv, 2, c, m.work.T), keys_values(m.qkv[l], 3, c, m.work.T));
     depth_backward(m.ws, m.dqkv, m.dkv, m.ds + depth_place(m, l, 0), m.a + depth_place(m, l, 1), m.qkv[l],
                    m.qkv.stride, c, l, m.work.tokens());
 }
@@ -919,16 +891,16 @@ static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
     embedding_forward(x, m.new_tokens, m.weight(WTE), m.weight(WPE) + before * C, B, n, C);
     for (int l = 0; l < c.L; l++) {
         auto w = [&](int tensor) { return m.weight(tensor, l); };
-        const KeysValues<X> kv = cached_keys_values(m, l), new_kv = own_keys_values(qkv, c, n);
+        const KeysValues<X> kv = cached_keys_values(m, l), new_kv = keys_values(qkv, 3, c, n);
         layernorm_forward(ln, nullptr, nullptr, x, w(LN1W), w(LN1B), rows, C);
         qkv_forward(m, l, qkv, ln, rows);
         cache_append<X>(kv.k, kv.v, new_kv.k, new_kv.v, first_live_head(c, l), s);
         attend(m, l, atty, nullptr, m.new_a, heads(qkv, 0, 3, c, n),
                [&](int j) { return cached_keys_values(m, j); }, layer_stride, s);
-        linear_residual_forward(ws, x, x, atty, w(ATTPROJW), w(ATTPROJB), rows, C, C);
+        linear_forward(ws, x, x, atty, w(ATTPROJW), w(ATTPROJB), rows, C, C, C);
         layernorm_forward(ln, nullptr, nullptr, x, w(LN2W), w(LN2B), rows, C);
         linear_gelu_forward<X>(ws, fch, nullptr, ln, w(FCW), w(FCB), rows, C, 4 * C);
-        linear_residual_forward(ws, x, x, fch, w(FCPROJW), w(FCPROJB), rows, 4 * C, C);
+        linear_forward(ws, x, x, fch, w(FCPROJW), w(FCPROJB), rows, 4 * C, C, C);
     }
     m.cache_length += n;
     for (size_t b = 0; b < B; b++)  // of each sequence, the last token alone
@@ -950,7 +922,7 @@ static size_t device_free_memory();             // bytes that can still be alloc
 static bool device_is_host();                   // model memory is host memory
 static void device_check(const Config&, const Workload&);    // exits if the device cannot run such a model
 static void device_free(void*);
-template <class F> static void host_parallel_for(size_t n, F f);  // calls f(0) ... f(n - 1), on the host's threads
+static void host_parallel_for(size_t n, auto f);  // calls f(0) ... f(n - 1), on the host's threads
 static void copy_to_host(void* to, const void* from, size_t bytes);  // synchronizes
 template <class X> static void backend_create(Allocator&, Workspace&, Inputs&, Results&, const Config&,
                                               const Workload&);
@@ -1024,8 +996,7 @@ static void lay_out(ModelOf<X>& m) {
 }
 
 // Calls f with the model as the ModelOf<bf16> or ModelOf<float> that it is.
-template <class F>
-static void with_type(Model* m, F f) {
+static void with_type(Model* m, auto f) {
     if (m->precision == BF16) f(*(ModelOf<bf16>*)m);
     else f(*(ModelOf<float>*)m);
 }
@@ -1043,7 +1014,8 @@ static void model_free(Model* m) {
     with_type(m, [](auto& model) { delete &model; });
 }
 
-static Model* make_model(const Config& c, int precision, const Workload& work, bool dry) {
+// Parameters are not initialized; gradients and moments are 0. dry: memory is only counted
+static Model* model_create(const Config& c, int precision, const Workload& work, bool dry = false) {
     device_check(c, work);
     Model* m = precision == BF16 ? (Model*)new ModelOf<bf16>{} : new ModelOf<float>{};
     m->config = c;
@@ -1055,14 +1027,9 @@ static Model* make_model(const Config& c, int precision, const Workload& work, b
     return m;
 }
 
-// Parameters are not initialized; gradients and moments are 0.
-static Model* model_create(const Config& c, int precision, const Workload& work) {
-    return make_model(c, precision, work, false);
-}
-
 // What model_create will allocate, to the byte
 static Memory model_memory(const Config& c, int precision, const Workload& work) {
-    Model* m = make_model(c, precision, work, true);
+    Model* m = model_create(c, precision, work, true);
     Memory memory = m->allocator.memory;
     model_free(m);
     return memory;
@@ -1070,8 +1037,7 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
 
 // Calls f(place, done, count) for each run of values, of those from element `begin` of a file's order on, that lies in
 // memory without gaps: from `place` on lie `count` values, after `done` others.
-template <class F>
-static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, F f) {
+static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, auto f) {
     for (const Tensor& t : tensors)
         for (size_t l = 0; l < t.layers; l++) {
             size_t first = t.offset + l * t.layer_size(), end = std::min(first + t.layer_size(), begin + n);
@@ -1081,18 +1047,17 @@ static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t
 }
 
 // Copy n values, from element `begin` of all parameters in file order (Tensor::offset) on.
-enum Quantity { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };
-static float* quantity(const Model* m, Quantity q) {
-    return q == PARAMETERS ? m->parameters : q == GRADIENTS ? m->gradients : q == MOMENT1 ? m->moment1 : m->moment2;
-}
+using Quantity = float* Model::*;
+[[maybe_unused]] constexpr Quantity PARAMETERS = &Model::parameters, GRADIENTS = &Model::gradients,
+                                    MOMENT1 = &Model::moment1, MOMENT2 = &Model::moment2;
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
     for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
-        copy_to_host(out + done, quantity(m, q) + place, count * sizeof(float));
+        copy_to_host(out + done, m->*q + place, count * sizeof(float));
     });
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
     for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
-        copy_to_device(quantity(m, q) + place, in + done, count * sizeof(float));
+        copy_to_device(m->*q + place, in + done, count * sizeof(float));
         if (q == PARAMETERS)
             with_type(m, [&](auto& model) { round_weights(model.weights + place, model.parameters + place, count); });
     });
@@ -3290,8 +3255,8 @@ int main(int argc, char** argv) { return run_program(argc, argv); }
 //
 // Arithmetic is in float, whatever X is: a bf16 is converted when it is read and rounded when it is written.
 //
-// Every result is the same to the bit for any number of threads: threads share out output elements, or chunks of fixed
-// size whose sums are then added in order. So each element is summed in one order, whatever the number of threads.
+// Every result is the same to the bit for any number of threads: they share out output elements, or chunks of fixed
+// size whose sums are then added in order.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Numbers, vectors and threads
@@ -3410,20 +3375,15 @@ static float dot(const X* a, const Y* b, size_t n) {
     return sum;
 }
 
-static int thread_id() {
 #ifdef _OPENMP
-    return omp_get_thread_num();
+static int thread_id() { return omp_get_thread_num(); }
+static int thread_count() { return omp_get_max_threads(); }
+static void set_thread_count(int n) { omp_set_num_threads(n); }
 #else
-    return 0;
+static int thread_id() { return 0; }
+static int thread_count() { return 1; }
+static void set_thread_count(int) {}
 #endif
-}
-static int thread_count() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
 static void choose_threads();  // for the next step (in "The machine")
 static double pass_start;       // when the newest forward pass began
 static float* local_scratch(const Workspace& ws) { return ws.local + thread_id() * ws.local_size; }
@@ -3476,12 +3436,10 @@ struct StoreSums {
     }
 };
 
-// The fast version ("What makes the layers fast", below). It does not store C: store(m, n, x, count) receives the
-// finished elements (m, n) .. (m, n + count - 1) in a register, count ≤ LANES, and adds a bias, applies GELU, ... If it
-// reads another (M, N) array, pass it as also_read, and it is prefetched. M, N and K are at least 1.
-template <class X, class Store>
-static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
-                   const X* also_read = nullptr);
+// The fast version is matmul(ws, M, N, K, A, B, store, also_read) ("What makes the layers fast", below). It does not
+// store C: store(m, n, x, count) receives the finished elements (m, n) .. (m, n + count - 1) in a register, count ≤
+// LANES, and adds a bias, applies GELU, ... If it reads another (M, N) array, pass it as also_read, and it is
+// prefetched. M, N and K are at least 1.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Linear layers: y = x wᵀ + b, with x (rows, C), w (OC, C), b (OC), y (rows, OC)
@@ -3491,18 +3449,11 @@ static void matmul(const Workspace&, size_t M, size_t N, size_t K, Operand<X> A,
 // The forward variants differ in what happens to the finished product while it is in registers.
 
 template <class X>
-static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
-                           size_t OC, size_t ldy) {
+static void linear_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
+                           size_t rows, size_t C, size_t OC, size_t ldy) {
     matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
-        store(y + m * ldy + n, b ? xw + load(b + n, count) : xw, count);
-    });
-}
-
-template <class X>
-static void linear_residual_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
-                                    size_t rows, size_t C, size_t OC) {
-    matmul(ws, rows, OC, C, along_k(x, C), along_k(w, C), [=](size_t m, size_t n, vec xw, size_t count) {
-        store(y + m * OC + n, load(residual + m * OC + n, count) + (xw + load(b + n, count)), count);
+        const vec sum = b ? xw + load(b + n, count) : xw;
+        store(y + m * ldy + n, residual ? load(residual + m * ldy + n, count) + sum : sum, count);
     }, residual);
 }
 
@@ -3578,8 +3529,7 @@ static void embedding_forward(X* x, const int* tokens, const X* wte, const X* wp
     }
 }
 
-// dwte[token] += dx[b,t], dwpe[t] = or += Σ_b dx[b,t]. A token may occur many times, so threads share out channels, not
-// tokens.
+// A token may occur many times, so threads share out channels, not tokens.
 template <class X>
 static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inputs& inputs, size_t B, size_t T,
                                size_t C, bool add) {
@@ -3600,33 +3550,24 @@ static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inpu
 // LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each row; rstd = 1/√(variance + 1e-5)
 
 template <class X>
-static void layernorm_normalize(X* y, const X* x, const X* w, const X* b, float mean, float rstd, size_t C) {
-    for (size_t i = 0; i < C; i++) y[i] = (x[i] - mean) * rstd * w[i] + b[i];
-}
-
-template <class X>
 static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows,
-                              size_t C) {
+                              size_t C, bool again) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (size_t r = 0; r < rows; r++) {
         const X* x_r = x + r * C;
-        float sum = 0, variance = 0;
+        X* y_r = y + r * C;
+        float sum = 0, variance = 0, m = again ? mean[r] : 0, s = again ? rstd[r] : 0;
+        if (!again) {
 #pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < C; i++) sum += x_r[i];
-        float m = sum / C;
+            for (size_t i = 0; i < C; i++) sum += x_r[i];
+            m = sum / C;
 #pragma omp simd reduction(+ : variance)
-        for (size_t i = 0; i < C; i++) variance += (x_r[i] - m) * (x_r[i] - m);
-        float s = 1.0f / sqrtf(variance / C + 1e-5f);
-        if (mean) mean[r] = m, rstd[r] = s;  // for backward
-        layernorm_normalize(y + r * C, x_r, w, b, m, s, C);
+            for (size_t i = 0; i < C; i++) variance += (x_r[i] - m) * (x_r[i] - m);
+            s = 1.0f / sqrtf(variance / C + 1e-5f);
+            if (mean) mean[r] = m, rstd[r] = s;  // for backward
+        }
+        for (size_t i = 0; i < C; i++) y_r[i] = (x_r[i] - m) * s * w[i] + b[i];
     }
-}
-
-template <class X>
-static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const float* mean, const float* rstd,
-                                size_t rows, size_t C) {
-#pragma omp parallel for schedule(static)
-    for (size_t r = 0; r < rows; r++) layernorm_normalize(y + r * C, x + r * C, w, b, mean[r], rstd[r], C);
 }
 
 // Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd (δ_ij: 1 if i =
@@ -3749,19 +3690,7 @@ static void attention_plain_backward(Sum* dq, Sum* dk, Sum* dv, Rows<const X> do
     }
 }
 
-// The fast versions of one head, in tiles, and for a single query (below, in "What makes the layers fast"). `local` is
-// a thread's scratch. o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null; dk, dv of type DKV.
-template <class X>
-static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
-                                   Rows<const X> v, size_t queries, size_t before, size_t HS);
-template <class X, class DKV>
-static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
-                                    Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
-                                    Rows<const X> v, size_t T, size_t HS);
-template <class X>
-static void attention_head_decode(float* local, X* o, const X* q, Rows<const X> k, Rows<const X> v, size_t keys,
-                                  size_t HS);
-
+// The fast versions of one head, in tiles and for a single query, are below, in "What makes the layers fast".
 template <class X>
 static void attention_forward(const Workspace& ws, Heads<X> o, float* lse, Heads<const X> q,
                               const KeysValues<const X>& kv, const AttentionShape& s) {
@@ -4156,23 +4085,31 @@ static Panels<X> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, b
     return {buffer, NR, NR * steps<X>(K)};
 }
 
-static inline void multiply_add(vec& sum, float a, const float* b) { sum += a * load(b); }
+// sum += x · y, lane by lane. A lane of bf16 holds a pair: sum += x.low y.low + x.high y.high.
+template <class X>
+static inline void add_products(vec& sum, vec x, vec y) {
+    if constexpr (std::is_same_v<X, float>) return (void)(sum += x * y);
 #ifdef __AVX512BF16__
-static inline void multiply_add(vec& sum, Pair a, const Pair* b) {  // sum += a.low b.low + a.high b.high
-    __m512bh a_all = (__m512bh)_mm512_set1_epi32(std::bit_cast<int>(a));
-    sum = (vec)_mm512_dpbf16_ps((__m512)sum, a_all, (__m512bh)_mm512_loadu_si512(b));
-}
+    sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+    const bits_vec upper = bits_vec{} + 0xffff0000u;
+    sum += (vec)((bits_vec)x << 16) * (vec)((bits_vec)y << 16);
+    sum += (vec)((bits_vec)x & upper) * (vec)((bits_vec)y & upper);
 #endif
+}
+
+// The same, with one cell of A in all lanes of x and a register of cells of B
+template <class CellType>
+static inline void multiply_add(vec& sum, CellType a, const CellType* b) {
+    if constexpr (std::is_same_v<CellType, float>) sum += a * load(b);
+    else add_products<bf16>(sum, (vec)(bits_vec{} + std::bit_cast<uint32_t>(a)), load((const float*)b));
+}
 
 // The microkernel: c (R, V·LANES) = or += Σ over steps of a[., step] ⊗ b[step, .]. All of c is in registers meanwhile.
 template <int R, int V, class CellType>
 [[gnu::noinline]] static void microkernel(float* c, size_t ldc, const CellType* a, size_t a_row, size_t a_step,
                                           const CellType* b, size_t ldb, size_t steps, bool add) {
-    vec sum[R][V];
-#pragma GCC unroll 16
-    for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) sum[i][j] = vec{};
+    vec sum[R][V] = {};
     for (size_t step = 0; step < steps; step++, a += a_step, b += ldb) {
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++)
@@ -4215,11 +4152,9 @@ struct alignas(64) TileShapes {
 
 // Each thread configures its tiles once.
 static inline void shape_tiles() {
-    static thread_local bool shaped = false;
-    if (shaped) return;
     static constexpr TileShapes shapes;
-    _tile_loadconfig(&shapes);
-    shaped = true;
+    static thread_local bool shaped = false;
+    if (!shaped) _tile_loadconfig(&shapes), shaped = true;
 }
 
 // c (32, 32) = or += Σ over steps, a multiple of 16, of a[., step] ⊗ b[step, .]; a along k. It writes all of c.
@@ -4250,22 +4185,6 @@ static inline void multiply_tile(float* c, size_t ldc, Operand<Pair> a, size_t, 
 }
 #endif
 
-// sum += x · y, lane by lane. A lane of bf16 holds two values.
-template <class X>
-static inline void add_products(vec& sum, vec x, vec y) {
-    if constexpr (std::is_same_v<X, float>) {
-        sum += x * y;
-    } else {
-#ifdef __AVX512BF16__
-        sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-#else
-        const bits_vec upper = bits_vec{} + 0xffff0000u;
-        sum += (vec)((bits_vec)x << 16) * (vec)((bits_vec)y << 16);
-        sum += (vec)((bits_vec)x & upper) * (vec)((bits_vec)y & upper);
-#endif
-    }
-}
-
 // Lane i of the result is the sum of the lanes of sums[i]: once transposed, they add up as vectors.
 static inline vec add_up(vec (&sums)[LANES]) {
     transpose(sums);
@@ -4280,8 +4199,8 @@ static inline vec add_up(vec (&sums)[LANES]) {
 // of its stream.
 constexpr size_t FEW_ROWS = 4;
 
-template <class X, class Store>
-static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store) {
+template <class X>
+static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store) {
     constexpr size_t STREAMS = 8, STEP = sizeof(vec) / sizeof(X);
     constexpr size_t AHEAD = 512 / sizeof(X);  // 8 cache lines of each stream in flight: more than the queues hold
     const size_t parts = thread_count();
@@ -4326,14 +4245,11 @@ constexpr size_t SUMS = 1 << 17;         // a block's sums, if they have to wait
 constexpr size_t SHORT_CHUNK = 1 << 16;  // a chunk of B that is read in place spans up to 256 KB of L2, gaps included
 
 // The size of a thread's scratch memory for a product
-template <class X>
-static size_t matmul_local_size() {
-    return SUMS + MR<X> * NC_PACKED + KC * (2 * LANES + NC_PACKED);
-}
+template <class X> static size_t matmul_local_size() { return SUMS + MR<X> * NC_PACKED + KC * (2 * LANES + NC_PACKED); }
 
-template <class X, class Store>
-static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, Store store,
-                   const X* also_read) {
+template <class X>
+static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store,
+                   const X* also_read = nullptr) {
     if (M <= FEW_ROWS && A.along_k && B.along_k) return matmul_few_rows(M, N, K, A, B, store);
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t chunks = ceil_div(steps<X>(K), KC), k_chunk = steps<X>(ceil_div(K, chunks)) * PER;
@@ -4370,7 +4286,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
                         float* c = sums + (chunks > 1 ? m : 0) * width + n;
                         size_t ldc = width;
                         bool add = k0 > 0, finish = k0 + k_count == K;
-                        if constexpr (std::is_same_v<Store, StoreSums>)
+                        if constexpr (std::is_same_v<decltype(store), StoreSums>)
                             if (AMX<X> ? tile_m == MR<X> && tile_n == NR : tile_n % LANES == 0) {
                                 // What the microkernel writes, whole vectors or tiles, is all wanted: it sums in place.
                                 c = store.at(m0 + m, n0 + n), ldc = store.stride;
@@ -4408,46 +4324,39 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
 
 template <class X> constexpr size_t KEYS = 8 * MR<X>;  // scores of 112 keys and 32 queries: 14 KB, which stay in L1
 
-// A thread's scratch memory for one head of T keys, laid out from `local` on
+// A thread's scratch memory for one head of T keys, laid out from `local` on, or only counted if that is null
 template <class X>
 struct HeadScratch {
-    float* s;                         // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
-    X* p;                             // pᵀ (KEYS, NR), rounded to X
-    float* sum;                       // o, or in backward dq (NR, HS); rows of round_up(HS, NR)
-    Cell<X>*q, *k, *v_rows, *p_rows;  // operands, where they have to be packed
+    float* local;
+    size_t T, HS;
+    bool backward;
+    static constexpr bool same = std::is_same_v<X, float>;  // p takes the place of s, and ds that of dp
+    static constexpr size_t tile = KEYS<X> * NR;
+    const size_t columns = round_up(HS, NR), packed = same ? 0 : round_up(T, 2 * LANES) * steps<X>(HS);
+    size_t size = 0;                                          // floats in all
+    float* s = take<float>(tile);                             // sᵀ = k qᵀ, not yet scaled (KEYS, NR)
+    X* p = same ? (X*)s : take<X>(tile);                      // pᵀ (KEYS, NR), rounded to X
+    float* sum = take<float>(std::max(NR, MR<X>) * columns);  // o, or in backward dq (NR, HS), in rows of `columns`
+    Cell<X>* q = take(steps<X>(HS) * NR);                     // operands, where they have to be packed
+    Cell<X>* k = take(packed);
+    Cell<X>* v_rows = take(steps<X>(T) * columns);
+    Cell<X>* p_rows = take(same ? 0 : tile);
     // In backward, also
-    float* dp;                        // dpᵀ (KEYS, NR)
-    X* ds;                            // scale·dsᵀ (KEYS, NR), rounded to X
-    float *dk_sum, *dv_sum;           // (T, HS), rows of round_up(HS, NR)
-    Cell<X>*dout, *q_rows, *dout_rows, *v, *k_rows;
-    size_t size = 0;                  // floats in all
+    float* dp = take<float>(backward * tile);                 // dpᵀ (KEYS, NR)
+    X* ds = same ? (X*)dp : take<X>(backward * tile);         // scale·dsᵀ (KEYS, NR), rounded to X
+    float* dk_sum = take<float>(backward * round_up(T, MR<X>) * columns);  // (T, HS), in rows of `columns`
+    float* dv_sum = take<float>(backward * round_up(T, MR<X>) * columns);
+    Cell<X>* dout = take(backward * steps<X>(HS) * NR);
+    Cell<X>* q_rows = take(backward * steps<X>(NR) * columns);
+    Cell<X>* dout_rows = take(backward * steps<X>(NR) * columns);
+    Cell<X>* v = take(backward * packed);
+    Cell<X>* k_rows = take(backward * steps<X>(T) * columns);
 
-    HeadScratch(float* local, size_t T, size_t HS, bool backward) {
-        auto take = [&]<class Element>(Element*& array, size_t n) {  // local == null: only count
-            array = local ? (Element*)(local + size) : nullptr;
-            size += round_up(n, CACHE_LINE);
-        };
-        constexpr bool same = std::is_same_v<X, float>;  // p takes the place of s, and ds that of dp
-        const size_t tile = KEYS<X> * NR, columns = round_up(HS, NR), rows_T = same ? 0 : round_up(T, 2 * LANES);
-        take(s, tile);
-        if constexpr (same) p = s;
-        else take(p, tile);
-        take(sum, std::max(NR, MR<X>) * columns);
-        take(q, steps<X>(HS) * NR);
-        take(k, rows_T * steps<X>(HS));
-        take(v_rows, steps<X>(T) * columns);
-        take(p_rows, same ? 0 : tile);
-        if (!backward) return;
-        take(dp, tile);
-        if constexpr (same) ds = dp;
-        else take(ds, tile);
-        take(dk_sum, round_up(T, MR<X>) * columns);
-        take(dv_sum, round_up(T, MR<X>) * columns);
-        take(dout, steps<X>(HS) * NR);
-        take(q_rows, steps<X>(NR) * columns);
-        take(dout_rows, steps<X>(NR) * columns);
-        take(v, rows_T * steps<X>(HS));
-        take(k_rows, steps<X>(T) * columns);
+    template <class Element = Cell<X>>
+    Element* take(size_t n) {
+        float* array = local ? local + size : nullptr;
+        size += round_up(n, CACHE_LINE);
+        return (Element*)array;
     }
 };
 
@@ -4464,8 +4373,8 @@ static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Pane
 
 // Calls f(j0, keys, first) for each tile of keys that n queries, at positions i0, i0 + 1, ..., attend to. The tile's
 // keys begin with j0; queries before `first` see none of them.
-template <class X, class F>
-static void for_key_tiles(size_t i0, size_t n, F f) {
+template <class X>
+static void for_key_tiles(size_t i0, size_t n, auto f) {
     constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
     for (size_t j0 = 0, first = 0; first < n; first += STRIP) {
         const size_t end = first + STRIP < n ? round_up(i0 + first + STRIP, PER) : i0 + n;
@@ -4484,14 +4393,15 @@ static void scores_tile(float* s, Operand<Cell<X>> k, Panels<X> q, size_t keys, 
         for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
 
-// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
+// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i. `local` is
+// a thread's scratch.
 template <class X>
 static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
                                    Rows<const X> v, size_t queries, size_t before, size_t HS) {
     const size_t T = before + queries;
     const float scale = 1.0f / sqrtf(HS);
     const size_t columns = round_up(HS, NR);
-    const HeadScratch<X> h(local, T, HS, false);
+    const HeadScratch<X> h = {local, T, HS, false};
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
     const Panels<X> v_rows = cells_of_B(h.v_rows, across_k(v.data, v.stride), HS, T);
 
@@ -4530,15 +4440,14 @@ static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<con
 }
 
 // Tile by tile, p is computed again from lse. The sum in ds_ij = p_ij (dp_ij - Σ_j' p_ij' dp_ij') runs over a whole
-// row, but equals do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, which is known before the
-// first tile.
+// row, but equals do_i·Σ_j p_ij v_j = do_i·o_i =: delta_i, which is known before the first tile. All arrays (T, HS).
 template <class X, class DKV>
 static void attention_head_backward(float* local, Rows<X> dq, Rows<DKV> dk, Rows<DKV> dv, Rows<const X> dout,
                                     Rows<const X> o, const float* lse, Rows<const X> q, Rows<const X> k,
                                     Rows<const X> v, size_t T, size_t HS) {
     const size_t columns = round_up(HS, NR);
     const float scale = 1.0f / sqrtf(HS);
-    const HeadScratch<X> h(local, T, HS, true);
+    const HeadScratch<X> h = {local, T, HS, true};
     const Operand<Cell<X>> k_cells = cells_of_A(h.k, along_k(k.data, k.stride), T, HS);
     const Operand<Cell<X>> v_cells = cells_of_A(h.v, along_k(v.data, v.stride), T, HS);
     const Panels<X> k_rows = cells_of_B(h.k_rows, across_k(k.data, k.stride), HS, T);
@@ -4657,16 +4566,11 @@ static ThreadTrials thread_trials = {.most = 0};  // of the newest model
 // Called once in each step, after its last backward. Trials compare the passes of a step's last batch, and the
 // reading of the next.
 static void choose_threads() {
-#ifdef _OPENMP
-    if (thread_count() == thread_trials.threads)
-        omp_set_num_threads(thread_trials.next(seconds() - pass_start));
-#endif
+    if (thread_count() == thread_trials.threads) set_thread_count(thread_trials.next(seconds() - pass_start));
 }
 static void end_thread_trials() {
-#ifdef _OPENMP
-    if (thread_count() == thread_trials.threads) omp_set_num_threads(thread_trials.most);
+    if (thread_count() == thread_trials.threads) set_thread_count(thread_trials.most);
     thread_trials = {.most = thread_trials.most};
-#endif
 }
 
 template <class X>
@@ -4676,14 +4580,15 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     if (!all.dry) end_thread_trials(), thread_trials = {.most = thread_count()};
     all.take(inputs.x, BT, &Memory::activations);
     all.take(inputs.y, BT, &Memory::activations);
-    size_t head = HeadScratch<X>(nullptr, work.T, HS, work.train).size;
-    size_t decoding = work.sequences ? HeadScratch<X>(nullptr, c.maxT, HS, false).size : 0;
+    size_t head = HeadScratch<X>{nullptr, (size_t)work.T, HS, work.train}.size;
+    size_t decoding = work.sequences ? HeadScratch<X>{nullptr, (size_t)c.maxT, HS, false}.size : 0;
     ws.local_size = std::max({matmul_local_size<X>(), head, decoding, 3 * HS});
     all.take(ws.local, thread_count() * ws.local_size, &Memory::scratch);
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
     const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    const size_t summed = has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp);
+    // dx of qkv is summed in chunks (for_live_columns) where a layer skips that none skips to: the last one, if any.
+    const size_t summed = skipping_heads(c, c.L - 1) ? BT_trained : classifier_rows(BT_trained, c.Vp);
     all.take(ws.dx_sum, std::is_same_v<X, float> ? 0 : summed * C, &Memory::scratch);  // in fp32, dx gathers the sums
 }
 static void backend_free(Inputs&, Results&) { end_thread_trials(); }
@@ -4711,8 +4616,7 @@ static void device_check(const Config&, const Workload&) {}  // a CPU runs any m
 static void copy_to_device(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 static void copy_to_host(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
-template <class F>
-static void host_parallel_for(size_t n, F f) {
+static void host_parallel_for(size_t n, auto f) {
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i++) f(i);
 }
@@ -4735,8 +4639,7 @@ static double number_after(const std::string& path, const std::string& word, dou
 
 // Calls f with the folder of each control group that limits this process: its own, and those above it. In version 1,
 // each controller has a tree of its own.
-template <class F>
-static void for_control_groups(const std::string& controller, F f) {
+static void for_control_groups(const std::string& controller, auto f) {
     std::ifstream file(system_root + "/proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {  // number:controllers:path; version 2 names none
         const size_t names = line.find(':') + 1, path = line.find(':', names) + 1;
@@ -4750,19 +4653,9 @@ static void for_control_groups(const std::string& controller, F f) {
     }
 }
 
-#if defined(__AMX_BF16__)
-static const char* const instruction_set = "AVX-512 with AMX";
-#elif defined(__AVX512BF16__)
-static const char* const instruction_set = "AVX-512 with bf16";
-#elif defined(__AVX512F__)
-static const char* const instruction_set = "AVX-512";
-#elif defined(__AVX2__)
-static const char* const instruction_set = "AVX2";
-#elif defined(__ARM_NEON)
-static const char* const instruction_set = "NEON";
-#else
-static const char* const instruction_set = "128-bit vectors";
-#endif
+static const char* const instruction_set =
+    HAS_AMX ? "AVX-512 with AMX" : HAS_PAIRS ? "AVX-512 with bf16" : LANES == 16 ? "AVX-512" : LANES == 8 ? "AVX2" :
+    NV == 3 ? "NEON" : "128-bit vectors";
 
 #ifdef __x86_64__
 // Exits if the processor lacks instructions that this binary was built for, or the system forbids them. Any other

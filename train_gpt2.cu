@@ -440,10 +440,9 @@ __global__ void bias_forward_kernel(X* y, const X* b, size_t rows, size_t OC, si
     store(to, sum);
 }
 
-// y = residual + x wᵀ + b, or without residual or b if these are null
 template <class X>
-static void linear_add_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
-                               size_t rows, size_t C, size_t OC, size_t ldy) {
+static void linear_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
+                           size_t rows, size_t C, size_t OC, size_t ldy) {
     constexpr int BLOCK = 128;
     if (b && try_matmul<X, X>(ws, y, ldy, rows, OC, C, along_k(x, C), along_k(w, C),
                               {.add = residual, .epilogue = Epilogue::BIAS, .bias = b}))
@@ -453,18 +452,6 @@ static void linear_add_forward(const Workspace& ws, X* y, const X* residual, con
     bias_forward_kernel<X>
         <<<(unsigned)ceil_div(rows * OC, BLOCK * VECTOR), BLOCK, 0, gpu.stream>>>(y, b, rows, OC, ldy);
     CHECK(cudaGetLastError());
-}
-
-template <class X>
-static void linear_forward(const Workspace& ws, X* y, const X* x, const X* w, const X* b, size_t rows, size_t C,
-                           size_t OC, size_t ldy) {
-    linear_add_forward<X>(ws, y, nullptr, x, w, b, rows, C, OC, ldy);
-}
-
-template <class X>
-static void linear_residual_forward(const Workspace& ws, X* y, const X* residual, const X* x, const X* w, const X* b,
-                                    size_t rows, size_t C, size_t OC) {
-    linear_add_forward(ws, y, residual, x, w, b, rows, C, OC, OC);
 }
 
 // GELU as x σ(2u), and its derivative
@@ -535,7 +522,7 @@ static void linear_gelu_forward(const Workspace& ws, X* y, X* h, const X* x, con
                                             {.epilogue = epilogue, .bias = b, .aux = h}))
         return;
     X* sum = h ? h : y;
-    linear_forward(ws, sum, x, w, b, rows, C, OC, OC);
+    linear_forward<X>(ws, sum, nullptr, x, w, b, rows, C, OC, OC);
     gelu_forward(y, sum, rows * OC);
 }
 
@@ -716,19 +703,13 @@ __global__ void layernorm_forward_kernel(X* y, float* mean, float* rstd, const X
     }
 }
 
+// `again` computes the statistics again too: they cost no further pass over memory.
 template <class X>
 static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b, size_t rows,
-                              size_t C) {
+                              size_t C, bool again) {
     layernorm_forward_kernel<X><<<(unsigned)ceil_div(rows, ROW_WARPS), dim3(WARP, ROW_WARPS), 0, gpu.stream>>>(
-        y, mean, rstd, x, w, b, rows, (int)C);
+        y, again ? nullptr : mean, rstd, x, w, b, rows, (int)C);
     CHECK(cudaGetLastError());
-}
-
-// Computes the statistics again too: they cost no further pass over memory.
-template <class X>
-static void layernorm_recompute(X* y, const X* x, const X* w, const X* b, const float*, const float*, size_t rows,
-                                size_t C) {
-    layernorm_forward<X>(y, nullptr, nullptr, x, w, b, rows, C);
 }
 
 // With g = dy w: dx_i = rstd (g_i - mean(g) - n_i mean(g n)). dw = Σ dy n and db = Σ dy over rows: first over chunks of
@@ -1985,7 +1966,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     all.take(ws.partial, sums * C, &Memory::scratch);
     all.take(ws.delta, BT_trained * c.NH, &Memory::scratch);
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    all.take(ws.dx_sum, has_chunks(c) ? BT_trained * C : 0, &Memory::scratch);
+    all.take(ws.dx_sum, skipping_heads(c, c.L - 1) ? BT_trained * C : 0, &Memory::scratch);
     ws.logits_rows = std::max(1, work.sequences);
     all.take(ws.logits, ws.logits_rows * c.Vp, &Memory::scratch);
     all.take(results.device, 1, &Memory::scratch, true);
@@ -2028,8 +2009,7 @@ static void* device_allocate(size_t bytes, bool zero) {
 }
 static void device_free(void* p) { CHECK(cudaFree(p)); }
 
-template <class F>
-static void host_parallel_for(size_t n, F f) {  // one thread: nvcc's host code is built without OpenMP
+static void host_parallel_for(size_t n, auto f) {  // one thread: nvcc's host code is built without OpenMP
     for (size_t i = 0; i < n; i++) f(i);
 }
 

@@ -44,7 +44,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
         X *y = m.ln[i], *x = m.residual[i];
         float *mean = m.ln_mean[i], *rstd = m.ln_rstd[i];
         layernorm_forward(y, mean, rstd, x, w, b, BT, C);
-        if (recompute && i < last) layernorm_recompute(y, x, w, b, mean, rstd, BT, C);
+        if (recompute && i < last) layernorm_forward(y, mean, rstd, x, w, b, BT, C, true);
         layernorm_backward(ws, dx, dw, db, dln, x, w, mean, rstd, BT, C, i < last, false);
     };
     for (int l = 0; l < c.L; l++) {
@@ -54,7 +54,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
         X *x = m.residual[i], *x2 = m.residual[j], *x3 = m.residual[j + 1], *ln1 = m.ln[i], *ln2 = m.ln[j];
         X *qkv = m.qkv[l], *atty = m.atty[l], *fch = m.fch[l], *fch_gelu = m.fch_gelu[l];
         const Heads<X> q = heads(qkv, 0, 3, c, T);
-        const KeysValues<X> kv = own_keys_values(qkv, c, T);
+        const KeysValues<X> kv = keys_values(qkv, 3, c, T);
         float* a = m.a + depth_place(m, l, 1);
         const AttentionShape shape = training_shape(m);
 
@@ -65,9 +65,9 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
             break;
         case MATMULS:
             qkv_forward(m, l, qkv, ln1, BT);
-            linear_residual_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C);
+            linear_forward(ws, x2, x, atty, w(ATTPROJW), w(ATTPROJB), BT, C, C, C);
             linear_gelu_forward(ws, fch_gelu, fch, ln2, w(FCW), w(FCB), BT, C, 4 * C);
-            linear_residual_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C);
+            linear_forward(ws, x3, x2, fch_gelu, w(FCPROJW), w(FCPROJB), BT, 4 * C, C, C);
             break;
         case MATMULS_DX:
             linear_gelu_backward_input(ws, m.dfch, recompute ? fch_gelu : nullptr, fch, dx, w(FCPROJW), BT, 4 * C, C);
@@ -89,7 +89,7 @@ static void run_part(ModelOf<X>& m, Part part, int step) {
         case ATTENTION:
             if (c.attention == DEPTH) {  // without depth_forward and depth_backward
                 attention_forward<X>(ws, heads(atty, 0, 1, c, T), m.lse[l], q, kv, shape);
-                attention_gradients(m, l, own_shares(m), kv);
+                attention_gradients(m, l, keys_values(m.dkv, 2, c, T), kv);
             } else {
                 attend_forward(m, l, atty);
                 attend_backward(m, l);

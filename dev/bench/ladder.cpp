@@ -176,12 +176,6 @@ struct Rung {
     double time = INFINITY, spent = 0;  // seconds: the best of several runs, and all of them
 };
 
-static void use_threads([[maybe_unused]] int n) {
-#ifdef _OPENMP
-    omp_set_num_threads(n);
-#endif
-}
-
 static void run(Rung& rung, const Linear& l) {
     const double start = seconds();
     rung.run(l);
@@ -232,12 +226,12 @@ static bool climb(size_t rows, size_t C, size_t OC, int threads) {
         {"9  matmul, bf16", product_bf16, true, BF16},
     };
     std::vector<double> right(rows * OC);
-    use_threads(threads);
+    set_thread_count(threads);
 #pragma omp parallel for schedule(static)
     for (size_t m = 0; m < rows; m++) three_loops(right.data(), l, m, m + 1);
     bool ok = true;
     for (Rung& rung : rungs) {
-        use_threads(rung.all_threads ? threads : 1);
+        set_thread_count(rung.all_threads ? threads : 1);
         std::fill_n(l.y, rows * OC, NAN);
         run(rung, l);
         // A sum of C terms rounds C times, by 2^-24 of its value at most; random terms use a small part of that.
@@ -252,7 +246,7 @@ static bool climb(size_t rows, size_t C, size_t OC, int threads) {
     double peak[2][2] = {};  // [all threads][precision]
     for (int round = 0; round < ROUNDS; round++)
         for (Rung& rung : rungs) {
-            use_threads(rung.all_threads ? threads : 1);
+            set_thread_count(rung.all_threads ? threads : 1);
             double& best = peak[rung.all_threads][rung.precision];
             best = std::max(best, device_peak(rung.precision));
             for (double start = seconds(); rung.spent < ENOUGH && seconds() - start < ROUND;) run(rung, l);

@@ -30,9 +30,9 @@ BREAKS = {
     "depth: mixes k, not ṽ, of the source": ("depth_forward", "v_j = v_l", "v_j = k_l"),
     "skip: the share of the layer's own heads forgotten": (
         "skip_backward", "if (from_own && from_above)", "if (from_own && from_above && false)"),
-    "skip: dk, dv taken from the wrong layer": ("skip_attention_backward", "m.skip_dkv[l]", "m.skip_dkv[l + 1]"),
+    "skip: dk, dv taken from the wrong layer": ("skip_attention_backward", "? m.skip_dkv[«l»]", "l + 1"),
     "skip: dk, dv left for the wrong layer": (
-        "skip_attention_backward", "m.skip_dkv[l - c.skip_distance]", "m.skip_dkv[l - c.skip_distance + 1]"),
+        "skip_attention_backward", "m.skip_dkv[j]", "m.skip_dkv[j + 1]"),
     "skip: one head too many": ("skips", "h < c.skip_heads", "h <= c.skip_heads"),
     "qkv: the second piece of dx overwrites": ("qkv_backward", "first, last)", "true, last)"),
     "LayerNorm: mean term of backward": ("layernorm_backward", "- g_mean", ""),
