@@ -1394,8 +1394,8 @@ static std::string suggestion(OptionTable& table, std::string word, const std::s
     auto foreign = foreign_names.find(word);
     if (foreign != foreign_names.end() && find_option(table, foreign->second))
         return format("did you mean --%s?", foreign->second);
-    std::vector<std::string> names;
-    for (const Option& o : table) names.push_back(o.name);
+    std::vector<std::string> names(table.size());
+    std::ranges::transform(table, names.begin(), &Option::name);
     return did_you_mean(word, names, "--", otherwise);
 }
 
@@ -2741,8 +2741,7 @@ static void print_start(const Run& run, size_t memory_needed) {
            origin.c_str(), mflop < 10 ? 2 : 0, mflop);
     printf("data       %s; %s make %.2f epochs\n", shards_text(run.train).c_str(), plural(o.steps, "step").c_str(),
            (double)o.steps * (o.total_batch / T) / window_count(run.train, T));
-    const std::vector<uint16_t>& tokens = run.loader.current.tokens;
-    const int used = 1 + *std::max_element(tokens.begin(), tokens.end());
+    const int used = 1 + *std::ranges::max_element(run.loader.current.tokens);
     if (used < run.c.V / 8)
         printf("           with tokens below %d only: --vocab %d would make the model smaller\n", used, used);
     if (!run.val.empty()) printf("validation %s\n", shards_text(run.val).c_str());
@@ -3073,10 +3072,9 @@ static void generate(Options& o, OptionTable&) {
     if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
     if (!o.stop.empty() && !tokenizer.known()) die("--stop needs a tokenizer: name one with --tokenizer");
-    const int dropped = prompt.size() - tokens_to_read(c.maxT, 0, prompt.size());
-    if (dropped > 0)
-        fprintf(stderr, "note: of the prompt's %zu tokens, the first %d are not read: the context is %d\n",
-                prompt.size(), dropped, c.maxT);
+    if (prompt.size() > (size_t)c.maxT)
+        fprintf(stderr, "note: of the prompt's %zu tokens, the last %d are read: the context is %d\n", prompt.size(),
+                tokens_to_read(c.maxT, 0, prompt.size()), c.maxT);
     Model* model = load_model(file, c, o, {.sequences = 1});
     for (int i = 0; i < o.samples; i++) {
         if (i > 0) printf("---\n");
@@ -3376,10 +3374,12 @@ static float dot(const X* a, const Y* b, size_t n) {
 }
 
 #ifdef _OPENMP
+static const char* const threading = "OpenMP";
 static int thread_id() { return omp_get_thread_num(); }
 static int thread_count() { return omp_get_max_threads(); }
 static void set_thread_count(int n) { omp_set_num_threads(n); }
 #else
+static const char* const threading = "no OpenMP: one thread";
 static int thread_id() { return 0; }
 static int thread_count() { return 1; }
 static void set_thread_count(int) {}
@@ -4732,13 +4732,7 @@ static std::string device_name() {
 }
 
 static Precision device_precision() { return FP32; }
-static std::string device_build() {
-#ifdef _OPENMP
-    return instruction_set + std::string(", OpenMP");
-#else
-    return instruction_set + std::string(", no OpenMP: one thread");
-#endif
-}
+static std::string device_build() { return instruction_set + std::string(", ") + threading; }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
 // Memory available without swapping, or what is left of the container's limit if that is less. File caches count as
