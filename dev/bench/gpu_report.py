@@ -77,7 +77,7 @@ def all_parts(report, kind, make, work):
     tests = "dev/test/test_gpu.py dev/test/test_bench.py::test_bench_on_a_gpu"
     if emulated:
         tests += " -k 'not fifty and not and_back'"  # the longest
-    yield Part("pytest", python and f"GPU_PROGRAM={train} {python} -m pytest -v --tb=short -rs {tests}", 1800, train,
+    yield Part("pytest", python and f"GPU_PROGRAM={train} {python} -m pytest -v --tb=short -rfEs {tests}", 1800, train,
                "passed", without(r"PASSED|SKIPPED (\(|\[ )"))
 
     yield Part("data", "python3 data_prep/prepare.py --tokenizer bytes "
