@@ -84,13 +84,14 @@ class Machine:
         return verdict, text
 
     @contextlib.contextmanager
-    def during(self, part, *options):
-        """The process of a report, once the part has printed something"""
-        process = subprocess.Popen(self.command(*options), env=self.environment, stdout=subprocess.DEVNULL,
+    def during(self, path):
+        """The process of a report, once a script has written the file"""
+        process = subprocess.Popen(self.command(), env=self.environment, stdout=subprocess.DEVNULL,
                                    preexec_fn=heed_signals)
         try:
-            while not any(f"INCOMPLETE: {part} began" in path.read_text() and path.with_name(path.name + ".running")
-                          .read_text() for path in self.reports() if path.with_name(path.name + ".running").exists()):
+            for _ in range(3000):
+                if path.exists() and path.read_text().endswith("\n"):
+                    break
                 assert process.poll() is None
                 time.sleep(0.02)
             yield process
@@ -262,25 +263,35 @@ def test_no_nvcc(machine):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_stopped_in_the_middle(machine, number):
-    machine.program("test_gpt2cu", SMALLEST + "echo $$ > child; " + SLEEPS)
-    with machine.during("test_gpt2cu") as process:
+    child = machine.folder / "child"
+    machine.program("test_gpt2cu", f"{SMALLEST} echo begun; echo $$ > child; sleep 1000")
+    with machine.during(child) as process:
         process.send_signal(number)
         assert process.wait(20) == 1
     text = machine.reports()[0].read_text()
     assert f"\nINCOMPLETE: ended by {number.name}\nstopped: test_gpt2cu\nnot begun: pytest, data, " in text
     assert summary(text)["smallest dump"] == "passed" and "\nbegun\n(stopped, " in text
-    assert has_ended(machine.folder / "child")
+    assert has_ended(child)
 
 
 def test_killed_in_the_middle(machine):
-    machine.program("test_gpt2cu", SMALLEST + "echo $$ > child; " + SLEEPS)
-    with machine.during("test_gpt2cu") as process:
+    child = machine.folder / "child"
+    machine.program("test_gpt2cu", f"{SMALLEST} echo begun; echo $$ > child; sleep 1000")
+    with machine.during(child) as process:
         process.kill()
+    os.killpg(os.getpgid(int(child.read_text())), signal.SIGKILL)
     path, = machine.reports()
-    os.killpg(os.getpgid(int((machine.folder / "child").read_text())), signal.SIGKILL)
     assert re.search(r"\nINCOMPLETE: test_gpt2cu began at [\d:]+ and has not ended. Its output: .*\n", path.read_text())
     assert summary(path.read_text()) == {"build": "passed", "smallest dump": "passed"}
     assert path.with_name(path.name + ".running").read_text() == "begun\n"
+
+
+def test_killed_between_two_parts(machine):
+    machine.program(".venv/bin/python", "echo > asked; sleep 2")
+    with machine.during(machine.folder / "asked") as process:
+        process.kill()
+    path, = machine.reports()
+    assert path.read_text().splitlines()[1] == "INCOMPLETE: no part after test_gpt2cu has begun"
 
 
 def test_limit(machine):
