@@ -89,25 +89,25 @@ def all_parts(report, kind, make, work):
         out = f"{work}/{attention}"
         new = f"./{train} train --train '{work}/data/train_*.bin' {shape} --attention {attention}"
         new += " --schedule constant --warmup 5 --tokens 30"
-        yield Part(f"training, {attention}", f"{new} --steps {whole} --out {out}", 300, train,
+        yield Part(f"train {attention}", f"{new} --steps {whole} --out {out}", 300, train,
                    f"trained to step {whole}")
-        yield Part(f"resume, {attention}", f"{new} --steps {half} --out {out}_resumed && "
+        yield Part(f"resume {attention}", f"{new} --steps {half} --out {out}_resumed && "
                    f"./{train} train --resume --steps {whole} --out {out}_resumed && "
                    f"cmp {out}/model.bin {out}_resumed/model.bin && echo 'the same model to the bit'", 300, train,
                    "^the same model to the bit$", lambda said: shorten(said, 0, 8))
 
     gpt2 = "--model gpt2 --vocab 50257 --sequence 1024"
     benchmarks = [("small", "--layers 3 --heads 4 --channels 128 --context 96 --vocab 257 --batch 8 --steps 100", 200),
-                  ("GPT-2, bf16, batch 4", f"{gpt2} --batch 4 --steps 10 --profile", 300),
-                  ("GPT-2, bf16, batch 64", f"{gpt2} --batch 64 --steps 10 --profile --tokens 0", 600),
-                  ("GPT-2, fp32, batch 16", f"{gpt2} --batch 16 --steps 5 --profile --tokens 0 --precision fp32", 600)]
+                  ("GPT-2 bf16 batch 4", f"{gpt2} --batch 4 --steps 10 --profile", 300),
+                  ("GPT-2 bf16 batch 64", f"{gpt2} --batch 64 --steps 10 --profile --tokens 0", 600),
+                  ("GPT-2 fp32 batch 16", f"{gpt2} --batch 16 --steps 5 --profile --tokens 0 --precision fp32", 600)]
     if emulated:
         small = "--layers 2 --heads 2 --channels 128 --context 32 --vocab 257 --batch 1 --steps 1 --profile"
         benchmarks = [("bf16", small, 300), ("fp32", f"{small} --tokens 0 --precision fp32", 300)]
     for name, options, limit in benchmarks:
-        yield Part(f"bench, {name}", f"{bench} {options}", limit, bench, "^depth .*%",
+        yield Part(f"bench {name}", f"{bench} {options}", limit, bench, "^depth .*%",
                    (lambda said: "it ran; its times mean nothing and are left out") if emulated else
-                   with_targets if "bf16, batch 64" in name else str)
+                   with_targets if "bf16 batch 64" in name else str)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Report:
         if re.search(TOO_LARGE, said):
             return f"left out: {last}"
         if re.search(NO_GPU, said):
-            self.no_gpu = last
+            self.no_gpu = "no usable GPU"
         failing = re.findall(r"^FAILED +(.*?)(?: - .*|: .*)?$", said, re.M)
         more = f" and {len(failing) - 3} more" if len(failing) > 3 else ""
         return f"FAILED: {failure}: {', '.join(failing[:3]) + more or last}"
