@@ -1065,6 +1065,19 @@ static void test_thread_trials() {
 #endif
 }
 
+// A sum of many equal products, whose roundings all go one way: it may lose no more than its chunks and their sum do.
+static void test_long_sum() {
+    const size_t M = 15, N = 70, K = 50257;
+    const std::vector<float> a(M * K, 0.1f), b(K * N, 0.3f);
+    std::vector<float> c(M * N);
+    const TestWorkspace space(matmul_local_size<float>());
+    matmul(space.ws, M, N, K, along_k(a.data(), K), across_k(b.data(), N), StoreSums{c.data(), N, false});
+    const double expected = K * (double)0.1f * 0.3f;
+    double worst = 0;
+    for (float sum : c) worst = std::max(worst, fabs(sum / expected - 1));
+    report(worst < 1e-5, "a long sum rounds little", format("%.1e of it", worst));
+}
+
 // Limits of control groups, by files like the kernel's in a folder that takes the place of the root.
 static void test_control_groups() {
     char folder[] = "/tmp/test_gpt2_XXXXXX";
@@ -1379,6 +1392,7 @@ int main(int argc, char** argv) {
         test_maxima();
         test_thread_trials();
         test_control_groups();
+        test_long_sum();
         test_matmul<float>("fp32");
         test_matmul<bf16>("bf16");
         test_attention_head<float>("fp32", 1e-5);

@@ -72,7 +72,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 // ====================================================================================================================
 // 1 · Utilities
 
-static std::string format(const char* form, va_list args) {  // as printf does
+static std::string format_list(const char* form, va_list args) {  // as vprintf does
     va_list again;
     va_copy(again, args);
     std::string text(vsnprintf(nullptr, 0, form, args), '\0');
@@ -84,7 +84,7 @@ static std::string format(const char* form, va_list args) {  // as printf does
 __attribute__((format(printf, 1, 2))) static std::string format(const char* form, ...) {
     va_list args;
     va_start(args, form);
-    std::string text = format(form, args);
+    std::string text = format_list(form, args);
     va_end(args);
     return text;
 }
@@ -108,7 +108,7 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     va_start(args, form);
     fflush(stdout);
     const char* over = isatty(STDERR_FILENO) ? "\r\x1b[K" : "";  // a progress line
-    fprintf(stderr, "%serror: %s\n", over, escaped(format(form, args)).c_str());
+    fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
     exit(1);
 }
@@ -777,6 +777,9 @@ static void for_live_columns(const Model& m, int l, auto f) {
     f(3 * C - kvC, kvC, false, true);
 }
 
+// Is dx of the qkv projection a sum of chunks, of (B, T, C), in some layer? If in any, then in the last.
+static bool has_chunks(const Config& c) { return kv_channels(c, c.L - 1) < (size_t)c.C; }
+
 // The keys and values that layer l attends to, or their gradients, from those of each layer j, kv_of(j)
 static auto skip_keys_values(const Config& c, int l, auto kv_of) {
     auto kv = kv_of(l), below = skips(c, l, 0) ? kv_of(l - c.skip_distance) : kv;
@@ -1292,10 +1295,10 @@ using OptionTable = std::vector<Option>;
         {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
         {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
         {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "tokens in each; 0: all [65536; eval: all]"},
+        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "tokens to measure; 0: all [65536; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
-        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between checkpoints; 0: only at the end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each checkpoint as DIR/model_STEP.bin"},
+        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: new best, the end"},
+        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep those as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
         {"stop", o.stop, "TEXT", GENERATE, "end before TEXT; may be given again"},
@@ -1603,6 +1606,13 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
     return paths;
 }
 
+// The paths, and where those of them that are links lead.
+static std::vector<std::string> with_targets(std::vector<std::string> paths) {
+    for (size_t i = 0, n = paths.size(); i < n; i++)
+        if (std::filesystem::is_symlink(paths[i])) paths.push_back(std::filesystem::canonical(paths[i]));
+    return paths;
+}
+
 // --------------------------------------------------------------------------------------------------------------------
 // Tokenizer
 //
@@ -1770,12 +1780,14 @@ static void check_headerless(const char* name, size_t size, const Header& header
     bool zeros = std::all_of(header.begin() + 3, header.end(), [](int x) { return x == 0; });
     if (size >= HEADER_BYTES && zeros) die("%s: not a shard: it begins with %d, not %d", name, header[0], SHARD_MAGIC);
     if (size % 2 != 0) die("%s: not a shard: no header, and an odd number of bytes", name);
+    bool wide = std::all_of(header.begin(), header.end(), [](int x) { return x >= 0 && x < 1 << 16; });
+    if (size >= HEADER_BYTES && wide) die("%s: not a shard: each second token is 0, as in tokens of 32 bits", name);
 }
 
-// Dies if a folder with shards is not as its manifest.txt says: for each file a line with its name and fingerprint.
+// Dies if a folder with shards is not as its gpt2x3_manifest.txt says: a line for each file, "NAME FINGERPRINT".
 // prepare.py writes it last; folders of other programs have none.
 static void check_manifest(const std::string& folder, const std::vector<std::string>& shards) {
-    const std::string path = folder + "/manifest.txt";
+    const std::string path = folder + "/gpt2x3_manifest.txt";
     auto refuse = [&](const std::string& file, const char* fault) {
         die("%s %s; run prepare.py again, or remove %s to use what is there", file.c_str(), fault, path.c_str());
     };
@@ -1788,19 +1800,21 @@ static void check_manifest(const std::string& folder, const std::vector<std::str
         InputFile f;
         names.push_back(split(lines[i], ' ')[0]);
         const bool there = try_open(f, folder + "/" + names.back()).empty();
-        if (!there || names.back() + " " + fingerprint(f) != lines[i]) refuse(f.path, "is not what prepare.py wrote");
+        if (!there) refuse(f.path, "is missing");
+        if (names.back() + " " + fingerprint(f) != lines[i]) refuse(f.path, "is not what prepare.py wrote");
         close(f.fd);
     }
     for (const std::string& shard : shards) {
         const bool listed = std::count(names.begin(), names.end(), shard.substr(shard.rfind('/') + 1)) > 0;
-        if (!listed && folder_of(shard) == folder) refuse(shard, "is not prepare.py's, as its neighbours are");
+        if (!listed && folder_of(shard) == folder) refuse(shard, "is not one of prepare.py's shards");
     }
 }
 
 static std::vector<Shard> open_shards(const char* option, const std::vector<std::string>& paths, int T) {
     std::vector<Shard> shards;
-    for (size_t i = 0; i < paths.size(); i++)
-        if (i == 0 || folder_of(paths[i]) != folder_of(paths[i - 1])) check_manifest(folder_of(paths[i]), paths);
+    const std::vector<std::string> all = with_targets(paths);
+    for (size_t i = 0; i < all.size(); i++)
+        if (i == 0 || folder_of(all[i]) != folder_of(all[i - 1])) check_manifest(folder_of(all[i]), all);
     size_t headerless = 0;
     for (const std::string& path : paths) {
         const char* name = path.c_str();
@@ -2192,15 +2206,17 @@ static State read_state(const ModelFile& m) {
     return state;
 }
 
-// The tokenizer that was named, or lies beside the model, or beside the shards. All that are found must be the same, as
-// must be the one with which the model was trained.
+// The tokenizer that was named, or lies beside the model, or beside the shards. All that are found must be equal, and
+// equal to the one that the model was trained with.
 static Tokenizer find_tokenizer(const std::string& named, const ModelFile* model,
-                                const std::vector<std::string>& shards) {
+                                const std::vector<std::string>& shard_paths) {
+    const std::vector<std::string> shards = with_targets(shard_paths);
     State state = model ? read_state(*model) : State{};
     const std::string expected = state["tokenizer"];
-    const bool former = state.contains("overwrites");  // what lies beside the model may be the former run's
     std::vector<std::string> paths;
-    if (model && !former && (named.empty() || expected.empty())) add_tokenizer_beside(paths, model->file.path);
+    if (model && (named.empty() || expected.empty())) add_tokenizer_beside(paths, model->file.path);
+    // What lies beside a checkpoint of step 0 may be of the run that it overwrites.
+    if (state.contains("overwrites") && !paths.empty() && read_tokenizer(paths[0]).crc != expected) paths.clear();
     if (!named.empty()) paths.push_back(named);
     for (size_t i = 0; i < shards.size(); i++)
         if (i == 0 || folder_of(shards[i]) != folder_of(shards[i - 1])) add_tokenizer_beside(paths, shards[i]);
@@ -2212,7 +2228,9 @@ static Tokenizer find_tokenizer(const std::string& named, const ModelFile* model
                 first.path.c_str(), path.c_str(), shell_word(first.path).c_str());
         if (!expected.empty() && t.crc != expected)
             die("%s was trained with another tokenizer than %s; %s", model->file.path.c_str(), path.c_str(),
-                path == named ? "leave out --tokenizer, or name its own" : "name its own with --tokenizer");
+                path == named ? "leave out --tokenizer, or name its own"
+                : folder_of(path) == folder_of(model->file.path) ? "name its own with --tokenizer"
+                : "make the shards anew, with prepare.py --tokenizer and the model's own");
         if (!first.known()) first = t;
     }
     if (!first.known()) first.crc = expected;
@@ -2361,11 +2379,12 @@ struct Evaluation {
     size_t tokens = 0, bytes = 0;
 };
 
-// The loss over all windows, or over the first, which have --val-tokens.
+// The loss over all windows, or over as many as have --val-tokens, spread evenly.
 static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shard>& shards, const Options& o,
                            const Tokenizer& tokenizer) {
     const size_t B = o.batch, T = o.sequence;
-    size_t total = window_count(shards, T);
+    const size_t all = window_count(shards, T);
+    size_t total = all;
     if (o.val_tokens > 0) total = std::clamp<size_t>(o.val_tokens / T, 1, total);
     for (const Shard& s : shards) {
         InputFile f = open_file(s.path);
@@ -2376,9 +2395,10 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
     std::vector<float> losses(B * T);
     std::vector<size_t> counts(c.V);
     Evaluation e;
+    double shown = seconds();
     for (size_t first = 0; first < total; first += B) {
         size_t n = std::min(B, total - first);  // the last batch may have fewer windows; its other rows do not count
-        for (size_t b = 0; b < n; b++) read_window(shards, first + b, &x[b * T], &y[b * T], T, c.V);
+        for (size_t b = 0; b < n; b++) read_window(shards, (first + b) * all / total, &x[b * T], &y[b * T], T, c.V);
         model_set_inputs(model, x.data(), y.data());
         model_forward(model, false, 1);
         model_token_losses(model, losses.data());
@@ -2387,7 +2407,9 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
             counts[y[i]]++;
         }
         e.tokens += n * T;
-        if (on_terminal()) show_line(format("validation: %zu of %zu windows", first + n, total), false);
+        if (!on_terminal() || seconds() < shown + 0.1) continue;
+        show_line(format("validation: %zu of %zu windows", first + n, total), false);
+        shown = seconds();
     }
     model_loss(model);  // so that these forwards do not count in the next training loss
     e.loss /= e.tokens;
@@ -2614,7 +2636,9 @@ static void check_folder(Run& run) {
     if (o.resume && !checkpoint) die("--resume: nothing to resume in %s: it has no model.bin", out);
     for (const char* name : {"model.bin", "best.bin", "metrics.csv"})
         if (!o.resume && !o.overwrite && exists(run.path(name)))
-            die("--out %s holds a run (%s): --resume continues it, --overwrite replaces it", out, name);
+            die("--out %s has a run's %s: %s--overwrite replaces it", out, name,
+                checkpoint ? "--resume continues it, " : "");
+    if (run.folder < 0 && std::filesystem::is_symlink(o.out)) die("--out %s is a link that leads nowhere", out);
 }
 
 // Sets the options that were not given to what the checkpoint remembers. Dies if one that was given contradicts it.
@@ -2654,6 +2678,8 @@ static bool open_checkpoint(Run& run) {
     if (run.state.contains("best step") && number("--val-tokens") == (uint64_t)run.o.val_tokens) {  // the same windows
         run.best_step = number("best step");
         run.best_loss = strtod(run.state["best loss"].c_str(), nullptr);
+    } else if (run.state.contains("best step")) {
+        printf("note: with another --val-tokens, the search for best.bin begins anew\n");
     }
     run.o.overwrite = run.state.contains("overwrites");
     if (run.o.steps != run.former_steps && run.o.steps <= run.step)
@@ -2702,7 +2728,7 @@ static void complete_options(Run& run) {
     const size_t pass = window_count(run.train, T) / (o.total_batch / T);
     if (o.steps < 1) o.steps = std::clamp<size_t>(pass, 1000, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
-    if (o.warmup > o.steps) die("--warmup %d is more than --steps %d", o.warmup, o.steps);
+    if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps", o.steps, o.warmup);
     if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // 6e-5, not 5.9999999999999995e-5
     if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
     if (o.val_tokens < 0) o.val_tokens = 1 << 16;
@@ -2742,8 +2768,8 @@ static void print_start(const Run& run, size_t memory_needed) {
     printf("data       %s; %s make %.2f epochs\n", shards_text(run.train).c_str(), plural(o.steps, "step").c_str(),
            (double)o.steps * (o.total_batch / T) / window_count(run.train, T));
     const int used = 1 + *std::ranges::max_element(run.loader.current.tokens);
-    if (used < run.c.V / 8)
-        printf("           with tokens below %d only: --vocab %d would make the model smaller\n", used, used);
+    if (used < run.c.V / 8 && !run.tokenizer.known() && !run.start)
+        printf("           the first shard has tokens below %d only: is the vocabulary that small (--vocab)?\n", used);
     if (!run.val.empty()) printf("validation %s\n", shards_text(run.val).c_str());
     printf("step       %s of %zu tokens%s: %s tokens\n", plural(B, "sequence").c_str(), T,
            o.total_batch == o.batch * o.sequence ? "" : format(", %zu times", o.total_batch / (B * T)).c_str(),
@@ -2751,7 +2777,7 @@ static void print_start(const Run& run, size_t memory_needed) {
     if (o.resume && o.steps != run.former_steps) {
         Options former = o;
         former.steps = run.former_steps;
-        printf("extended   %d steps become %d; the next learning rate is %.2e, after %.2e\n", run.former_steps, o.steps,
+        printf("steps      %d instead of %d; the next learning rate is %.2e, after %.2e\n", o.steps, run.former_steps,
                learning_rate(o, run.step + 1), learning_rate(former, std::max(1, run.step)));
     }
     printf("machine    %s, computing in %s; %s of memory needed, %s free\n", device_name().c_str(),
@@ -2816,10 +2842,11 @@ static FILE* open_metrics(const Run& run) {
     if (run.step > 0 && exists(path)) {
         const std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
         int step = -1;  // of the last row
+        if (lines[0] != names) die("%s: is not of this program; move it away to resume without it", path.c_str());
         for (size_t i = 1; i + 1 < lines.size() && step < run.step; i++) {  // the last line is empty, or incomplete
             const std::vector<std::string> fields = split(lines[i], ',');
             const bool numbers = lines[i].find_first_not_of("0123456789.e+-,") == lines[i].npos;
-            if (lines[0] != names || !numbers || fields.size() != 7 || atoi(fields[0].c_str()) <= step)
+            if (!numbers || fields.size() != 7 || atoi(fields[0].c_str()) <= step)
                 die("%s: line %zu is no row of this run; move the file away to resume without it", path.c_str(), i + 1);
             step = atoi(fields[0].c_str());
             if (step <= run.step) kept += lines[i] + '\n';
@@ -2862,8 +2889,8 @@ static void name_checkpoint(const Run& run) {
         std::error_code error;
         unlink(temporary.c_str());
         std::filesystem::create_hard_link(run.path("model.bin"), temporary, error);
-        if (error) std::filesystem::copy_file(run.path("model.bin"), temporary);  // on a file system without links
-        std::filesystem::rename(temporary, path);
+        if (!error) std::filesystem::rename(temporary, path);
+        else if (run.model) write_checkpoint(path, run.model, run.c, run_state(run));  // a file system without links
         unlink(temporary.c_str());  // rename leaves it if both are already names of the same file
     }
 }
@@ -2996,7 +3023,7 @@ static void print_end(const Run& run, double run_seconds) {
         const Evaluation& e = run.validation;
         printf("validation loss %.4f nats per token, over %s tokens with a unigram entropy of %.4f\n", e.loss,
                commas(e.tokens).c_str(), e.entropy);
-        if (e.loss > e.entropy) printf("note: frequencies alone give that entropy: train longer, or change --lr\n");
+        if (e.loss > e.entropy) printf("note: that is above the unigram entropy; train longer, or change --lr\n");
         if (run.best_step < o.steps)
             printf("best validation loss %.4f at step %d: %s\n", run.best_loss, run.best_step,
                    escaped(run.path("best.bin")).c_str());
@@ -3033,6 +3060,7 @@ static void train(Options& o, OptionTable& table) {
         validate(run);
         show_line(format("step 0/%d  val %.4f", o.steps, run.validation.loss), true);
     }
+    if (!o.resume && interrupts > 0) return show_line("stopped before the first step; nothing is saved", true);
     open_folder(run);  // from here on, files are written
     const double start = seconds();
     train_steps(run);
@@ -3956,9 +3984,10 @@ static StepResults read_results(Results& results) { return results; }
 //       transposed into panels. Either takes as long as multiplying 3 to 6 rows of A.
 //     - C is cut into blocks, which threads take one by one. A block's part of B stays in L2 while the rows of A go by.
 //     - K is cut into chunks of KC steps, so that ROWS rows of A stay in L1 while they meet all panels of a block.
-//       Between chunks, a block's partial sums wait in L2; each is then continued, in the same order.
+//       A block's partial sums wait in L2; the next chunk's sums begin at 0, since one long chain of additions would
+//       round more, and are added to them. (AMX continues the former ones.)
 //     - Finished sums go through `store`: bias, GELU and residual need no pass over memory of their own.
-// Every element is summed over k in order, for any number of threads. (After "Anatomy of High-Performance Matrix
+// Every element is summed in the same order, for any number of threads. (After "Anatomy of High-Performance Matrix
 // Multiplication", Goto and van de Geijn 2008, and BLIS, which pack A too.)
 
 // A cell is four bytes, what the microkernel multiplies in one lane and step: a float, or two neighbours along k if the
@@ -4587,8 +4616,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
     const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    // dx of qkv is summed in chunks (for_live_columns) where a layer skips that none skips to: the last one, if any.
-    const size_t summed = skipping_heads(c, c.L - 1) ? BT_trained : classifier_rows(BT_trained, c.Vp);
+    const size_t summed = has_chunks(c) ? BT_trained : classifier_rows(BT_trained, c.Vp);
     all.take(ws.dx_sum, std::is_same_v<X, float> ? 0 : summed * C, &Memory::scratch);  // in fp32, dx gathers the sums
 }
 static void backend_free(Inputs&, Results&) { end_thread_trials(); }
@@ -4723,6 +4751,8 @@ static void device_init([[maybe_unused]] char** argv, bool) {
     }
     if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
         omp_set_num_threads(std::min(allowed_threads(), omp_get_num_procs()));
+    } else if (thread_count() > 4096) {
+        die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", getenv("OMP_NUM_THREADS"));
     }
 #endif
 }

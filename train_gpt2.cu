@@ -1966,7 +1966,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     all.take(ws.partial, sums * C, &Memory::scratch);
     all.take(ws.delta, BT_trained * c.NH, &Memory::scratch);
     all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
-    all.take(ws.dx_sum, skipping_heads(c, c.L - 1) ? BT_trained * C : 0, &Memory::scratch);
+    all.take(ws.dx_sum, has_chunks(c) ? BT_trained * C : 0, &Memory::scratch);
     ws.logits_rows = std::max(1, work.sequences);
     all.take(ws.logits, ws.logits_rows * c.Vp, &Memory::scratch);
     all.take(results.device, 1, &Memory::scratch, true);

@@ -18,7 +18,7 @@ is taken; a part begins with a paragraph or line if one begins near. Parts that 
 different places, so each begins with <|endoftext|>, in both sets. With --val-tail, the validation set is the end of
 the text, as in nanoGPT, and continues the training set, without a new <|endoftext|>.
 
-DIR/manifest.txt lists the other files with their sizes and checksums; it says "incomplete" while they are replaced.
+DIR/gpt2x3_manifest.txt lists the other files with sizes and checksums; it says "incomplete" while they are replaced.
 """
 
 import argparse
@@ -45,8 +45,13 @@ CHECKED_BYTES = 1 << 16  # at each end of a file, for the manifest
 outcome = "nothing was written"  # what to say if a signal ends the program
 
 
+def shown(text):
+    """The text with its control characters escaped: names may hold them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: repr(c[0])[1:-1], text)
+
+
 def fail(message):
-    sys.exit("error: " + message.replace("\n", "\\n"))
+    sys.exit("error: " + shown(message))
 
 
 def count(n, noun):
@@ -329,18 +334,18 @@ class Output:
         global outcome
         names = sorted(self.manifest)
         self.write("incomplete", b"", b"incomplete\n")
-        self.write("manifest.txt", b"gpt2x3 manifest 1\n", "".join(map(self.manifest.get, names)).encode())
+        self.write("gpt2x3_manifest.txt", b"gpt2x3 manifest 1\n", "".join(map(self.manifest.get, names)).encode())
         signals = []  # they wait until all is done
         for s in SIGNALS:
             signal.signal(s, lambda s, _: signals.append(s))
         try:
-            self.move("incomplete", to="manifest.txt")
+            self.move("incomplete", to="gpt2x3_manifest.txt")
             outcome = f"{self.folder} is incomplete; run again with --overwrite"
-            for name in set(former_files(self.folder)) - {"manifest.txt"}:
+            for name in set(former_files(self.folder)) - {"gpt2x3_manifest.txt"}:
                 os.remove(os.path.join(self.folder, name))
             for name in names:
                 self.move(name, to=name)
-            self.move("manifest.txt", to="manifest.txt")
+            self.move("gpt2x3_manifest.txt", to="gpt2x3_manifest.txt")
             outcome = f"all files in {self.folder} are written"
         except OSError as e:
             fail(f"{e.filename2 or e.filename}: {e.strerror}; {outcome}")
@@ -357,7 +362,8 @@ class Output:
 
 def former_files(folder):
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(name for name in names if re.fullmatch(r"(train|val)_.*\.bin|tokenizer\.bin|manifest\.txt", name))
+    ours = re.compile(r"(train|val)_.*\.bin|tokenizer\.bin|gpt2x3_manifest\.txt")
+    return sorted(name for name in names if ours.fullmatch(name))
 
 
 def check_former_files(o):
@@ -386,7 +392,7 @@ def options():
     p.add_argument("--shard-tokens", metavar="N", type=int, default=100_000_000,
                    help="most tokens in one file (default 100,000,000, which is 200 MB)")
     p.add_argument("--overwrite", action="store_true",
-                   help="remove all train_*.bin, val_*.bin, tokenizer.bin and manifest.txt that DIR has")
+                   help="remove all train_*.bin, val_*.bin, tokenizer.bin and gpt2x3_manifest.txt that DIR has")
     o = p.parse_args()
 
     if not 0 <= o.val_fraction < 1:

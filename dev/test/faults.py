@@ -140,10 +140,13 @@ class Training:
         return [PROGRAM, *self.args(out)]
 
     def check(self, case, out, worked, result):
-        if worked and b"stopped after step" not in result.out:
+        stopped_at_once = b"stopped before the first step" in result.out
+        if worked and not stopped_at_once and b"stopped after step" not in result.out:
             return self.check_end(out)
         now, again = contents(out) if out.exists() else {}, self.args(out)
         former = contents(self.former) if self.former else {}
+        if stopped_at_once and now != former:
+            raise Fault("it stopped before the first step, but has changed the folder")
         if "model.bin" in now:
             names = [name for name in now if re.fullmatch(r"(model|best).*\.bin", name)]
             for name in {"model.bin", "best.bin", max(names)} & set(names):
@@ -213,7 +216,7 @@ class Lab:
         self.case.must(*PREPARE, "--tokenizer", "bytes", "--out", data, "--shard-tokens", 1000, text)
         self.data = data
         shutil.copytree(data, old_data)  # with another tokenizer of the same size
-        (old_data / "manifest.txt").unlink(missing_ok=True)
+        (old_data / "gpt2x3_manifest.txt").unlink(missing_ok=True)
         write_tokenizer(old_data / "tokenizer.bin", BYTES[-2::-1] + BYTES[-1:], END_OF_TEXT)
         write_shard(folder / "long.bin", made_up_tokens(40_000))
         self.help = {word: self.case.must(PROGRAM, word, "--help").decode() for word in COMMANDS}
@@ -236,9 +239,7 @@ class Lab:
             "generate": Reading(self, "generate", *model, "--prompt", "ab", "--tokens", 40),
             "describe": Reading(self, "describe", *model),
         }
-        trial = shutil.copytree(self.end, folder / "trial")
-        if self.case.run([PROGRAM, "train", "--out", trial, *extend]).status == 0:
-            self.jobs["extend"] = Training(self, "extended", lambda out: ["train", "--out", out, *extend], self.end)
+        self.jobs["extend"] = Training(self, "extended", lambda out: ["train", "--out", out, *extend], self.end)
 
     def disturb(self, fault):
         return {"LD_PRELOAD": str(self.preload), "FAULT": fault}
@@ -328,7 +329,7 @@ def replace(r, path, lab):
     good, kind, fitting = path.read_bytes(), r.random(), r.random() < 0.7
     is_shard = path.name.startswith(("train", "val"))
     state = (path.parent / "model.bin").read_bytes()[WEIGHTS_END:] if path.parent.name == "out" else b""
-    noticed = path.name == "model.bin" or (is_shard and (path.parent / "manifest.txt").exists())
+    noticed = path.name == "model.bin" or (is_shard and (path.parent / "gpt2x3_manifest.txt").exists())
     path.unlink()
     if kind < 0.08:
         link = r.choice(["/dev/null", "/dev/zero", "/dev/full", "nowhere", path.name])
@@ -339,7 +340,7 @@ def replace(r, path, lab):
     elif path.name == "tokenizer.bin" and kind < 0.2:
         shutil.copy(lab.folder / "old_data/tokenizer.bin", path)
         noticed = b"tokenizer" in state
-    elif path.name == "manifest.txt" and kind < 0.2:
+    elif path.name == "gpt2x3_manifest.txt" and kind < 0.2:
         path.write_bytes(b"incomplete\n")
         noticed = True
     elif path.suffix in (".csv", ".txt") and fitting:
@@ -376,14 +377,14 @@ def files(lab):
             (out / "tokenizer.bin", "resume generate eval describe"), (out / "metrics.csv", "resume"),
             (data / "train_001.bin", "new resume"), (data / "val_000.bin", "new eval resume"),
             (data / "tokenizer.bin", "new from"), (folder / "dump.state.bin", ""), (folder / "dump.model.bin", ""),
-            *[(data / "manifest.txt", "new resume eval from")] * (data / "manifest.txt").exists()]
+            *[(data / "gpt2x3_manifest.txt", "new resume eval from")] * (data / "gpt2x3_manifest.txt").exists()]
         target, commands = r.choice(targets)
         if not commands:
             dump = r.choice(dumps)
             shutil.copy(dump, folder / "dump.state.bin")
             shutil.copy(dump.with_name(dump.name.replace(".state.", ".model.")), folder / "dump.model.bin")
-        elif target.name != "manifest.txt" and r.random() < 0.5:
-            (data / "manifest.txt").unlink(missing_ok=True)
+        elif target.name != "gpt2x3_manifest.txt" and r.random() < 0.5:
+            (data / "gpt2x3_manifest.txt").unlink(missing_ok=True)
         must_notice = replace(r, target, lab)
         before = snapshot(folder)
         if not commands:

@@ -62,7 +62,7 @@ def joined(case):
     (["--lr", "-1"], "must be from 0"),
     (["--lr", "1e999"], "must be from 0"),
     (["--min-lr", "1"], "--min-lr 1 is more than --lr"),
-    (["--warmup", "100"], "--warmup 100 is more than --steps"),
+    (["--warmup", "100"], "--steps 10 is less than the warmup, 100 steps"),
     (["--attention", "skp"], re.escape("must be one of " + "|".join(ATTENTIONS))),
     (["--schedule", "cos"], "cosine"),
     (["--precision", "fp64"], "must be one of"),
@@ -252,7 +252,7 @@ def test_out_cannot_be_made(each_build, data):
 
 def test_out_holds_a_run(each_build, data, finished):
     before = contents(finished["skip"])
-    each_build.fails(*training(data, finished["skip"]), says="holds a run .model.bin.: --resume")
+    each_build.fails(*training(data, finished["skip"]), says="has a run's model.bin: --resume continues it")
     assert contents(finished["skip"]) == before
 
 
@@ -293,7 +293,7 @@ def test_out_is_in_use_by_another_process(each_build, data, tmp_path):
         each_build.fails(*args, says="in use by another process")
         each_build.fails(*args, "--overwrite", says="in use by another process")
         each_build.fails("train", "--out", tmp_path / "out", "--resume", says="in use by another process")
-    each_build.fails(*args, says="holds a run")  # the lock ends with its owner
+    each_build.fails(*args, says="has a run's model.bin")  # the lock ends with its owner
 
 
 def test_overwrite_with_another_mistake_keeps_the_run(each_build, data, finished):
@@ -655,6 +655,35 @@ def test_files_of_the_same_tokens_are_equal(program, data, finished, tmp_path):
     program.run("generate", "--model", tmp_path / "out/model.bin", "--tokenizer", data / "tokenizer.bin", "--tokens", 1)
 
 
+def test_links_to_shards_do_not_hide_their_tokenizer_or_manifest(program, data, shifted, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "train_0.bin").symlink_to(data / "train_0.bin")
+    (links / "train_1.bin").symlink_to(shifted / "train_1.bin")
+    arguments = training(links, tmp_path / "out", "--val", data / "val_0.bin")
+    program.fails(*arguments, says="are different tokenizers")
+    (links / "train_1.bin").unlink()
+    program.run(*arguments)
+    (links / "train_1.bin").symlink_to(tmp_path / "train_1.bin")
+    shutil.copy(data / "train_1.bin", tmp_path)
+    (tmp_path / "gpt2x3_manifest.txt").write_text("incomplete\n")
+    program.fails(*arguments, "--overwrite", says="is incomplete")
+
+
+def test_folder_without_a_checkpoint(program, data, tmp_path):
+    (tmp_path / "metrics.csv").write_text("mine")
+    program.fails(*training(data, tmp_path), says="has a run's metrics.csv: --overwrite replaces it")
+    assert contents(tmp_path) == {"metrics.csv": b"mine"}
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    program.fails(*training(data, tmp_path / "link"), says="is a link that leads nowhere")
+
+
+def test_tokens_of_32_bits(each_build, data, tmp_path):
+    """As in llm.c's first token files."""
+    (tmp_path / "tokens.bin").write_bytes(struct.pack("<500i", *(i % 200 for i in range(500))))
+    each_build.fails(*training(data, tmp_path / "out", "--train", tmp_path / "tokens.bin"), says="tokens of 32 bits")
+
+
 def test_end_of_text_is_part_of_a_tokenizer(program, data, finished, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     write_tokenizer(folder / "tokenizer.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT - 1)
@@ -675,7 +704,7 @@ def manifest(folder):
 def test_shards_are_held_against_their_manifest(each_build, data, finished, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     write_shard(folder / "train_3.bin", made_up_tokens(100_000))  # longer than what its checksum covers
-    (folder / "manifest.txt").write_text(manifest(folder))
+    (folder / "gpt2x3_manifest.txt").write_text(manifest(folder))
     model, val = finished["vanilla"] / "model.bin", folder / "val_0.bin"
 
     def fails(says):
@@ -687,10 +716,10 @@ def test_shards_are_held_against_their_manifest(each_build, data, finished, tmp_
         good = (folder / name).read_bytes()
         for bad in changed(good, len(good) - 1, "B", good[-1] ^ 1), good[:-2], good + good[-2:]:
             (folder / name).write_bytes(bad)
-            fails(f"{name} is not what prepare.py wrote; .*remove .*manifest.txt")
+            fails(f"{name} is not what prepare.py wrote; .*remove .*gpt2x3_manifest.txt")
         (folder / name).unlink()
         if name == "train_3.bin":
-            fails(f"{name} is not what prepare.py wrote")
+            fails(f"{name} is missing; run prepare.py again")
         (folder / name).write_bytes(good)
     tokenizer = (folder / "tokenizer.bin").read_bytes()
     write_tokenizer(folder / "tokenizer.bin", BYTES_AND_END_OF_TEXT, END_OF_TEXT, appendix=b"another file")
@@ -698,17 +727,18 @@ def test_shards_are_held_against_their_manifest(each_build, data, finished, tmp_
     (folder / "tokenizer.bin").write_bytes(tokenizer)
     each_build.run("eval", "--model", model, "--val", val)
     shutil.copy(val, folder / "val_1.bin")
-    each_build.fails("eval", "--model", model, "--val", f"{folder}/val_*.bin", says="val_1.bin is not prepare.py's")
+    each_build.fails("eval", "--model", model, "--val", f"{folder}/val_*.bin",
+                     says="val_1.bin is not one of prepare.py's shards")
     for content, says in [("incomplete\n", "is incomplete: prepare.py was stopped"), ("", "damaged"),
                           ("incomplete", "was stopped"), (manifest(folder)[:-1], "damaged"), ("x" * 99, "damaged"),
-                          ("gpt2x3 manifest 1\n\n", " is not what"), ("gpt2x3 manifest 1\n\0\n", ""),
-                          ("gpt2x3 manifest 1\n../../etc/passwd 1 00000000\n", "passwd is not what"),
-                          ("gpt2x3 manifest 1\n", "is not prepare.py's, as its neighbours")]:
-        (folder / "manifest.txt").write_text(content)
+                          ("gpt2x3 manifest 1\n\n", " is missing"), ("gpt2x3 manifest 1\n\0\n", ""),
+                          ("gpt2x3 manifest 1\n../../etc/passwd 1 00000000\n", "passwd is (missing|not what)"),
+                          ("gpt2x3 manifest 1\n", "is not one of prepare.py's shards")]:
+        (folder / "gpt2x3_manifest.txt").write_text(content)
         fails(says)
-    (folder / "manifest.txt").unlink()
-    os.mkfifo(folder / "manifest.txt")
-    fails("manifest.txt: is not a regular file")
+    (folder / "gpt2x3_manifest.txt").unlink()
+    os.mkfifo(folder / "gpt2x3_manifest.txt")
+    fails("gpt2x3_manifest.txt: is not a regular file")
 
 
 # What a message may hold
@@ -756,7 +786,8 @@ def test_metrics_are_damaged(program, stopped, at, bad):
     lines[at] = bad
     metrics.write_text("\n".join(lines))
     before = contents(stopped)
-    program.fails("train", "--out", stopped, "--resume", says=f"metrics.csv: line {max(at + 1, 2)} is no row of")
+    program.fails("train", "--out", stopped, "--resume",
+                  says=f"metrics.csv: line {at + 1} is no row of" if at else "metrics.csv: is not of this program")
     assert contents(stopped) == before
     metrics.unlink()
     program.run("train", "--out", stopped, "--resume")

@@ -21,7 +21,7 @@ EOT = b"<|endoftext|>"
 SAMPLE = "First line.\nSecond: naïve café, 東京, 🙂.\n\n\tend<|endoftext|> of\r\n  text   \n" * 20
 
 
-FILES = ["manifest.txt", "tokenizer.bin", "train_000.bin", "val_000.bin"]
+FILES = ["gpt2x3_manifest.txt", "tokenizer.bin", "train_000.bin", "val_000.bin"]
 
 # Runs prepare.py, and CODE when it makes its Nth change in a folder, or saves a file for good. The first is after the
 # first reading of the text.
@@ -129,7 +129,7 @@ def check_manifest(folder):
     names = sorted(name for name in os.listdir(folder) if name.endswith(".bin"))
     data = [(folder / name).read_bytes() for name in names]
     lines = [f"{name} {len(d)} {zlib.crc32(d[:65536] + d[-65536:]):08x}" for name, d in zip(names, data)]
-    assert (folder / "manifest.txt").read_text().splitlines() == ["gpt2x3 manifest 1", *lines]
+    assert (folder / "gpt2x3_manifest.txt").read_text().splitlines() == ["gpt2x3 manifest 1", *lines]
 
 
 def contents_of_files(folder):
@@ -202,7 +202,7 @@ def test_keeps_former_run(prepare, tmp_path):
     write(out / "train_other.bin", "would be read as a shard, too")
     write(out / "notes", "stay")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    refused(prepare(*arguments, b), "manifest.txt exists", "--overwrite")
+    refused(prepare(*arguments, b), "gpt2x3_manifest.txt exists", "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     refused(prepare(*arguments, tmp_path / "missing", "--overwrite"), "missing: No such file")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -662,7 +662,7 @@ def test_killed_at_any_instant(prepare, tmp_path, two_runs):
             break
         assert result.returncode == -signal.SIGKILL
         found = contents_of_files(out)
-        if found["manifest.txt"] == b"incomplete\n":
+        if found["gpt2x3_manifest.txt"] == b"incomplete\n":
             states.append("incomplete")
         else:
             states.append("new" if found == two_runs["new"][1] else "old")
@@ -720,7 +720,7 @@ def test_files_that_cannot_be_replaced(prepare, tmp_path):
         if result.returncode:
             refused(result, "Input/output error")
             incomplete = f"{out} is incomplete; run again with --overwrite" in result.stderr
-            assert incomplete == ((out / "manifest.txt").read_text() == "incomplete\n")
+            assert incomplete == ((out / "gpt2x3_manifest.txt").read_text() == "incomplete\n")
             said.add(incomplete)
     assert said == {False, True}
 
