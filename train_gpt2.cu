@@ -34,7 +34,7 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 
 using bf16 = __nv_bfloat16;
 
-constexpr size_t SLOT_ALIGNMENT = 128;      // in elements: 256 bytes of bf16, the most that cuBLASLt makes use of
+constexpr size_t SLOT_ALIGNMENT = 128;      // in elements: 256 bytes of bf16, as cudaMalloc aligns
 constexpr bool ALWAYS_RECOMPUTES = false;  // --recompute decides whether backward computes LayerNorm and GELU again
 constexpr bool COMPUTES_PADDING = true;    // logits of the vocabulary's padding: rows of logits are whole vectors
 constexpr size_t CLASSIFIER_LOGITS = 1 << 30;   // at a time: products large enough for all multiprocessors
@@ -275,19 +275,19 @@ static void check(cublasStatus_t status, const char* call, int line) {
         die("cuBLASLt failed: %s (%s, train_gpt2.cu:%d)", cublasLtGetStatusName(status), call, line);
 }
 
-// Whether cuBLASLt lacks what was asked for. It may refuse at its launch an algorithm that it offered itself.
+// Whether cuBLASLt lacks what it is asked for. It may refuse to launch an algorithm that it has offered.
 static bool refused(cublasStatus_t status) {
     return status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE ||
            status == CUBLAS_STATUS_ARCH_MISMATCH;
 }
 
-// Everything that the choice of an algorithm depends on. All layers, in training and evaluation, have the same shape
-// for the same product, and so get the same bits.
+// Everything that the choice of an algorithm depends on. A product has the same shape, and so the same algorithm, in
+// all layers, in training and in evaluation.
 struct MatmulShape {
     cudaDataType d_type, ab_type;
     Epilogue epilogue;
     int transA, transB, m, n, k, lda, ldb, ldd, add;
-    int alignment;  // bytes, of all pointers: 16, which is all that kernels make use of, unless one of them has less
+    int alignment;  // of all pointers, in bytes: at most 16, the widest access of a thread, so mostly that
 
     bool operator==(const MatmulShape&) const = default;
 };
@@ -296,7 +296,7 @@ struct MatmulPlan {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t A, B, D;
     cublasLtMatmulAlgo_t algorithms[8];  // those that cuBLASLt offers, the best first
-    int offered, chosen;                 // algorithms before the chosen one were refused
+    int offered, chosen;                 // those before the chosen one were refused at launch; == offered: all were
 };
 
 template <class Attribute, class Value>
@@ -323,7 +323,7 @@ static MatmulPlan plan_matmul(const Workspace& ws, const MatmulShape& s, bool bi
     set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, s.transA ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, s.transB ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, s.epilogue);
-    const void* aligned = ws.cublas + s.alignment;  // in the pointers' place, whose alignment counts in the choice
+    const void* aligned = ws.cublas + s.alignment;  // stands for the pointers, whose alignment the choice depends on
     if (bias) {
         set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, aligned);
         set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, s.d_type);
@@ -413,8 +413,10 @@ static bool try_matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N
                            finish.aux);
 }
 
-// tile[k][i] = element (i0 + i, k0 + k) of an operand (n, K), 0 past its end. Neighbouring threads read neighbours.
+// The products that cuBLASLt refuses: a block computes a square of y, from squares of A and B in shared memory
 constexpr int SQUARE = 32, SQUARE_WARPS = 8;
+
+// tile[k][i] = element (i0 + i, k0 + k) of an operand (n, K), 0 past its end. The lanes of a warp read neighbours.
 
 template <class X>
 __device__ inline void load_square(float (&tile)[SQUARE][SQUARE + 1], Operand<X> from, size_t i0, size_t n, size_t k0,
@@ -426,7 +428,7 @@ __device__ inline void load_square(float (&tile)[SQUARE][SQUARE + 1], Operand<X>
     }
 }
 
-// What cuBLASLt refuses. A block has 32 × 32 elements of y, each warp every eighth row, a lane per column.
+// A warp has every eighth row of the square, a lane per column.
 template <class X, class Y>
 __global__ void matmul_plain_kernel(Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
                                     const Y* add) {
