@@ -28,6 +28,15 @@ constexpr bool ON_GPU = false;
 constexpr int SMALL_HEAD = 12;
 #endif
 
+// Whether the algorithm of a product, and with it the rounding of bf16, may depend on the number of tokens
+static bool algorithms_vary() {
+#ifdef GPT2_EMULATED
+    return emulator::settings.algorithms > 1 || emulator::settings.refuse_percent > 0;
+#else
+    return ON_GPU;
+#endif
+}
+
 // (B, T, V), of the last forward, before its backward
 static void model_logits(Model* m, float* out) {
     const Config& c = m->config;
@@ -576,9 +585,10 @@ static void test_accumulation(Precision precision, const Config& c, int B, int T
     double loss_of_parts = model_loss(m);
     model_get(m, GRADIENTS, 0, P, sums.data());
     Worst worst;
-    // cuBLAS chooses a kernel by the number of tokens, whose sums run in another order: in bf16 they then round
-    // otherwise.
-    const double looser = ON_GPU && precision == BF16 ? 200 : 1;
+    // If one algorithm rounds before bias or GELU and another does not, bf16 gradients move by up to 4 % of a block's
+    // largest, and the key bias's, which should be 0, by 0.2 % of all of qkvb's (emulated). A micro-batch that is
+    // forgotten makes a quarter.
+    const double looser = algorithms_vary() && precision == BF16 ? 4000 : 1;
     worst.see(fabs(loss - loss_of_parts), looser * 1e-6 * loss);
     for (const Tensor& t : tensor_table(c)) {
         Worst w = compare_tensor(t, sums.data(), whole.data(), looser);
