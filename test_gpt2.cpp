@@ -5,7 +5,7 @@ test_gpt2.cpp: is every gradient right?
     ./test_gpt2 [-v] MODEL DEBUG_STATE ...    any pairs of files, llm.c's included; -v: a line per tensor
 
 Exit status 0 if all is well, else 1. The tests go through the model's interface in train_gpt2.cpp, so they are the same
-for every backend and every attention. The CPU's layers are also held against plain loops.
+for every backend and every attention. The CPU's layers and the GPU's products are also held against plain loops.
 */
 
 #define GPT2_NO_MAIN
@@ -27,6 +27,15 @@ constexpr int SMALL_HEAD = 8;  // head size of most tests' models; on a GPU it i
 constexpr bool ON_GPU = false;
 constexpr int SMALL_HEAD = 12;
 #endif
+
+// Whether the algorithm of a product, and with it the rounding of bf16, may depend on the number of tokens
+static bool algorithms_vary() {
+#ifdef GPT2_EMULATED
+    return emulator::settings.algorithms > 1 || emulator::settings.refuse_percent > 0;
+#else
+    return ON_GPU;
+#endif
+}
 
 // (B, T, V), of the last forward, before its backward
 static void model_logits(Model* m, float* out) {
@@ -576,9 +585,10 @@ static void test_accumulation(Precision precision, const Config& c, int B, int T
     double loss_of_parts = model_loss(m);
     model_get(m, GRADIENTS, 0, P, sums.data());
     Worst worst;
-    // cuBLAS chooses a kernel by the number of tokens, whose sums run in another order: in bf16 they then round
-    // otherwise.
-    const double looser = ON_GPU && precision == BF16 ? 200 : 1;
+    // If one algorithm rounds before bias or GELU and another does not, bf16 gradients move by up to 4 % of a block's
+    // largest, and the key bias's, which should be 0, by 0.2 % of all of qkvb's (emulated). A micro-batch that is
+    // forgotten makes a quarter.
+    const double looser = algorithms_vary() && precision == BF16 ? 4000 : 1;
     worst.see(fabs(loss - loss_of_parts), looser * 1e-6 * loss);
     for (const Tensor& t : tensor_table(c)) {
         Worst w = compare_tensor(t, sums.data(), whole.data(), looser);
@@ -1345,6 +1355,86 @@ static void test_exp() {
 }
 #endif
 
+#ifdef GPT2_CUDA
+// --------------------------------------------------------------------------------------------------------------------
+// The GPU's products against plain loops
+
+// matmul, and matmul_plain in its place, equal three loops for either order of either operand, with nothing, y or
+// another matrix added, and write nothing between the rows of y. Operands at other multiples of 16 bytes give the same
+// bits.
+template <class X, class Y>
+static void test_products(const char* types) {
+    constexpr size_t M = 37, N = 72, K = 129, LD = 136, SIZE = LD * LD;
+    Random random = {7};
+    std::vector<X> a(SIZE), b(SIZE);
+    std::vector<Y> added(SIZE), poison(SIZE, (Y)NAN);
+    for (X& x : a) x = (X)(float)random.normal();
+    for (X& x : b) x = (X)(float)random.normal();
+    for (Y& y : added) y = (Y)(float)random.normal();
+    char* memory[4];
+    for (char*& p : memory) p = (char*)device_allocate(SIZE * sizeof(float) + 16, false);
+    Workspace ws = {};
+    ws.cublas = (char*)device_allocate(CUBLAS_WORKSPACE, false);
+
+    enum { NOTHING, SELF, OTHER };
+    auto product = [&](bool a_along, bool b_along, int add, size_t shift, bool plain) {  // everything shifted by bytes
+        auto put = [&](int i, const auto& values) {
+            copy_to_device(memory[i] + shift, values.data(), SIZE * sizeof values[0]);
+            return memory[i] + shift;
+        };
+        const Operand<X> A = {(X*)put(0, a), LD, a_along}, B = {(X*)put(1, b), LD, b_along};
+        Y *other = (Y*)put(2, added), *y = (Y*)put(3, add == SELF ? added : poison);
+        const Y* summand = add == NOTHING ? nullptr : add == SELF ? y : other;
+        if (plain) matmul_plain<X, Y>(y, LD, M, N, K, A, B, summand);
+        else matmul<X, Y>(ws, y, LD, M, N, K, A, B, summand);
+        std::vector<Y> result(SIZE);
+        copy_to_host(result.data(), y, SIZE * sizeof(Y));
+        return result;
+    };
+    Worst worst;
+    bool kept = true, same = true;
+    auto check_all = [&] {
+        for (int variant = 0; variant < 12; variant++) {
+            const bool a_along = variant & 1, b_along = variant & 2;
+            const int add = variant / 4;
+            const std::vector<Y>& before = add == SELF ? added : poison;
+            const std::vector<Y> first = product(a_along, b_along, add, 0, false);
+            const std::vector<Y> shifted = product(a_along, b_along, add, 16, false);
+            same = same && memcmp(first.data(), shifted.data(), SIZE * sizeof(Y)) == 0;
+            for (const std::vector<Y>& y : {first, product(a_along, b_along, add, sizeof(float), false),
+                                            product(a_along, b_along, add, 0, true)})
+                for (size_t i = 0; i < SIZE; i++) {
+                    const size_t m = i / LD, n = i % LD;
+                    if (m >= M || n >= N) {
+                        kept = kept && memcmp(&y[i], &before[i], sizeof(Y)) == 0;
+                        continue;
+                    }
+                    double sum = add == NOTHING ? 0 : (double)(float)added[i], size = fabs(sum);
+                    for (size_t k = 0; k < K; k++) {
+                        const double term = (double)(float)a[a_along ? m * LD + k : k * LD + m] *
+                                            (float)b[b_along ? n * LD + k : k * LD + n];
+                        sum += term, size += fabs(term);
+                    }
+                    const double rounding = sizeof(Y) == 4 ? 0 : 0x1p-8 * fabs(sum);
+                    if (worst.see(fabs((float)y[i] - sum), 1e-6 * size + rounding))
+                        worst.where = format("y[%zu,%zu] of variant %d", m, n, variant);
+                }
+        }
+    };
+    check_all();
+    report(worst.ok() && kept, format("products of %s equal their three loops", types), worst.text());
+    report(same, format("products of %s: the same bits wherever they lie", types));
+#ifdef GPT2_EMULATED
+    const long long searches = emulator::searches, refusals = emulator::refusals;
+    check_all();
+    report(emulator::searches == searches && emulator::refusals == refusals && emulator::given_up.empty(),
+           format("products of %s: one search for each, which finds what there is", types));
+#endif
+    for (char* p : memory) device_free(p);
+    device_free(ws.cublas);
+}
+#endif
+
 // The tests' own judge: NaN is never forgotten.
 static void test_worst() {
     Worst worst;
@@ -1363,6 +1453,11 @@ int main(int argc, char** argv) {
         fprintf(stderr, "usage: test_gpt2 [-v] [MODEL DEBUG_STATE] ...\n");
         return 1;
     }
+#ifdef GPT2_CUDA
+    test_products<float, float>("fp32");
+    test_products<bf16, bf16>("bf16");
+    test_products<bf16, float>("bf16 into fp32");
+#endif
     if (!paths.empty()) {
         for (size_t i = 0; i < paths.size(); i += 2) check_dump(paths[i], paths[i + 1], verbose, MAY);
     } else {

@@ -34,7 +34,7 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 
 using bf16 = __nv_bfloat16;
 
-constexpr size_t SLOT_ALIGNMENT = 128;      // in elements: 256 bytes of bf16, the most that cuBLASLt makes use of
+constexpr size_t SLOT_ALIGNMENT = 128;      // in elements: 256 bytes of bf16, as cudaMalloc aligns
 constexpr bool ALWAYS_RECOMPUTES = false;  // --recompute decides whether backward computes LayerNorm and GELU again
 constexpr bool COMPUTES_PADDING = true;    // logits of the vocabulary's padding: rows of logits are whole vectors
 constexpr size_t CLASSIFIER_LOGITS = 1 << 30;   // at a time: products large enough for all multiprocessors
@@ -250,26 +250,44 @@ template <class X> static Operand<X> across_k(const X* data, size_t stride) { re
 
 constexpr size_t CUBLAS_WORKSPACE = 32 << 20;  // bytes; NVIDIA's advice for Hopper GPUs
 
-#ifndef GPT2_EMULATED  // the emulator has its own MatmulType and Epilogue, and emulated_matmul
-enum class MatmulType { FP32, BF16 };
-enum class Epilogue { NONE, BIAS, GELU_BIAS, GELU_AUX_BIAS, DGELU };
+// What is done to the product before it is stored: y = epilogue(product + add). Epilogues use bias (N) and aux (M, N):
+//     BIAS            product + bias                  GELU_AUX_BIAS   aux = product + bias, y = gelu(product + bias)
+//     GELU_BIAS       gelu(product + bias)            DGELU           product · gelu'(aux)
+enum class Epilogue : uint32_t {
+    NONE = CUBLASLT_EPILOGUE_DEFAULT,
+    BIAS = CUBLASLT_EPILOGUE_BIAS,
+    GELU_BIAS = CUBLASLT_EPILOGUE_GELU_BIAS,
+    GELU_AUX_BIAS = CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+    DGELU = CUBLASLT_EPILOGUE_DGELU
+};
+template <class Y>
+struct Finish {
+    const Y* add = nullptr;
+    Epilogue epilogue = Epilogue::NONE;
+    const Y* bias = nullptr;
+    Y* aux = nullptr;
+};
+
+template <class X> constexpr cudaDataType DATA_TYPE = std::is_same_v<X, float> ? CUDA_R_32F : CUDA_R_16BF;
 
 static void check(cublasStatus_t status, const char* call, int line) {
     if (status != CUBLAS_STATUS_SUCCESS)
         die("cuBLASLt failed: %s (%s, train_gpt2.cu:%d)", cublasLtGetStatusName(status), call, line);
 }
 
-static int alignment_of(const void* p) {  // bytes, at most 256
-    uintptr_t low = (uintptr_t)p & 255;
-    return low ? (int)(low & -low) : 256;
+// Whether cuBLASLt lacks what it is asked for. It may refuse to launch an algorithm that it has offered.
+static bool refused(cublasStatus_t status) {
+    return status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE ||
+           status == CUBLAS_STATUS_ARCH_MISMATCH;
 }
 
-// Everything that cuBLASLt's choice of an algorithm may depend on, and its choice
+// Everything that the choice of an algorithm depends on. A product has the same shape, and so the same algorithm, in
+// all layers, in training and in evaluation.
 struct MatmulShape {
-    MatmulType d_type, ab_type;
+    cudaDataType d_type, ab_type;
     Epilogue epilogue;
     int transA, transB, m, n, k, lda, ldb, ldd, add;
-    int align_A, align_B, align_C, align_D, align_bias, align_aux;
+    int alignment;  // of all pointers, in bytes: at most 16, the widest access of a thread, so mostly that
 
     bool operator==(const MatmulShape&) const = default;
 };
@@ -277,8 +295,8 @@ struct MatmulPlan {
     MatmulShape shape;
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t A, B, D;
-    cublasLtMatmulAlgo_t algorithm;
-    bool possible;  // cuBLASLt has an algorithm
+    cublasLtMatmulAlgo_t algorithms[8];  // those that cuBLASLt offers, the best first
+    int offered, chosen;                 // those before the chosen one were refused at launch; == offered: all were
 };
 
 template <class Attribute, class Value>
@@ -295,34 +313,31 @@ static cublasLtHandle_t cublas_handle() {
     return handle;
 }
 
-// Takes the first algorithm that cuBLASLt proposes: it is always the same, so runs repeat to the bit. An algorithm may
-// split the sum over k, but only if it adds the parts in fp32.
-static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux) {
-    const cudaDataType types[] = {CUDA_R_32F, CUDA_R_16BF};
-    const cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,
-                                            CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-                                            CUBLASLT_EPILOGUE_DGELU};
+// cuBLASLt always offers the same algorithms in the same order, so runs repeat to the bit. An algorithm may split the
+// sum over k, but only if it adds the parts in fp32.
+static MatmulPlan plan_matmul(const Workspace& ws, const MatmulShape& s, bool bias, bool aux) {
     MatmulPlan plan = {};
     plan.shape = s;
     // Sums are fp32, and products of fp32 operands are too: never TF32
     CHECK(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, s.transA ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, s.transB ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogues[(int)s.epilogue]);
+    set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE, s.epilogue);
+    const void* aligned = ws.cublas + s.alignment;  // stands for the pointers, whose alignment the choice depends on
     if (bias) {
-        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);  // its alignment matters for the choice
-        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, types[(int)s.d_type]);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, aligned);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, s.d_type);
     }
     if (aux) {
-        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aligned);
         set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)s.ldd);
-        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, types[(int)s.d_type]);
+        set(plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, s.d_type);
     }
     uint64_t A_rows = s.transA ? s.k : s.m, A_columns = s.transA ? s.m : s.k;
     uint64_t B_rows = s.transB ? s.n : s.k, B_columns = s.transB ? s.k : s.n;
-    CHECK(cublasLtMatrixLayoutCreate(&plan.A, types[(int)s.ab_type], A_rows, A_columns, s.lda));
-    CHECK(cublasLtMatrixLayoutCreate(&plan.B, types[(int)s.ab_type], B_rows, B_columns, s.ldb));
-    CHECK(cublasLtMatrixLayoutCreate(&plan.D, types[(int)s.d_type], s.m, s.n, s.ldd));
+    CHECK(cublasLtMatrixLayoutCreate(&plan.A, s.ab_type, A_rows, A_columns, s.lda));
+    CHECK(cublasLtMatrixLayoutCreate(&plan.B, s.ab_type, B_rows, B_columns, s.ldb));
+    CHECK(cublasLtMatrixLayoutCreate(&plan.D, s.d_type, s.m, s.n, s.ldd));
 
     cublasLtMatmulPreference_t preference;
     CHECK(cublasLtMatmulPreferenceCreate(&preference));
@@ -331,28 +346,30 @@ static MatmulPlan plan_matmul(const MatmulShape& s, const void* bias, void* aux)
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)CUBLAS_WORKSPACE);
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)s.align_A);
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_B);
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_C);
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_D);
-    cublasLtMatmulHeuristicResult_t result = {};
+    for (auto operand : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        prefer(operand, (uint32_t)s.alignment);
+    constexpr int MOST = std::extent_v<decltype(plan.algorithms)>;
+    cublasLtMatmulHeuristicResult_t results[MOST] = {};
     int found = 0;
-    plan.possible = cublasLtMatmulAlgoGetHeuristic(cublas_handle(), plan.operation, plan.A, plan.B, plan.D, plan.D,
-                                                   preference, 1, &result, &found) == CUBLAS_STATUS_SUCCESS &&
-                    found && result.state == CUBLAS_STATUS_SUCCESS;
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        cublas_handle(), plan.operation, plan.A, plan.B, plan.D, plan.D, preference, MOST, results, &found);
+    if (!refused(status)) check(status, "cublasLtMatmulAlgoGetHeuristic", __LINE__);
     CHECK(cublasLtMatmulPreferenceDestroy(preference));
-    plan.algorithm = result.algo;
+    for (int i = 0; i < found; i++)
+        if (results[i].state == CUBLAS_STATUS_SUCCESS) plan.algorithms[plan.offered++] = results[i].algo;
     return plan;
 }
 
 // D = epilogue(op(A) op(B) + C), column by column as in BLAS. C, unless null, has D's type and leading dimension.
 // Returns false if cuBLASLt has no algorithm for this.
-static bool matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, const void* A, bool transA, const void* B,
-                            bool transB, MatmulType ab_type, int m, int n, int k, int lda, int ldb, int ldd,
-                            const void* C, Epilogue epilogue, const void* bias, void* aux) {
+static bool matmul_cublaslt(const Workspace& ws, void* D, cudaDataType d_type, const void* A, bool transA,
+                            const void* B, bool transB, cudaDataType ab_type, int m, int n, int k, int lda, int ldb,
+                            int ldd, const void* C, Epilogue epilogue, const void* bias, void* aux) {
+    uintptr_t low = 16;
+    for (const void* p : {(const void*)D, A, B, C, bias, (const void*)aux}) low |= (uintptr_t)p;
     const MatmulShape shape = {d_type, ab_type, epilogue, transA, transB, m, n, k, lda, ldb, ldd, C != nullptr,
-                               alignment_of(A), alignment_of(B), alignment_of(C ? C : D), alignment_of(D),
-                               alignment_of(bias), alignment_of(aux)};
+                               (int)(low & -low)};
     // Training has some twenty shapes. Decoding has others for each length of a prompt; the oldest make room.
     static std::array<MatmulPlan, 1024> plans;
     static size_t made = 0;
@@ -365,59 +382,93 @@ static bool matmul_cublaslt(const Workspace& ws, void* D, MatmulType d_type, con
             for (cublasLtMatrixLayout_t layout : {plan->A, plan->B, plan->D})
                 CHECK(cublasLtMatrixLayoutDestroy(layout));
         }
-        *plan = plan_matmul(shape, bias, aux);
+        *plan = plan_matmul(ws, shape, bias, aux);
     }
-    if (!plan->possible) return false;
     if (bias) set(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     if (aux) set(plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
     const float one = 1, beta = C ? 1 : 0;
-    CHECK(cublasLtMatmul(cublas_handle(), plan->operation, &one, A, plan->A, B, plan->B, &beta, C ? C : D, plan->D, D,
-                         plan->D, &plan->algorithm, ws.cublas, CUBLAS_WORKSPACE, gpu.stream));
-    return true;
+    for (; plan->chosen < plan->offered; plan->chosen++) {
+        const cublasStatus_t status = cublasLtMatmul(
+            cublas_handle(), plan->operation, &one, A, plan->A, B, plan->B, &beta, C ? C : D, plan->D, D, plan->D,
+            &plan->algorithms[plan->chosen], ws.cublas, CUBLAS_WORKSPACE, gpu.stream);
+        if (!refused(status)) {
+            check(status, "cublasLtMatmul", __LINE__);
+            return true;
+        }
+        cudaGetLastError();  // forgets the error that a refused launch may leave
+    }
+    return false;
 }
-#endif
-
-template <class X> constexpr MatmulType MATMUL_TYPE = std::is_same_v<X, float> ? MatmulType::FP32 : MatmulType::BF16;
-
-// What is done to the product before it is stored: y = epilogue(product + add). Epilogues use bias (N) and aux (M, N):
-//     BIAS            product + bias                  GELU_AUX_BIAS   aux = product + bias, y = gelu(product + bias)
-//     GELU_BIAS       gelu(product + bias)            DGELU           product · gelu'(aux)
-template <class Y>
-struct Finish {
-    const Y* add = nullptr;
-    Epilogue epilogue = Epilogue::NONE;
-    const Y* bias = nullptr;
-    Y* aux = nullptr;
-};
 
 static bool fuses = true;  // a test turns it off: then no epilogue is possible
 
 // y (M, N), in rows ldy apart, = finish(A B). cuBLASLt, which is column-major, sees this as yᵀ (N, M) = Bᵀ Aᵀ.
 // Returns false if cuBLASLt cannot do it: on some GPUs it lacks some epilogues and sizes.
 template <class X, class Y>
-static bool try_matmul([[maybe_unused]] const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K,
-                       Operand<X> A, Operand<X> B, Finish<Y> finish) {
+static bool try_matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
+                       Finish<Y> finish) {
     if (finish.epilogue != Epilogue::NONE && !fuses) return false;
-#ifdef GPT2_EMULATED
-    if (finish.add && finish.add != y)  // (then ldy is N)
-        CHECK(cudaMemcpyAsync(y, finish.add, M * ldy * sizeof(Y), cudaMemcpyDeviceToDevice, gpu.stream));
-    CHECK(emulated_matmul(y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, (int)N, (int)M, (int)K,
-                          (int)B.stride, (int)A.stride, (int)ldy, finish.add != nullptr, finish.epilogue, finish.bias,
-                          finish.aux, gpu.stream, MATMUL_TYPE<X>));
-    return true;
-#else
-    return matmul_cublaslt(ws, y, MATMUL_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, MATMUL_TYPE<X>, (int)N, (int)M,
+    return matmul_cublaslt(ws, y, DATA_TYPE<Y>, B.data, B.along_k, A.data, !A.along_k, DATA_TYPE<X>, (int)N, (int)M,
                            (int)K, (int)B.stride, (int)A.stride, (int)ldy, finish.add, finish.epilogue, finish.bias,
                            finish.aux);
-#endif
+}
+
+// The products that cuBLASLt refuses: a block computes a square of y, from squares of A and B in shared memory
+constexpr int SQUARE = 32, SQUARE_WARPS = 8;
+
+// tile[k][i] = element (i0 + i, k0 + k) of an operand (n, K), 0 past its end. The lanes of a warp read neighbours.
+
+template <class X>
+__device__ inline void load_square(float (&tile)[SQUARE][SQUARE + 1], Operand<X> from, size_t i0, size_t n, size_t k0,
+                                   size_t K) {
+    for (int other = threadIdx.y; other < SQUARE; other += SQUARE_WARPS) {
+        const int i = from.along_k ? other : threadIdx.x, k = from.along_k ? threadIdx.x : other;
+        const X* at = from.data + (from.along_k ? (i0 + i) * from.stride + k0 + k : (k0 + k) * from.stride + i0 + i);
+        tile[k][i] = i0 + i < n && k0 + k < K ? (float)*at : 0.0f;
+    }
+}
+
+// A warp has every eighth row of the square, a lane per column.
+template <class X, class Y>
+__global__ void matmul_plain_kernel(Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
+                                    const Y* add) {
+    __shared__ float a[SQUARE][SQUARE + 1], b[SQUARE][SQUARE + 1];
+    const size_t across = (N + SQUARE - 1) / SQUARE;
+    const size_t m0 = blockIdx.x / across * SQUARE, n0 = blockIdx.x % across * SQUARE;
+    float sums[SQUARE / SQUARE_WARPS] = {};
+    for (size_t k0 = 0; k0 < K; k0 += SQUARE) {
+        load_square(a, A, m0, M, k0, K);
+        load_square(b, B, n0, N, k0, K);
+        __syncthreads();
+        for (int k = 0; k < SQUARE; k++)
+#pragma unroll
+            for (int i = 0; i < SQUARE / SQUARE_WARPS; i++)
+                sums[i] += a[k][threadIdx.y + i * SQUARE_WARPS] * b[k][threadIdx.x];
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < SQUARE / SQUARE_WARPS; i++) {
+        const size_t m = m0 + threadIdx.y + i * SQUARE_WARPS, n = n0 + threadIdx.x;
+        if (m < M && n < N) y[m * ldy + n] = (Y)(add ? (float)add[m * ldy + n] + sums[i] : sums[i]);
+    }
+}
+
+template <class X, class Y>
+static void matmul_plain(Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, const Y* add) {
+    matmul_plain_kernel<X, Y><<<(unsigned)(ceil_div(M, SQUARE) * ceil_div(N, SQUARE)), dim3(WARP, SQUARE_WARPS), 0,
+                                gpu.stream>>>(y, ldy, M, N, K, A, B, add);
+    CHECK(cudaGetLastError());
 }
 
 // y = A B, plus `add` unless it is null. `add` may be y.
 template <class X, class Y>
 static void matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B,
                    const Y* add = nullptr) {
-    if (!try_matmul<X, Y>(ws, y, ldy, M, N, K, A, B, {.add = add}))
-        die("cuBLASLt has no product of %zu x %zu x %zu here: try another --precision", M, N, K);
+    if (try_matmul<X, Y>(ws, y, ldy, M, N, K, A, B, {.add = add})) return;
+    static bool told = false;
+    if (!std::exchange(told, true))
+        fprintf(stderr, "note: cuBLASLt refuses a product of %zu x %zu x %zu; a slower kernel computes it\n", M, N, K);
+    matmul_plain<X, Y>(y, ldy, M, N, K, A, B, add);
 }
 
 // --------------------------------------------------------------------------------------------------------------------

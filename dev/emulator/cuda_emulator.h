@@ -39,6 +39,7 @@ What is caught                                                                  
         differs by seed                                                             some seeds some seeds some seeds
     pinned memory overwritten before its copy has run, or read before               result     result     result
     an error path of the program: GPT2_EMULATOR_FAIL makes any one call fail        always     always     always
+    cuBLASLt: another product's algorithm, pointers aligned less than was promised  always     always     always
 "result": a value is wrong, mostly NaN; the caller's test must see it. "some seeds": likewise, but not for every order.
 "-": nothing, or a crash. test.py tries each of these.
 
@@ -49,6 +50,16 @@ Environment                                                                     
     GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
     GPT2_EMULATOR_MEMORY=N      bytes of device memory; 16 GiB if not set
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
+    GPT2_EMULATOR_ALGORITHMS=1  number of cuBLASLt's algorithms, at most 8. Each sums in another order; which one comes
+                                first depends on the product's shape, leading dimensions and promised alignment
+    GPT2_EMULATOR_REFUSE_       what cuBLASLt refuses: chance, by SEED and the product, decides whether the heuristic
+                                omits it, the launch refuses it, or some algorithms each
+        PERCENT=0               this percentage of all algorithms of all products, by SEED and the product
+        K=0                     products whose k is not a multiple of this
+        ALIGNMENT=0             products with a leading dimension that is not a multiple of this many bytes, or with
+                                pointers that are promised a multiple of less than this and less than 16
+        EPILOGUES=0             a sum of 1 (products without epilogue), 2 (BIAS), 4 (GELU_BIAS), 8 (GELU_AUX_BIAS) and
+                                16 (DGELU)
     GPT2_EMULATOR_LOG=FILE      no kernel, copy or product is run; FILE has a line for each allocation, launch and
                                 product. So a program tells what it would do at sizes that a CPU could not compute; what
                                 it reads back is bytes of 0xff
@@ -62,8 +73,8 @@ floats by atomics, whose result depends on the order. A call of the runtime that
 than a GPU: threads of a warp, or of a block, must meet on the same line.
 
 Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED, which is defined here. Those that
-are replaced: mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_commit, cp_async_wait; emulated_matmul
-stands for cuBLASLt.
+are replaced: mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_commit, cp_async_wait. cuBLASLt is
+there as far as products of fp32 or bf16 matrices with these epilogues need it; sums are fp32, alpha 1, beta 0 or 1.
 
 Contents
      1  the language         keywords, vector types
@@ -230,6 +241,11 @@ struct Settings {
     bool count = environment("GPT2_EMULATOR_COUNT", 0) != 0;
     size_t memory = (size_t)environment("GPT2_EMULATOR_MEMORY", 1ll << 34);
     int devices = (int)environment("GPT2_EMULATOR_DEVICES", 1);
+    int algorithms = (int)std::clamp(environment("GPT2_EMULATOR_ALGORITHMS", 1), 1ll, 8ll);
+    int refuse_percent = (int)environment("GPT2_EMULATOR_REFUSE_PERCENT", 0);
+    int refuse_k = (int)environment("GPT2_EMULATOR_REFUSE_K", 0);
+    int refuse_alignment = (int)environment("GPT2_EMULATOR_REFUSE_ALIGNMENT", 0);
+    int refuse_epilogues = (int)environment("GPT2_EMULATOR_REFUSE_EPILOGUES", 0);
     FILE* log = log_file("GPT2_EMULATOR_LOG");
 };
 inline Settings settings;
@@ -1700,35 +1716,163 @@ EMULATOR_OWN void cp_async_wait() {  // until at most N groups are on their way
 // ====================================================================================================================
 // 9 · Matrix products
 
-enum class MatmulType { FP32, BF16 };
-enum class Epilogue { NONE, BIAS, GELU_BIAS, GELU_AUX_BIAS, DGELU };
+// The part of cublasLt.h that takes a product of real matrices. Values are cuBLASLt's.
+#define EMULATOR_STATUSES(E) \
+    E(CUBLAS_STATUS_SUCCESS, 0) E(CUBLAS_STATUS_INVALID_VALUE, 7) E(CUBLAS_STATUS_ARCH_MISMATCH, 8) \
+    E(CUBLAS_STATUS_EXECUTION_FAILED, 13) E(CUBLAS_STATUS_INTERNAL_ERROR, 14) E(CUBLAS_STATUS_NOT_SUPPORTED, 15)
+enum cublasStatus_t {
+#define EMULATOR_STATUS(name, code) name = code,
+    EMULATOR_STATUSES(EMULATOR_STATUS)
+#undef EMULATOR_STATUS
+};
+#define EMULATOR_STATUS(name, code) if (s == name) return #name;
+inline const char* cublasLtGetStatusName(cublasStatus_t s) { EMULATOR_STATUSES(EMULATOR_STATUS) return "unknown"; }
+#undef EMULATOR_STATUS
+enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cublasLtEpilogue_t {
+    CUBLASLT_EPILOGUE_DEFAULT = 1,
+    CUBLASLT_EPILOGUE_BIAS = 4,
+    CUBLASLT_EPILOGUE_GELU_BIAS = 36,
+    CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 164,
+    CUBLASLT_EPILOGUE_DGELU = 192
+};
+enum cublasLtMatmulDescAttributes_t {
+    CUBLASLT_MATMUL_DESC_TRANSA = 3,
+    CUBLASLT_MATMUL_DESC_TRANSB,
+    CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE = 22,
+    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26
+};
+enum cublasLtMatmulPreferenceAttributes_t {
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES
+};
+enum cublasLtReductionScheme_t { CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
+struct cublasLtMatmulAlgo_t {
+    uint64_t data[8];  // of the stand-in: which product, which algorithm, the alignment and workspace that it needs
+};
+struct cublasLtMatmulHeuristicResult_t {
+    cublasLtMatmulAlgo_t algo;
+    size_t workspaceSize;
+    cublasStatus_t state;
+    float wavesCount;
+    int reserved[4];
+};
 
 namespace emulator {
 
-struct Matmul {
-    void* D;
-    MatmulType d_type;
-    const void* A;
-    bool transA;
-    const void* B;
-    bool transB;
-    int m, n, k, lda, ldb, ldd;
-    bool accumulate;
-    Epilogue epilogue;
-    const void* bias;
-    void* aux;
-    MatmulType ab_type;
+struct MatmulOperation {
+    cublasOperation_t trans[2] = {CUBLAS_OP_N, CUBLAS_OP_N};
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    const void* bias = nullptr;
+    void* aux = nullptr;
+    int64_t aux_ld = 0;
+    cudaDataType bias_type = CUDA_R_32F, aux_type = CUDA_R_32F;
+};
+struct MatrixLayout {
+    cudaDataType type;
+    uint64_t rows, columns;
+    int64_t ld;
+};
+struct MatmulPreference {
+    uint64_t workspace = 0;
+    uint32_t reductions = 0, alignment[4] = {256, 256, 256, 256};  // of A, B, C, D
 };
 
-EMULATOR_OWN inline float element(const void* p, MatmulType type, size_t i) {
-    return type == MatmulType::FP32 ? ((const float*)p)[i] : low(((const uint16_t*)p)[i]);
+template <class T>
+void set_attribute(T& to, const void* from, size_t size) {
+    if (size != sizeof to) fail(nullptr, "cuBLASLt: an attribute of %zu bytes is set to %zu", sizeof to, size);
+    memcpy(&to, from, size);
 }
-EMULATOR_OWN inline void set_element(void* p, MatmulType type, size_t i, float x) {
-    if (type == MatmulType::FP32) ((float*)p)[i] = x;
+
+struct Matmul {
+    cudaDataType d_type, ab_type;
+    cublasLtEpilogue_t epilogue;
+    bool transA, transB;
+    int m, n, k, lda, ldb, ldd;
+    int algorithm;
+    const void *A, *B, *C;
+    void *D, *aux;
+    const void* bias;
+};
+
+inline size_t size_of(cudaDataType type) { return type == CUDA_R_32F ? 4 : 2; }
+inline int number_of(cublasLtEpilogue_t epilogue) {  // 0: none, 1: BIAS, 2: GELU_BIAS, 3: GELU_AUX_BIAS, 4: DGELU
+    switch (epilogue) {
+        case CUBLASLT_EPILOGUE_DEFAULT: return 0;
+        case CUBLASLT_EPILOGUE_BIAS: return 1;
+        case CUBLASLT_EPILOGUE_GELU_BIAS: return 2;
+        case CUBLASLT_EPILOGUE_GELU_AUX_BIAS: return 3;
+        case CUBLASLT_EPILOGUE_DGELU: return 4;
+    }
+    fail(nullptr, "cuBLASLt: epilogue %d is not there", (int)epilogue);
+}
+
+// The product that operation and layouts describe, without its pointers
+inline Matmul described(const MatmulOperation& o, const MatrixLayout& A, const MatrixLayout& B, const MatrixLayout& C,
+                        const MatrixLayout& D) {
+    Matmul p = {};
+    p.d_type = D.type, p.ab_type = A.type, p.epilogue = o.epilogue;
+    p.transA = o.trans[0] == CUBLAS_OP_T, p.transB = o.trans[1] == CUBLAS_OP_T;
+    p.m = (int)D.rows, p.n = (int)D.columns, p.k = (int)(p.transA ? A.rows : A.columns);
+    p.lda = (int)A.ld, p.ldb = (int)B.ld, p.ldd = (int)D.ld;
+    const int a_rows = p.transA ? p.k : p.m, b_rows = p.transB ? p.n : p.k;
+    const bool fits = (int)(p.transA ? A.columns : A.rows) == p.m && (int)(p.transB ? B.rows : B.columns) == p.n &&
+                      (int)(p.transB ? B.columns : B.rows) == p.k && B.type == A.type && C.type == D.type &&
+                      C.rows == D.rows && C.columns == D.columns && C.ld == D.ld;
+    if (!fits || p.m <= 0 || p.n <= 0 || p.k <= 0 || p.lda < a_rows || p.ldb < b_rows || p.ldd < p.m)
+        fail(nullptr, "cuBLASLt: matrices do not fit: m %d, n %d, k %d, lda %d, ldb %d, ldd %d", p.m, p.n, p.k, p.lda,
+             p.ldb, p.ldd);
+    if (o.bias && o.bias_type != p.d_type) fail(nullptr, "cuBLASLt: the bias has another type than D");
+    if (o.aux && (o.aux_type != p.d_type || o.aux_ld != p.ldd))
+        fail(nullptr, "cuBLASLt: the auxiliary matrix has another type or leading dimension than D");
+    return p;
+}
+
+EMULATOR_OWN inline uint64_t hash(std::initializer_list<uint64_t> values) {
+    Order mixed = {0};
+    for (uint64_t v : values) mixed.state = mixed.below(UINT64_MAX) ^ v;
+    return mixed.below(UINT64_MAX);
+}
+inline uint64_t hash(const Matmul& p) {
+    return hash({(uint64_t)p.d_type, (uint64_t)p.ab_type, (uint64_t)p.epilogue, (uint64_t)p.transA, (uint64_t)p.transB,
+                 (uint64_t)p.m, (uint64_t)p.n, (uint64_t)p.k, (uint64_t)p.lda, (uint64_t)p.ldb, (uint64_t)p.ldd});
+}
+
+inline bool refuses(const Matmul& p, uint64_t algorithm, uint64_t alignment) {
+    const int n = settings.refuse_alignment, size = (int)size_of(p.ab_type);
+    return hash({settings.seed, hash(p), alignment, algorithm, 1}) % 100 < (uint64_t)settings.refuse_percent ||
+           (settings.refuse_k && p.k % settings.refuse_k) || settings.refuse_epilogues >> number_of(p.epilogue) & 1 ||
+           (n && (p.lda * size % n || p.ldb * size % n || p.ldd * (int)size_of(p.d_type) % n ||
+                  alignment < (uint64_t)std::min(n, 16)));
+}
+inline bool refuses_at_launch(const Matmul& p, uint64_t algorithm, uint64_t alignment) {
+    const uint64_t draw = hash({settings.seed, hash(p), alignment, 2}) % 3;
+    return draw < 2 ? draw : hash({settings.seed, hash(p), alignment, algorithm, 3}) % 2;
+}
+
+inline long long searches = 0, refusals = 0;  // how often the heuristic was asked; refused launches
+// Products for which the heuristic offered what would not be refused, but that were never launched successfully
+inline std::map<std::pair<uint64_t, uint64_t>, bool> given_up;
+
+EMULATOR_OWN inline float element(const void* p, cudaDataType type, size_t i) {
+    return type == CUDA_R_32F ? ((const float*)p)[i] : low(((const uint16_t*)p)[i]);
+}
+EMULATOR_OWN inline void set_element(void* p, cudaDataType type, size_t i, float x) {
+    if (type == CUDA_R_32F) ((float*)p)[i] = x;
     else ((__nv_bfloat16*)p)[i] = x;
 }
 
-// Each element is a sum over k in order.
+// Algorithm i splits k into i + 1 parts. Each is summed in order, then the parts are.
 EMULATOR_OWN inline void run_matmul(const Matmul& p) {
     constexpr int ROWS = 16, COLUMNS = 4;
     using floats __attribute__((vector_size(ROWS * 4))) = float;
@@ -1747,27 +1891,30 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
                 element(p.B, p.ab_type, p.transB ? j + l * p.ldb : l + j * p.ldb);
 
     const float root = 0.7978845608028654f, cubic = 0.044715f;  // GELU by tanh
+    const size_t parts = (size_t)p.algorithm + 1;
     for (size_t panel = 0; panel < panels; panel++)
         for (size_t group = 0; group < groups; group++) {
             const floats* column = (const floats*)(a + panel * k * ROWS);
             const float* row = b + group * k * COLUMNS;
-            floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
-            for (size_t i = 0; i < k; i++, row += COLUMNS) {
-                floats x = column[i];
-                s0 += x * row[0], s1 += x * row[1], s2 += x * row[2], s3 += x * row[3];
+            floats sums[COLUMNS] = {};
+            for (size_t part = 0; part < parts; part++) {
+                floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
+                for (size_t i = part * k / parts; i < (part + 1) * k / parts; i++, row += COLUMNS) {
+                    floats x = column[i];
+                    s0 += x * row[0], s1 += x * row[1], s2 += x * row[2], s3 += x * row[3];
+                }
+                sums[0] += s0, sums[1] += s1, sums[2] += s2, sums[3] += s3;
             }
-            const floats sums[COLUMNS] = {s0, s1, s2, s3};
             for (size_t j = group * COLUMNS; j < std::min((size_t)p.n, (group + 1) * COLUMNS); j++)
                 for (size_t i = panel * ROWS; i < std::min((size_t)p.m, (panel + 1) * ROWS); i++) {
                     size_t at = i + j * p.ldd;
                     float x = sums[j % COLUMNS][i % ROWS];
-                    if (p.accumulate) x += element(p.D, p.d_type, at);
-                    if (p.epilogue != Epilogue::NONE && p.epilogue != Epilogue::DGELU)
-                        x += element(p.bias, p.d_type, i);
-                    if (p.epilogue == Epilogue::GELU_AUX_BIAS) set_element(p.aux, p.d_type, at, x);
-                    if (p.epilogue == Epilogue::GELU_BIAS || p.epilogue == Epilogue::GELU_AUX_BIAS) {
+                    if (p.C) x += element(p.C, p.d_type, at);
+                    if (p.bias) x += element(p.bias, p.d_type, i);
+                    if (p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) set_element(p.aux, p.d_type, at, x);
+                    if (p.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS || p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
                         x = 0.5f * x * (1 + tanhf(root * (x + cubic * x * x * x)));
-                    } else if (p.epilogue == Epilogue::DGELU) {
+                    } else if (p.epilogue == CUBLASLT_EPILOGUE_DGELU) {
                         float y = element(p.aux, p.d_type, at), t = tanhf(root * (y + cubic * y * y * y));
                         x *= 0.5f * (1 + t) + 0.5f * y * (1 - t * t) * root * (1 + 3 * cubic * y * y);
                     }
@@ -1777,38 +1924,139 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
 }
 }  // namespace emulator
 
-// D = op(A) op(B) [+ D], then the epilogue; matrices by columns as for cuBLAS: op(A) (m, k), op(B) (k, n), D (m, n).
-// Sums are fp32; D and aux are rounded to d_type when they are stored, and nothing else is. A and B are of ab_type,
-// bias (m) and aux (m, n; its leading dimension ldd) of d_type. Epilogues:
+using cublasLtHandle_t = int*;
+using cublasLtMatmulDesc_t = emulator::MatmulOperation*;
+using cublasLtMatrixLayout_t = emulator::MatrixLayout*;
+using cublasLtMatmulPreference_t = emulator::MatmulPreference*;
+
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    static int only_one;
+    *handle = &only_one;
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* o, cublasComputeType_t, cudaDataType) {
+    *o = new emulator::MatmulOperation;
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t o) { return delete o, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t o, cublasLtMatmulDescAttributes_t attribute,
+                                                     const void* value, size_t size) {
+    auto set = [&](auto& to) { emulator::set_attribute(to, value, size); };
+    switch (attribute) {
+        case CUBLASLT_MATMUL_DESC_TRANSA: set(o->trans[0]); break;
+        case CUBLASLT_MATMUL_DESC_TRANSB: set(o->trans[1]); break;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE: set(o->epilogue); break;
+        case CUBLASLT_MATMUL_DESC_BIAS_POINTER: set(o->bias); break;
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: set(o->bias_type); break;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: set(o->aux); break;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: set(o->aux_ld); break;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: set(o->aux_type); break;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows,
+                                                 uint64_t columns, int64_t ld) {
+    *layout = new emulator::MatrixLayout{type, rows, columns, ld};
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    return delete layout, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* p) {
+    *p = new emulator::MatmulPreference;
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
+    return delete p, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                           cublasLtMatmulPreferenceAttributes_t attribute,
+                                                           const void* value, size_t size) {
+    if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) emulator::set_attribute(p->workspace, value, size);
+    else if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK)
+        emulator::set_attribute(p->reductions, value, size);
+    else emulator::set_attribute(p->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, size);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
+    cublasLtHandle_t, cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
+    cublasLtMatrixLayout_t C, cublasLtMatrixLayout_t D, cublasLtMatmulPreference_t preference, int requested,
+    cublasLtMatmulHeuristicResult_t* results, int* found) {
+    emulator::Call call("cublasLtMatmulAlgoGetHeuristic");
+    if (call.fault) return CUBLAS_STATUS_INTERNAL_ERROR;
+    const emulator::Matmul p = emulator::described(*operation, *A, *B, *C, *D);
+    const uint64_t product = emulator::hash(p), algorithms = (uint64_t)emulator::settings.algorithms;
+    uint64_t alignment = 256;  // bias and aux have theirs, whatever was promised of the others
+    for (uint64_t at : {(uint64_t)operation->bias, (uint64_t)operation->aux})
+        if (at) alignment = std::min(alignment, at & -at);
+    for (uint64_t promised : preference->alignment) alignment = std::min(alignment, promised);
+    emulator::searches++;
+    *found = 0;
+    for (uint64_t i = 0; i < algorithms && *found < requested; i++) {
+        const uint64_t algorithm = (i + emulator::hash({product, alignment})) % algorithms;
+        const bool refuses = emulator::refuses(p, algorithm, alignment);
+        if (refuses && !emulator::refuses_at_launch(p, algorithm, alignment)) continue;
+        results[(*found)++] = {{{product, algorithm, alignment, preference->workspace}}, preference->workspace,
+                               CUBLAS_STATUS_SUCCESS, 1, {}};
+        if (!refuses) emulator::given_up[{product, alignment}] = true;
+    }
+    return *found ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+// D = op(A) op(B) [+ C], then the epilogue; matrices by columns: op(A) (m, k), op(B) (k, n), C and D (m, n). Sums are
+// fp32; D and aux are rounded to D's type when they are stored, and nothing else is. Epilogues use bias (m) and
+// aux (m, n; its leading dimension is D's), both of D's type:
 //   BIAS           D = product + bias            GELU_AUX_BIAS  aux = product + bias, D = gelu of that before rounding
 //   DGELU          D = product · gelu'(aux)      GELU_BIAS      D = gelu(product + bias)
-inline cudaError_t emulated_matmul(void* D, MatmulType d_type, const void* A, bool transA, const void* B, bool transB,
-                                   int m, int n, int k, int lda, int ldb, int ldd, bool accumulate, Epilogue epilogue,
-                                   const void* bias, void* aux, cudaStream_t stream, MatmulType ab_type) {
-    EMULATOR_CALL("emulated_matmul");
-    auto size = [](MatmulType type) -> size_t { return type == MatmulType::FP32 ? 4 : 2; };
-    auto extent = [](int rows, int columns, int ld) { return (size_t)ld * (size_t)(columns - 1) + (size_t)rows; };
-    int rows_a = transA ? k : m, columns_a = transA ? m : k, rows_b = transB ? n : k, columns_b = transB ? k : n;
-    if (m <= 0 || n <= 0 || k <= 0 || lda < rows_a || ldb < rows_b || ldd < m)
-        return emulator::error(cudaErrorInvalidValue, "emulated_matmul: m %d, n %d, k %d, lda %d, ldb %d, ldd %d", m, n,
-                               k, lda, ldb, ldd);
-    bool uses_bias = epilogue != Epilogue::NONE && epilogue != Epilogue::DGELU;
-    bool uses_aux = epilogue == Epilogue::GELU_AUX_BIAS || epilogue == Epilogue::DGELU;
-    const char* outside =
-        !emulator::on_device(A, extent(rows_a, columns_a, lda) * size(ab_type))         ? "A"
-        : !emulator::on_device(B, extent(rows_b, columns_b, ldb) * size(ab_type))       ? "B"
-        : !emulator::on_device(D, extent(m, n, ldd) * size(d_type))                     ? "D"
-        : uses_bias && !emulator::on_device(bias, (size_t)m * size(d_type))             ? "bias"
-        : uses_aux && !emulator::on_device(aux, extent(m, n, ldd) * size(d_type))       ? "aux"
-                                                                                        : nullptr;
-    if (outside) emulator::fail(nullptr, "emulated_matmul: %s is not all in device memory", outside);
-    emulator::Matmul product = {D,   d_type, A,   transA,     B,        transB, m,   n,      k, lda,
-                                ldb, ldd,    accumulate, epilogue, bias,   aux, ab_type};
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t operation, const void* alpha, const void* A,
+                                     cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b,
+                                     const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
+                                     cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algorithm, void* workspace,
+                                     size_t workspace_bytes, cudaStream_t stream) {
+    emulator::Call call("cublasLtMatmul");
+    if (call.fault) return CUBLAS_STATUS_EXECUTION_FAILED;
+    emulator::Matmul p = emulator::described(*operation, *a, *b, *c, *d);
+    const uint64_t product = algorithm->data[0], which = algorithm->data[1], alignment = algorithm->data[2];
+    const uint64_t needs = algorithm->data[3];
+    const float add = *(const float*)beta;
+    const int epilogue = emulator::number_of(p.epilogue);
+    auto extent = [](uint64_t columns, uint64_t rows, int64_t ld, cudaDataType type) {
+        return ((size_t)ld * (columns - 1) + rows) * emulator::size_of(type);
+    };
+    if (product != emulator::hash(p)) emulator::fail(nullptr, "cuBLASLt: the algorithm of another product");
+    if (*(const float*)alpha != 1 || (add != 0 && add != 1)) emulator::fail(nullptr, "cuBLASLt: alpha or beta");
+    const size_t of_d = extent(d->columns, d->rows, d->ld, d->type);
+    const struct { const char* name; const void* at; size_t bytes; bool used; } operands[] = {
+        {"A", A, extent(a->columns, a->rows, a->ld, a->type), true},
+        {"B", B, extent(b->columns, b->rows, b->ld, b->type), true},
+        {"C", C, of_d, add != 0},
+        {"D", D, of_d, true},
+        {"bias", operation->bias, (size_t)p.m * emulator::size_of(p.d_type), epilogue > 0 && epilogue < 4},
+        {"aux", operation->aux, of_d, epilogue > 2},
+        {"the workspace", workspace, needs, needs > 0}};
+    for (const auto& o : operands) {
+        if (!o.used) continue;
+        if (!emulator::on_device(o.at, o.bytes))
+            emulator::fail(nullptr, "cuBLASLt: %s is not all in device memory", o.name);
+        if ((uintptr_t)o.at % alignment)
+            emulator::fail(nullptr, "cuBLASLt: %s is not at a multiple of %d bytes, as the heuristic was promised",
+                           o.name, (int)alignment);
+    }
+    if (workspace_bytes < needs) emulator::fail(nullptr, "cuBLASLt: the workspace is smaller than was promised");
+    if (emulator::refuses(p, which, alignment)) {
+        emulator::refusals++;
+        emulator::error(cudaErrorInvalidValue);
+        return which % 2 ? CUBLAS_STATUS_INVALID_VALUE : CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+    emulator::given_up.erase({product, alignment});
+    p.A = A, p.B = B, p.C = add != 0 ? C : nullptr, p.D = D, p.algorithm = (int)which;
+    p.bias = operands[4].used ? operation->bias : nullptr, p.aux = operation->aux;
     if (emulator::settings.log)
-        fprintf(emulator::settings.log, "product %d %d %d %zu %zu %d %d\n", m, n, k, size(d_type), size(ab_type),
-                accumulate, (int)epilogue);
-    emulator::submit_work(stream, [=] { emulator::run_matmul(product); });
-    return cudaSuccess;
+        fprintf(emulator::settings.log, "product %d %d %d %zu %zu %d %d\n", p.m, p.n, p.k, emulator::size_of(p.d_type),
+                emulator::size_of(p.ab_type), p.C != nullptr, epilogue);
+    emulator::submit_work(stream, [=] { emulator::run_matmul(p); });
+    return CUBLAS_STATUS_SUCCESS;
 }
 
 // ====================================================================================================================

@@ -436,12 +436,69 @@ static void ldmatrix_transposed() {
 // --------------------------------------------------------------------------------------------------------------------
 // Matrix products in cuBLASLt's place
 
+static const cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,
+                                               CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                                               CUBLASLT_EPILOGUE_DGELU};
+
+struct Product {
+    int m, n, k, lda, ldb, ldd;
+    bool ta = false, tb = false;
+    cudaDataType type = CUDA_R_32F, d_type = CUDA_R_32F;
+    cublasLtMatmulDesc_t operation = nullptr;
+    cublasLtMatrixLayout_t A = nullptr, B = nullptr, D = nullptr;
+    std::vector<cublasLtMatmulAlgo_t> offered = {};
+
+    // Asks for up to 8 algorithms.
+    cublasStatus_t search(cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void* bias = nullptr,
+                          void* aux = nullptr, uint32_t alignment = 4) {
+        const cublasOperation_t a = ta ? CUBLAS_OP_T : CUBLAS_OP_N, b = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+        const int64_t ld = ldd;
+        cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+        auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+            cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof value);
+        };
+        set(CUBLASLT_MATMUL_DESC_TRANSA, a);
+        set(CUBLASLT_MATMUL_DESC_TRANSB, b);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, d_type);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, ld);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, d_type);
+        cublasLtMatrixLayoutCreate(&A, type, ta ? k : m, ta ? m : k, lda);
+        cublasLtMatrixLayoutCreate(&B, type, tb ? n : k, tb ? k : n, ldb);
+        cublasLtMatrixLayoutCreate(&D, d_type, m, n, ldd);
+        cublasLtMatmulPreference_t preference;
+        cublasLtMatmulPreferenceCreate(&preference);
+        for (int i = 0; i < 4; i++)
+            cublasLtMatmulPreferenceSetAttribute(
+                preference, (cublasLtMatmulPreferenceAttributes_t)(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES + i),
+                &alignment, sizeof alignment);
+        cublasLtMatmulHeuristicResult_t results[8];
+        int found = 0;
+        cublasStatus_t status =
+            cublasLtMatmulAlgoGetHeuristic(nullptr, operation, A, B, D, D, preference, 8, results, &found);
+        cublasLtMatmulPreferenceDestroy(preference);
+        for (int i = 0; i < found; i++) offered.push_back(results[i].algo);
+        return status;
+    }
+    cublasStatus_t run(const void* a, const void* b, void* d, size_t which = 0, float add = 0) {
+        const float one = 1;
+        return cublasLtMatmul(nullptr, operation, &one, a, A, b, B, &add, d, D, d, D, &offered[which], nullptr, 0,
+                              nullptr);
+    }
+    ~Product() {
+        cublasLtMatmulDescDestroy(operation);
+        for (cublasLtMatrixLayout_t layout : {A, B, D}) cublasLtMatrixLayoutDestroy(layout);
+    }
+};
+
 template <class X, class Y>  // A, B of X; D of Y
-static void products(MatmulType x, MatmulType y) {
+static void products(cudaDataType x, cudaDataType y) {
     for (int variant = 0; variant < 40; variant++) {
         int m = 19, n = 7, k = 33, lda = 40, ldb = 36, ldd = 24;
         bool ta = variant & 1, tb = variant & 2, accumulate = variant & 4;
-        Epilogue epilogue = (Epilogue)(variant / 8);
+        const int epilogue = variant / 8;
         std::vector<X> a(40 * 40), b(40 * 40);
         std::vector<Y> d(24 * 7), bias(19), aux(24 * 7);
         for (X& v : a) v = uniform();
@@ -451,7 +508,9 @@ static void products(MatmulType x, MatmulType y) {
         for (Y& v : aux) v = 4 * uniform();
         Array<X> A(a), B(b);
         Array<Y> D(d), BIAS(bias), AUX(aux);
-        emulated_matmul(D, y, A, ta, B, tb, m, n, k, lda, ldb, ldd, accumulate, epilogue, BIAS, AUX, nullptr, x);
+        Product product = {m, n, k, lda, ldb, ldd, ta, tb, x, y};
+        EXPECT(product.search(epilogues[epilogue], BIAS, AUX) == CUBLAS_STATUS_SUCCESS);
+        EXPECT(product.run(A, B, D, 0, accumulate) == CUBLAS_STATUS_SUCCESS);
         std::vector<Y> d2 = D.get(), aux2 = AUX.get();
         double eps = sizeof(Y) == 4 ? 4e-6 : 1.0 / 256;
         for (int j = 0; j < n; j++)
@@ -460,11 +519,10 @@ static void products(MatmulType x, MatmulType y) {
                 for (int l = 0; l < k; l++)
                     sum += (double)(float)a[ta ? l + i * lda : i + l * lda] * (float)b[tb ? j + l * ldb : l + j * ldb];
                 auto gelu = [](double v) { return 0.5 * v * (1 + tanh(sqrt(2 / M_PI) * (v + 0.044715 * v * v * v))); };
-                if (epilogue != Epilogue::NONE && epilogue != Epilogue::DGELU) sum += (float)bias[i];
-                if (epilogue == Epilogue::GELU_AUX_BIAS)
-                    EXPECT(fabs((float)aux2[i + j * ldd] - sum) <= eps * (1 + fabs(sum)));
-                if (epilogue == Epilogue::GELU_BIAS || epilogue == Epilogue::GELU_AUX_BIAS) sum = gelu(sum);
-                if (epilogue == Epilogue::DGELU) {
+                if (epilogue > 0 && epilogue < 4) sum += (float)bias[i];
+                if (epilogue == 3) EXPECT(fabs((float)aux2[i + j * ldd] - sum) <= eps * (1 + fabs(sum)));
+                if (epilogue == 2 || epilogue == 3) sum = gelu(sum);
+                if (epilogue == 4) {
                     double v = (float)aux[i + j * ldd];
                     sum *= (gelu(v + 1e-5) - gelu(v - 1e-5)) / 2e-5;
                 }
@@ -474,13 +532,68 @@ static void products(MatmulType x, MatmulType y) {
     }
 }
 static void matmul() {
-    products<float, float>(MatmulType::FP32, MatmulType::FP32);
-    products<bf16, bf16>(MatmulType::BF16, MatmulType::BF16);
-    products<bf16, float>(MatmulType::BF16, MatmulType::FP32);
+    products<float, float>(CUDA_R_32F, CUDA_R_32F);
+    products<bf16, bf16>(CUDA_R_16BF, CUDA_R_16BF);
+    products<bf16, float>(CUDA_R_16BF, CUDA_R_32F);
+    emulator::settings.algorithms = 8;
+    products<bf16, float>(CUDA_R_16BF, CUDA_R_32F);
     Array<float> a(16), d(16);
-    if (broken)
-        emulated_matmul(d, MatmulType::FP32, a, false, a, false, 4, 4, 5, 4, 5, 4, false, Epilogue::NONE, nullptr,
-                        nullptr, nullptr, MatmulType::FP32);
+    Product product = {4, 4, 5, 4, 5, 4};
+    product.search();
+    if (broken) product.run(a, a, d);
+}
+
+// What is refused leaves D as it is, and an error; what is not is computed.
+static void matmul_refused() {
+    using Rule = int emulator::Settings::*;
+    Array<float> ones(std::vector<float>(32 * 32, 1));
+    int none = 0, some = 0, at_launch = 0;
+    auto whether_all = [&](Rule rule, int value, Product product, cublasLtEpilogue_t epilogue, uint32_t alignment) {
+        emulator::settings.*rule = value;
+        Array<float> d(count(32 * 32));
+        const cublasStatus_t found = product.search(epilogue, ones, nullptr, alignment);
+        EXPECT((found == CUBLAS_STATUS_NOT_SUPPORTED) == product.offered.empty());
+        none += product.offered.empty(), some += product.offered.size() % 8 > 0;
+        bool all = true;
+        for (size_t i = 0; i < product.offered.size(); i++) {
+            const cublasStatus_t status = product.run(ones, ones, d, i);
+            const bool refused = status != CUBLAS_STATUS_SUCCESS;
+            EXPECT(!refused || status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE);
+            EXPECT(cudaGetLastError() == (refused ? cudaErrorInvalidValue : cudaSuccess));
+            at_launch += refused, all = all && refused;
+            if (all) EXPECT(d.get() == count(32 * 32));
+        }
+        EXPECT(all || d.get()[0] == product.k + (epilogue == CUBLASLT_EPILOGUE_BIAS));
+        emulator::settings.*rule = 0;
+        return all;
+    };
+    const cublasLtEpilogue_t plain = CUBLASLT_EPILOGUE_DEFAULT, bias = CUBLASLT_EPILOGUE_BIAS;
+    const Rule percent = &emulator::Settings::refuse_percent, alignment = &emulator::Settings::refuse_alignment;
+    emulator::settings.algorithms = 8;
+    for (int i = 1; i < 30; i++) {
+        const Product product = {i, 3, 16, 32, 32, 32};
+        EXPECT(!whether_all(percent, 0, product, plain, 16) && whether_all(percent, 100, product, plain, 16));
+        EXPECT(whether_all(&emulator::Settings::refuse_k, 32, product, plain, 16));
+        EXPECT(!whether_all(&emulator::Settings::refuse_k, 8, product, plain, 16));
+        EXPECT(whether_all(&emulator::Settings::refuse_epilogues, 2, product, bias, 16));
+        EXPECT(!whether_all(&emulator::Settings::refuse_epilogues, 2, product, plain, 16));
+        EXPECT(whether_all(alignment, 16, product, plain, 8) && !whether_all(alignment, 128, product, plain, 16));
+        EXPECT(whether_all(alignment, 256, product, plain, 16));
+        whether_all(percent, 50, product, plain, 16);
+    }
+    EXPECT(none && some && at_launch);
+    Product product = {4, 4, 4, 4, 4, 4}, other = {4, 4, 5, 4, 5, 4};
+    product.search();
+    other.search();
+    if (broken) product.offered = other.offered;
+    EXPECT(product.run(ones, ones, ones) == CUBLAS_STATUS_SUCCESS);
+}
+
+static void matmul_misaligned() {
+    Array<float> a(std::vector<float>(32, 1)), d(16);
+    Product product = {2, 2, 2, 4, 4, 4};
+    product.search(CUBLASLT_EPILOGUE_DEFAULT, nullptr, nullptr, 16);
+    EXPECT(product.run(a + (broken ? 1 : 4), a, d) == CUBLAS_STATUS_SUCCESS && d.get()[0] == 2);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -690,7 +803,8 @@ int main(int argc, char** argv) {
         CASE(shuffle_with_returned), CASE(masks_that_differ), CASE(divergent_syncthreads),
         CASE(syncthreads_with_returned), CASE(trap), CASE(missing_copy_wait), CASE(copy_over_what_is_read),
         CASE(misaligned_copy), CASE(misaligned_ldmatrix), CASE(ldmatrix_not_shared), CASE(ldmatrix_transposed),
-        CASE(matmul), CASE(numbers), CASE(atomics), CASE(missing_event_wait), CASE(default_stream_does_not_wait),
+        CASE(matmul), CASE(matmul_refused), CASE(matmul_misaligned), CASE(numbers), CASE(atomics),
+        CASE(missing_event_wait), CASE(default_stream_does_not_wait),
         CASE(pinned_overwritten), CASE(result_read_early), CASE(pageable_copies), CASE(events), CASE(too_many_threads),
         CASE(too_much_shared), CASE(every_call_fails), CASE(properties), CASE(many_calls),
     };

@@ -33,7 +33,8 @@ BOUNDS = {"sanitized": "AddressSanitizer|runtime error", "checked": "emulator: .
 STOPS = {build: "emulator: kernel .* its source is not in device memory" for build in PROGRAMS}
 MEETING = {build: "emulator: kernel .* (waits for|has mask)" for build in PROGRAMS}
 
-# What runs: words for the driver below. Pairs of files in dev/reference; head size and length of bf16.
+# What runs: settings of the emulator, then words for the driver below. Pairs of files in dev/reference; head size and
+# length of bf16.
 VANILLA, SKIP = ["dumps vanilla_L2_NH5_C40_V150_B2_T37"], ["dumps skip_L3_NH3_C24_V61_B2_T37_nl2_nh1"]
 DEPTH, ODD = ["dumps depth_L5_NH2_C16_V61_B2_T37_s3_w0"], ["dumps skip_L4_NH3_C24_V61_B1_T67_nl1_nh2"]
 # Its arrays fill their slots, so what lies past the end of a slot is another one or not allocated.
@@ -211,6 +212,31 @@ breaks(RESULT, STREAMS,
         "CHECK(cudaEventRecord(inputs.buffers[inputs.turn].done, gpu.stream));", NOTHING),
        ("streams: a kernel on the default stream", "sum_partials", "gpu.stream", "nullptr"))
 
+# cuBLASLt refuses many of eight algorithms, or all there are.
+MANY, ALL = "GPT2_EMULATOR_ALGORITHMS=8 GPT2_EMULATOR_REFUSE_PERCENT=60", "GPT2_EMULATOR_REFUSE_PERCENT=100"
+breaks(RESULT, [f"{MANY} products", f"{ALL} products"],
+       ("refused: no kernel of our own", "matmul", "matmul_plain<X, Y>(y, ldy, M, N, K, A, B, add);", NOTHING),
+       ("refused: taken for computed", "matmul_cublaslt", "cudaGetLastError();", "cudaGetLastError(); return true;"),
+       ("refused: the next algorithm is not tried", "matmul_cublaslt", "plan->chosen < «plan->offered»",
+        "std::min(plan->offered, 1)"),
+       ("refused: the first algorithm again", "matmul_cublaslt", "plan->algorithms[«plan->chosen»]", "0"),
+       ("refused: the search begins anew", "matmul_cublaslt", "plan < end && «plan->shape != shape»", "true"),
+       ("refused: the choice is not kept", "matmul_cublaslt", 'check(status, "cublasLtMatmul", __LINE__);',
+        "plan->chosen = 0;"),
+       ("algorithm: its alignment is what the pointers have", "matmul_cublaslt", "low = «16»", "256"),
+       ("matmul_plain: what is past K", "load_square", "i0 + i < n && «k0 + k < K»", "true"),
+       ("matmul_plain: no sum with C", "matmul_plain_kernel", "(Y)(«add» ?", "nullptr"),
+       ("matmul_plain: a column past the end", "matmul_plain_kernel", "m < M && «n < N»", "n <= N"))
+breaks({"plain": "error: the GPU failed: "}, [f"{ALL} products"],
+       ("refused: its error stays", "matmul_cublaslt", "cudaGetLastError();", NOTHING))
+breaks({"plain": "error: cuBLASLt failed: "}, [f"{MANY} products"],
+       ("refused: ends the program", "refused", "status == CUBLAS_STATUS_INVALID_VALUE", "false"))
+breaks({"plain": "emulator: cuBLASLt: .* is not at a multiple of 16 bytes"}, ["products"],
+       ("algorithm: 16 bytes whatever the pointers have", "matmul_cublaslt", "(int)(«low & -low»)", "16"))
+breaks(RACE, [f"{ALL} products"],
+       ("no __syncthreads: matmul_plain, begin", "matmul_plain_kernel", SYNC + " for", NOTHING),
+       ("no __syncthreads: matmul_plain, overwritten early", "matmul_plain_kernel", SYNC + " }", NOTHING))
+
 DRIVER = r"""
 #include <stdlib.h>
 static const int chosen_break = getenv("GPT2_BREAK") ? atoi(getenv("GPT2_BREAK")) : -1;
@@ -224,6 +250,10 @@ int main(int argc, char** argv) {
     device_init(argv);
     const std::string what = argv[1], path = std::string("dev/reference/") + (argc > 2 ? argv[2] : "");
     auto number = [&](int i) { return i < argc ? atoi(argv[i]) : 0; };
+    if (what == "products") {
+        test_products<bf16, bf16>("bf16");
+        test_products<bf16, float>("bf16 into fp32");
+    }
     if (what == "dumps") check_dump(path + ".model.bin", path + ".state.bin", false, NEVER);
     if (what == "rounding") check_dump(path + ".model.bin", path + ".state.bin", false, MUST);
     if (what == "heads") test_head_sizes({number(2)}, {number(3)});
@@ -286,9 +316,12 @@ def run(folder, build, tests, number, seed):
     """What the first of the tests says that fails; None: all pass."""
     environment = {**os.environ, "GPT2_BREAK": str(number), "GPT2_EMULATOR_SEED": str(seed)}
     for test in tests:
+        words = [word for word in test.split() if "=" not in word]
+        settings = dict(word.split("=") for word in test.split() if "=" in word)
         try:
-            done = subprocess.run([folder / PROGRAMS[build], *test.split()], cwd=folder, env=environment, timeout=600,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+            done = subprocess.run([folder / PROGRAMS[build], *words], cwd=folder, env=environment | settings,
+                                  timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  errors="replace")
         except subprocess.TimeoutExpired:
             return "does not end"
         if done.returncode:

@@ -1,5 +1,5 @@
-"""train_gpt2.cu under the emulator: the order of threads, blocks and streams changes nothing, and every call of CUDA
-may fail."""
+"""train_gpt2.cu under the emulator: the order of threads, blocks and streams changes nothing, every call of CUDA may
+fail, and cuBLASLt may refuse any product."""
 
 import os
 import re
@@ -69,7 +69,8 @@ def some_of(calls):
 
 def assert_says_so(status, err, call):
     """The emulator says which call it made to fail, and the program stops with one line."""
-    said = rf"emulator: call {call}, .* is made to fail\nerror: (the GPU failed|no GPU can be used here).*\n"
+    said = (rf"emulator: call {call}, .* is made to fail\n"
+            r"error: (the GPU failed|cuBLASLt failed|no GPU can be used here).*\n")
     assert status == 1 and re.search(rf"^{said}\Z", err.decode(), re.M), err
 
 
@@ -109,3 +110,26 @@ def test_any_call_may_fail_in_generating(data, tmp_path):
         assert_says_so(status, err, call)
 
     all_at_once(failing, some_of(calls_of(arguments)))
+
+
+# What cuBLASLt refuses, and whether our own kernel then computes a product
+REFUSALS = {
+    "half": (False, {"algorithms": 8, "refuse_percent": 50, "seed": 1}),
+    "most": (True, {"algorithms": 8, "refuse_percent": 90, "seed": 2}),
+    "k": (True, {"algorithms": 8, "refuse_k": 16}),
+    "alignment": (True, {"refuse_alignment": 32}),
+    "epilogues": (False, {"refuse_epilogues": 30}),
+    "everything": (True, {"refuse_percent": 100}),
+}
+DUMPS = ["skip_L2_NH2_C48_V61_B3_T13_nl1_nh1", "depth_L2_NH1_C64_V61_B2_T19_s1_w0"]
+
+
+@pytest.mark.parametrize("regime", REFUSALS)
+def test_cublaslt_may_refuse_products(root, regime):
+    falls_back, settings = REFUSALS[regime]
+    program = Emulated(find_program(GPU_PROGRAM.replace("train", "test")).path, **settings)
+    paths = [root / f"dev/reference/{dump}.{part}.bin" for dump in DUMPS for part in ("model", "state")]
+    status, out, err = program.finish(*paths)
+    assert status == 0 and "FAILED" not in out.decode(), (out, err)
+    notes = err.decode().splitlines()
+    assert bool(notes) == falls_back and all(re.match("note: cuBLASLt refuses a product of", note) for note in notes)
