@@ -1295,7 +1295,7 @@ using OptionTable = std::vector<Option>;
         {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
         {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
         {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "tokens to measure; 0: all [65536; eval: all]"},
+        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "tokens to measure; 0: all [16384; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: new best, the end"},
         {"keep", o.keep, TRAIN, CHANGEABLE, "also keep those as DIR/model_STEP.bin"},
@@ -2731,7 +2731,7 @@ static void complete_options(Run& run) {
     if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps", o.steps, o.warmup);
     if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // 6e-5, not 5.9999999999999995e-5
     if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
-    if (o.val_tokens < 0) o.val_tokens = 1 << 16;
+    if (o.val_tokens < 0) o.val_tokens = 1 << 14;
     const std::string own = run.path("tokenizer.bin");
     if (!o.resume && !o.overwrite && exists(own) && read_tokenizer(own).crc != run.tokenizer.crc)
         die("%s is not the tokenizer of the shards; use another --out", own.c_str());
