@@ -59,9 +59,8 @@ test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
 
 # The prose of Python's own documentation; if it is not installed, of this repository.
 TEXT ?= data/demo.txt
-PROSE = README.md dev/README.md dev/bench/ladder.md train_gpt2.cpp train_gpt2.cu test_gpt2.cpp
 data/demo.txt: data_prep/demo_text.py
-	@mkdir -p data && python3 $< $(PROSE) > $@.tmp && mv $@.tmp $@ || { rm -f $@.tmp; exit 1; }
+	@mkdir -p data && python3 $< > $@.tmp && mv $@.tmp $@ || { rm -f $@.tmp; exit 1; }
 # 0.66 million parameters, 3 million tokens. A short context trains fastest, because each position comes up more often.
 NAME = $(if $(own_text),own,demo)
 own_text = $(filter-out data/demo.txt,$(TEXT))

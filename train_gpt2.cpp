@@ -2384,8 +2384,7 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
                            const Tokenizer& tokenizer) {
     const size_t B = o.batch, T = o.sequence;
     const size_t all = window_count(shards, T);
-    size_t total = all;
-    if (o.val_tokens > 0) total = std::clamp<size_t>(o.val_tokens / T, 1, total);
+    const size_t total = o.val_tokens > 0 ? std::clamp<size_t>(o.val_tokens / T, 1, all) : all;
     for (const Shard& s : shards) {
         InputFile f = open_file(s.path);
         if (fingerprint(f) != s.fingerprint) die("%s: has changed since the program started", s.path.c_str());
@@ -2608,7 +2607,6 @@ struct Run {
     Model* model = nullptr;
     int step = 0, saved = 0;           // updates made; step of DIR/model.bin
     uint64_t epoch = 0, position = 0;  // of the loader, after the batches of these updates
-    int former_steps = 0;              // --steps of the checkpoint that is resumed
     double loss = 0;                   // of the last step
     Evaluation validation = {};        // the last one
     double best_loss = INFINITY;       // of all validations
@@ -2672,7 +2670,6 @@ static bool open_checkpoint(Run& run) {
     const uint64_t step = number("step"), former = number("--steps");
     if (step > former) die("%s: damaged: it is past its last step", name);
     run.step = run.saved = step;
-    run.former_steps = former;
     run.epoch = number("epoch");
     run.position = number("position");
     if (run.state.contains("best step") && number("--val-tokens") == (uint64_t)run.o.val_tokens) {  // the same windows
@@ -2682,7 +2679,7 @@ static bool open_checkpoint(Run& run) {
         printf("note: with another --val-tokens, the search for best.bin begins anew\n");
     }
     run.o.overwrite = run.state.contains("overwrites");
-    if (run.o.steps != run.former_steps && run.o.steps <= run.step)
+    if ((uint64_t)run.o.steps != former && run.o.steps <= run.step)
         die("--steps %d: %s is already at step %d", run.o.steps, name, run.step);
     if (run.step < run.o.steps) return true;
     printf("%s is complete at step %d; to train further, add --steps N\n", escaped(path).c_str(), run.step);
@@ -2774,12 +2771,11 @@ static void print_start(const Run& run, size_t memory_needed) {
     printf("step       %s of %zu tokens%s: %s tokens\n", plural(B, "sequence").c_str(), T,
            o.total_batch == o.batch * o.sequence ? "" : format(", %zu times", o.total_batch / (B * T)).c_str(),
            commas(o.total_batch).c_str());
-    if (o.resume && o.steps != run.former_steps) {
-        Options former = o;
-        former.steps = run.former_steps;
-        printf("steps      %d instead of %d; the next learning rate is %.2e, after %.2e\n", o.steps, run.former_steps,
+    Options former = o;
+    if (o.resume) former.steps = atoi(run.state.at("--steps").c_str());
+    if (o.steps != former.steps)
+        printf("steps      %d instead of %d; the next learning rate is %.2e, after %.2e\n", o.steps, former.steps,
                learning_rate(o, run.step + 1), learning_rate(former, std::max(1, run.step)));
-    }
     printf("machine    %s, computing in %s; %s of memory needed, %s free\n", device_name().c_str(),
            precision_names[o.precision], mebibytes(memory_needed).c_str(), mebibytes(device_free_memory()).c_str());
     std::string line = "options   ";  // except those of the model, which the lines above describe

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Prints English text for a first small model: the prose of Python's own documentation, which comes with Python. If it
-is not installed, it prints the prose of Markdown files and the comments of source files.
+is not installed, it prints the prose of this repository: Markdown files, and comments of source files.
 
-    data_prep/demo_text.py [FILE]... > text.txt
+    data_prep/demo_text.py > text.txt
 """
 
 import re
 import sys
 from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PROSE = ["README.md", "dev/README.md", "dev/bench/ladder.md", "train_gpt2.cpp", "train_gpt2.cu", "test_gpt2.cpp"]
 
 
 def documentation():
@@ -21,7 +25,7 @@ def documentation():
 def prose(path):
     """A Markdown file as it is, or a source file's comments."""
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        text = (ROOT / path).read_text(encoding="utf-8", errors="replace")
     except OSError as e:
         sys.exit(f"error: {path}: {e.strerror}")
     if path.endswith(".md"):
@@ -41,10 +45,10 @@ def paragraphs(text):
 
 
 def main():
-    texts = documentation() or [prose(path) for path in sys.argv[1:]]
+    texts = documentation() or [prose(path) for path in PROSE]
     lines = dict.fromkeys(line for text in texts for line in paragraphs(text))  # each once: topics share some
     if not lines:
-        sys.exit("error: Python's documentation is not installed; name files")
+        sys.exit("error: neither Python's documentation nor this repository's has prose")
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         print("\n".join(lines), flush=True)
