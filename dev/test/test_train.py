@@ -209,7 +209,8 @@ def test_second_ctrl_c_in_validation_ends_at_once(program, data, tmp_path):
 def test_second_ctrl_c_ends_at_once(program, data, tmp_path):
     """In a step of a billion tokens, which nobody waits for."""
     with program.start(*training(data, tmp_path / "out", "--total-batch", 2**30)) as process:
-        wait_until(lambda: signal_mask(process, "SigCgt", signal.SIGINT), process)
+        wait_until((tmp_path / "out/best.bin").exists, process)  # the last file before the step
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         wait_until(lambda: not signal_mask(process, "ShdPnd", signal.SIGINT), process)
         assert process.poll() is None
