@@ -4683,7 +4683,8 @@ static const char* const instruction_set =
 
 #ifdef __x86_64__
 // Exits if the processor lacks instructions that this binary was built for, or the system forbids them. Any other
-// function may use such instructions, so this one runs before main and is itself compiled for any x86-64.
+// function may use such instructions, so this one runs before main and is itself compiled for any x86-64. It calls
+// fputs: where _FORTIFY_SOURCE is the default, as on Ubuntu, fprintf is an inline function of this file's instructions.
 [[gnu::constructor(101), gnu::target("arch=x86-64")]] static void check_instructions() {
     bool found = true;
     __builtin_cpu_init();
@@ -4705,14 +4706,15 @@ static const char* const instruction_set =
     __cpuid_count(7, 0, registers[0], registers[1], registers[2], registers[3]);
     found = found && (registers[3] >> 22 & 1);
     if (found && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) {
-        fprintf(stderr, "error: this system does not let programs use AMX: run 'make clean' and "
-                        "'make ARCH=\"-march=native -mno-amx-bf16\"'\n");
+        fputs("error: this system does not let programs use AMX: run 'make clean' and "
+              "'make ARCH=\"-march=native -mno-amx-bf16\"'\n", stderr);
         exit(1);
     }
 #endif
     if (found) return;
-    fprintf(stderr, "error: this binary was built for %s, which this processor lacks: "
-                    "run 'make clean' and 'make' here\n", instruction_set);
+    fputs("error: this binary was built for ", stderr);
+    fputs(instruction_set, stderr);
+    fputs(", which this processor lacks: run 'make clean' and 'make' here\n", stderr);
     exit(1);
 }
 #endif
