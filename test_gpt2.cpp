@@ -1508,7 +1508,7 @@ int main(int argc, char** argv) {
             test_decoding(precision);
             test_allocations(precision);
         }
-        test_head_sizes({SMALL_HEAD == 8 ? 8 : 15, 24, 64, 128, 200}, {1, 17, 64, 65, 161});
+        test_head_sizes({SMALL_HEAD == 8 ? 8 : 15, 24, 32, 64, 128, 200}, {1, 17, 64, 65, 161});
         test_finite_differences(settings(), EMULATED ? 6 : 1);
         test_finite_differences(wide_settings());
         test_memory();

@@ -194,11 +194,21 @@ static unsigned head_groups_grid(size_t rows, size_t NH, int lanes) {
 // chunks w, w + warps, ...; then the warps' sums are added in order. If there is a second output, partial is
 // (chunks, 2, n).
 __global__ void sum_partials_kernel(float* out, float* second, const float* partial, int chunks, int n, bool add) {
+    constexpr int AHEAD = 8;
     __shared__ float sums[WARP][WARP];
     const int i = blockIdx.x * WARP + threadIdx.x;
+    const float* column = partial + (size_t)blockIdx.y * n + min(i, n - 1);
     float sum = 0;
-    for (int chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y)
-        if (i < n) sum += partial[((size_t)chunk * gridDim.y + blockIdx.y) * n + i];
+    for (int first = threadIdx.y; first < chunks; first += AHEAD * blockDim.y) {
+        float ahead[AHEAD];  // loads that wait together
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            const int chunk = first + k * blockDim.y;
+            ahead[k] = chunk < chunks ? column[(size_t)chunk * gridDim.y * n] : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) sum += ahead[k];
+    }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || i >= n) return;
@@ -847,8 +857,8 @@ static void layernorm_backward(const Workspace& ws, X* dx, float* dw, float* db,
 // Sums over keys belong to a query, sums over queries to a key. So dq has one kernel, and dk and dv have another. Both
 // compute s and dp = do vᵀ; in return, one thread sums each gradient, in one order.
 //
-// There are two sets of kernels: in tiles, on tensor cores, for bf16 and head sizes 64 and 128; and plain ones, for all
-// else and for a single query.
+// There are two sets of kernels: in tiles, on tensor cores, for bf16 and head sizes 32, 64 and 128; and plain ones, for
+// all else and for a single query.
 
 static float attention_scale(int HS) { return 1.0f / sqrtf((float)HS); }
 
@@ -1068,18 +1078,14 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_ro
                  : "memory");
 }
 
-// Starts a copy of 16 bytes from global to shared memory, or of zeros if not `valid`. The copies before a commit form a
-// group. wait<N> waits until at most the latest N groups are unfinished.
+// Starts a copy of 16 bytes from global to shared memory, or of zeros if not `valid`.
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
                  "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
 }
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ inline void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
+// Waits for all copies that this thread has started.
+__device__ inline void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ inline float exp2_approx(float x) {  // relative error 2^-22
     float y;
@@ -1095,14 +1101,15 @@ constexpr float LOG2_E = 1.44269504f;       // powers of 2 are faster than power
 
 // Where vector c of row r of a tile lies in shared memory. A row is HS bf16: HS/8 vectors of 16 bytes. Vector c is
 // stored in the place of vector c ^ (r % 8). ldmatrix reads the same vector of eight rows at once: they then occupy all
-// 32 banks, without conflict.
+// 32 banks, without conflict. For HS 32, two rows share the banks, and it is c ^ (r / 2 % 4).
 template <int HS>
 __device__ inline int in_tile(int r, int c) {
-    return r * HS + ((c ^ (r & 7)) << 3);
+    return r * HS + ((c ^ (HS == 32 ? r >> 1 & 3 : r & 7)) << 3);
 }
 
 // Copies rows first .. first + ROWS - 1 of a head; rows from `end` on are 0. A thread copies the same vector of every
-// STEP-th row. STEP is a multiple of 8, so r % 8, and with it in_tile's exclusive or, is computed once.
+// STEP-th row. STEP is a multiple of 8, so in_tile's exclusive or is computed once. Nearly all tiles are whole: for them
+// the addresses cost half as many instructions.
 template <int HS, int ROWS>
 __device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int first, int end) {
     constexpr int VECTORS = HS / 8, STEP = TILE_BLOCK / VECTORS;
@@ -1110,11 +1117,15 @@ __device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int f
     const int r = threadIdx.x / VECTORS, c = threadIdx.x % VECTORS;
     bf16* to = tile + in_tile<HS>(r, c);
     const bf16* from = head + (first + r) * row + c * 8;
+    auto copy = [&](auto whole) {
 #pragma unroll
-    for (int below = 0; below < ROWS; below += STEP) {
-        const bool valid = first + r + below < end;
-        cp_async_16(to + below * HS, valid ? from + below * row : head, valid);
-    }
+        for (int below = 0; below < ROWS; below += STEP) {
+            const bool valid = whole || first + r + below < end;
+            cp_async_16(to + below * HS, valid ? from + below * row : head, valid);
+        }
+    };
+    if (first + ROWS <= end) copy(std::true_type());
+    else copy(std::false_type());
 }
 
 // Copies tile number `tile` of two arrays: k and v, or q and do. `pairs` has room for two such pairs, used in turn.
@@ -1228,7 +1239,7 @@ static void allow_shared(Kernel kernel, size_t bytes) {
 
 // M: a warp has 16·M rows (queries or keys), in M fragments; a block has 64·M rows. Each fragment of the other operand
 // that a warp loads serves all M, which takes load off shared memory. For HS 128, registers suffice for M = 1 only.
-template <int HS> constexpr int FRAGMENTS = HS == 64 ? 2 : 1;
+template <int HS> constexpr int FRAGMENTS = HS == 128 ? 1 : 2;
 
 // o, lse. A block has 64·M queries of a head and goes through tiles of 64 keys; while it computes on one, the next is
 // being copied. The blocks with the most keys start first.
@@ -1250,17 +1261,15 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     auto copy_keys = [&](int j) { copy_pair<HS>(kv_tiles, k_rows, v_rows, b, h, j, keys); };
     copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, queries);
     copy_keys(0);
-    cp_async_commit();
 
     uint32_t q_A[M][K][4];
     float sums_o[M][2 * K][4] = {}, max[M][2], sum[M][2] = {};
 #pragma unroll
     for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
     for (int j = 0; j < tiles; j++) {
+        cp_async_wait();
+        __syncthreads();  // this tile has come, and all warps are done with the last one, which the next one replaces
         if (j + 1 < tiles) copy_keys(j + 1);
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
         const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;
         if (j == 0) {
 #pragma unroll
@@ -1311,7 +1320,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                 }
             add_product<HS, M, 4>(sums_o, s, v_tile, 0);  // o += p v
         }
-        __syncthreads();
     }
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -1350,7 +1358,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                                           const float* lse, Heads<const bf16> q, KeysValues<const bf16> kv, int T,
                                           float scale) {
     constexpr int M = FRAGMENTS<HS>, K = HS / 16, ROWS = TILE * M;
-    constexpr int HELD = HS == 64 ? K : 1;  // fragments of q and do kept in registers; for HS 128 they do not fit
+    constexpr int HELD = HS == 128 ? 1 : K;  // fragments of q and do kept in registers; for HS 128 they do not fit
     extern __shared__ uint4 shared_memory[];
     bf16 *q_tile = (bf16*)shared_memory, *do_tile = q_tile + ROWS * HS, *kv_tiles = do_tile + ROWS * HS;
     const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4, row = threadIdx.x / WARP * 16 * M;  // of the warp
@@ -1362,10 +1370,8 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     auto copy_keys = [&](int j) { copy_pair<HS>(kv_tiles, k_rows, v_rows, b, h, j, keys); };
     copy_tile<HS, ROWS>(q_tile, q.at(b, h, 0), q.row, i0, T);
     copy_tile<HS, ROWS>(do_tile, dout.at(b, h, 0), dout.row, i0, T);
-    cp_async_commit();
     copy_keys(0);
-    cp_async_commit();
-    cp_async_wait<1>();
+    cp_async_wait();
     __syncthreads();
 
     uint32_t q_A[M][HELD][4], do_A[M][HELD][4];
@@ -1402,10 +1408,9 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
     float sums[M][2 * K][4] = {};
     for (int j = 0; j < tiles; j++) {
+        cp_async_wait();
+        __syncthreads();  // this tile has come, and all warps are done with the last one, which the next one replaces
         if (j + 1 < tiles) copy_keys(j + 1);
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
         const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;
 #pragma unroll 1
         for (int first = 0; first < TILE; first += 32) {
@@ -1442,7 +1447,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
                                      (scale * dp[m][n][e] - scaled_delta[m][e / 2]);
             add_product<HS, M, 2>(sums, s, k_tile, first);  // dq += ds k
         }
-        __syncthreads();
     }
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -1485,16 +1489,14 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
     copy_tile<HS, ROWS>(k_tile, k_rows.at(b, h, 0), k_rows.row, j0, T);
     copy_tile<HS, ROWS>(v_tile, v_rows.at(b, h, 0), v_rows.row, j0, T);
     copy_queries(begin);
-    cp_async_commit();
     statistics[begin % 2 * 2 * TILE + threadIdx.x] = read_statistic(begin);
 
     float sums_k[M][2 * K][4] = {}, sums_v[M][2 * K][4] = {};
     for (int i = begin; i < tiles; i++) {
+        cp_async_wait();
+        __syncthreads();  // this tile has come, and all warps are done with the last one, which the next one replaces
         if (i + 1 < tiles) copy_queries(i + 1);
-        cp_async_commit();
         const float next_statistic = read_statistic(i + 1);
-        cp_async_wait<1>();
-        __syncthreads();
         const bf16 *q_tile = q_tiles + i % 2 * 2 * TILE * HS, *do_tile = q_tile + TILE * HS;
         const float *lse2 = statistics + i % 2 * 2 * TILE, *scaled_delta = lse2 + TILE;
 #pragma unroll 1
@@ -1541,7 +1543,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
             add_product<HS, M, 2>(sums_k, dp, q_tile, first);  // dk += dsᵀ q
         }
         statistics[(i + 1) % 2 * 2 * TILE + threadIdx.x] = next_statistic;
-        __syncthreads();
     }
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -1575,6 +1576,7 @@ template <class X>
 static void attention_forward(const Workspace&, Heads<X> o, float* lse, Heads<const X> q,
                               const KeysValues<const X>& kv, const AttentionShape& s) {
     if constexpr (std::is_same_v<X, bf16>) {
+        if (s.HS == 32 && s.queries > 1) return attention_forward_tiles<32>(o, lse, q, kv, s);
         if (s.HS == 64 && s.queries > 1) return attention_forward_tiles<64>(o, lse, q, kv, s);
         if (s.HS == 128 && s.queries > 1) return attention_forward_tiles<128>(o, lse, q, kv, s);
     }
@@ -1586,6 +1588,7 @@ static void attention_backward(const Workspace& ws, Heads<X> dq, const KeysValue
                                Heads<const X> o, const float* lse, Heads<const X> q, const KeysValues<const X>& kv,
                                const AttentionShape& s) {
     if constexpr (std::is_same_v<X, bf16>) {
+        if (s.HS == 32) return attention_backward_tiles<32>(dq, dkv, ws.delta, dout, o, lse, q, kv, s);
         if (s.HS == 64) return attention_backward_tiles<64>(dq, dkv, ws.delta, dout, o, lse, q, kv, s);
         if (s.HS == 128) return attention_backward_tiles<128>(dq, dkv, ws.delta, dout, o, lse, q, kv, s);
     }

@@ -76,7 +76,7 @@ k<float><<<...>>>), adding to floats by atomics, whose result depends on the ord
 there does not compile. Stricter than a GPU: threads of a warp, or of a block, must meet on the same line.
 
 Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED, which is defined here. Those that
-are replaced: mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_commit, cp_async_wait, and those by
+are replaced: mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_wait, and those by
 which blocks take turns at a counter in device memory; all lanes of a warp call them:
     wait_for_turn(counter, value)   returns when *counter == value; what was ordered before the pass_turn that set it
                                     is then ordered before what this warp does
@@ -530,7 +530,6 @@ struct Waiting {
 struct Copy {  // a cp.async that has not landed
     char* to;
     const char* from;  // null: zeros
-    unsigned group;
     uint32_t pc;
 };
 
@@ -542,7 +541,6 @@ struct Thread {
     Block* block = nullptr;
     Waiting waiting;
     std::vector<Copy> copies;
-    unsigned groups = 0;      // of copies, committed
     const int* turn = nullptr;  // waits until this has ...
     int turn_value = 0;         // ... this value, if it is one of grid->waiters
     uint32_t met[WARP] = {};  // when it last met each thread of its warp at a __syncwarp, if indirectly
@@ -685,7 +683,6 @@ inline void start(Block& b, unsigned number) {
         t.block = &b;
         t.waiting = {};
         t.copies.clear();
-        t.groups = 0;
         std::fill(std::begin(t.met), std::end(t.met), now);
         ready.push_back(&t);
     }
@@ -1790,16 +1787,6 @@ EMULATOR_OWN void ldmatrix(const char* name, uint32_t (&r)[4], const void* row, 
     });
 }
 
-EMULATOR_OWN inline void land(Thread& t, unsigned groups) {  // of its copies, those of the first groups
-    Unchecked own;
-    std::erase_if(t.copies, [&](const Copy& c) {
-        if (c.group >= groups) return false;
-        if (EMULATOR_CHECKED && c.from) check(c.from, 16, READ, 1, c.pc);
-        if (EMULATOR_CHECKED) check(c.to, 16, WRITE, 1, c.pc);
-        c.from ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
-        return true;
-    });
-}
 }  // namespace emulator
 
 // d += a b: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
@@ -1834,13 +1821,16 @@ EMULATOR_OWN __attribute__((noinline)) inline void cp_async_16(void* shared, con
     emulator::check_own(shared, 16, emulator::WRITE, caller);
     memset(shared, 0xff, 16);
     uint32_t pc = EMULATOR_CHECKED ? emulator::place_in_program(caller) : 0;
-    t.copies.push_back({(char*)shared, valid ? (const char*)global : nullptr, t.groups, pc});
+    t.copies.push_back({(char*)shared, valid ? (const char*)global : nullptr, pc});
 }
-EMULATOR_OWN inline void cp_async_commit() { emulator::self->groups++; }
-template <int N>
-EMULATOR_OWN void cp_async_wait() {  // until at most N groups are on their way
-    unsigned groups = emulator::self->groups;
-    emulator::land(*emulator::self, groups > N ? groups - N : 0);
+EMULATOR_OWN inline void cp_async_wait() {  // for all copies of this thread
+    emulator::Unchecked own;
+    for (const emulator::Copy& c : emulator::self->copies) {
+        if (EMULATOR_CHECKED && c.from) emulator::check(c.from, 16, emulator::READ, 1, c.pc);
+        if (EMULATOR_CHECKED) emulator::check(c.to, 16, emulator::WRITE, 1, c.pc);
+        c.from ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+    }
+    emulator::self->copies.clear();
 }
 
 // ====================================================================================================================

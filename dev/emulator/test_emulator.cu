@@ -455,13 +455,10 @@ __global__ void __launch_bounds__(128) product(float* C, const bf16* A, const bf
         cp_async_16(&b[k & 1][row][column], B + row * K + k * 16 + column, true);
     };
     load(0);
-    cp_async_commit();
     for (int k = 0; k < K / 16; k++) {
+        if (mistake != NO_WAIT) cp_async_wait();
+        if (mistake != NO_BARRIER || k == 0) __syncthreads();
         if (k + 1 < K / 16) load(k + 1);
-        cp_async_commit();
-        if (mistake == NO_WAIT) cp_async_wait<2>();
-        else cp_async_wait<1>();
-        __syncthreads();
         uint32_t fa[4], fb[4];
         bf16 mine[8] = {};
         const bf16* row = &a[k & 1][warp * 16 + lane % 16][lane / 16 * 8];
@@ -472,7 +469,6 @@ __global__ void __launch_bounds__(128) product(float* C, const bf16* A, const bf
             mma_m16n8k16(d[2 * n], fa, b0);
             mma_m16n8k16(d[2 * n + 1], fa, b1);
         }
-        if (mistake != NO_BARRIER) __syncthreads();
     }
     for (int n = 0; n < 8; n++)
         for (int i = 0; i < 4; i++) C[(warp * 16 + lane / 4 + i / 2 * 8) * 64 + n * 8 + lane % 4 * 2 + i % 2] = d[n][i];
@@ -501,8 +497,7 @@ static void ldmatrix_not_shared() { multiply(ROW_NOT_SHARED); }
 __global__ void transpose(uint16_t* out, const uint16_t* in) {  // four 8×8 matrices
     __shared__ alignas(16) uint16_t rows[32][8];
     cp_async_16(rows[threadIdx.x], in + 8 * threadIdx.x, threadIdx.x != 5);  // zeros for row 5 of matrix 0
-    cp_async_commit();
-    cp_async_wait<0>();
+    cp_async_wait();
     __syncwarp();
     uint32_t r[4];
     ldmatrix_x4_trans(r, rows[threadIdx.x]);
