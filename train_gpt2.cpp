@@ -1194,10 +1194,10 @@ struct Setting {
     const char* help;
 };
 static const Setting config_settings[] = {
-    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "number of layers"},
-    {"heads", &Config::NH, SHAPE, 1, 65536, 5, nullptr, "attention heads per layer; must divide channels"},
-    {"channels", &Config::C, SHAPE, 1, 65536, 6, nullptr, "width of the residual stream"},
-    {"context", &Config::maxT, SHAPE, 1, 1 << 20, 2, nullptr, "maximum sequence length"},
+    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "number of layers [12, or the model's]"},
+    {"heads", &Config::NH, SHAPE, 1, 65536, 5, nullptr, "heads; must divide channels [12, or the model's]"},
+    {"channels", &Config::C, SHAPE, 1, 65536, 6, nullptr, "width of the residual stream [768, or the model's]"},
+    {"context", &Config::maxT, SHAPE, 1, 1 << 20, 2, nullptr, "maximum sequence length [1024, or the model's]"},
     {"vocab", &Config::V, SHAPE, 1, 65536, 3, nullptr, "vocabulary size [the tokenizer's, or 50257]"},
     {"skip-distance", &Config::skip_distance, SKIP, 1, 65536, 9,
      [](const Config& c) { return std::max(1, 3 * c.L / 4); }, "skip: heads read N layers below [3/4 of layers]"},
@@ -1284,7 +1284,7 @@ using OptionTable = std::vector<Option>;
         {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [the model's context]"},
         {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]"},
         {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
-        {"steps", o.steps, 1, most, TRAIN, CHANGEABLE, "number of updates [one pass, but at least 1000]"},
+        {"steps", o.steps, 1, most, TRAIN, CHANGEABLE, "updates in all [a pass over --train, at least 1000]"},
         {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
         {"min-lr", o.min_lr, 0, 10, TRAIN, FIXED, "final learning rate [1/10 of --lr]"},
         {"warmup", o.warmup, 0, most, TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
@@ -1295,19 +1295,19 @@ using OptionTable = std::vector<Option>;
         {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
         {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
         {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "tokens to measure; 0: all [16384; eval: all]"},
+        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "measure N tokens; 0: all [16384; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
-        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: new best, the end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep those as DIR/model_STEP.bin"},
+        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
+        {"keep", o.keep, TRAIN, CHANGEABLE, "keep all these saves, too, as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
-        {"stop", o.stop, "TEXT", GENERATE, "end before TEXT; may be given again"},
+        {"stop", o.stop, "TEXT", GENERATE, "end before TEXT, like $'\\n'; may be given again"},
         {"samples", o.samples, 1, most, GENERATE, TRANSIENT, "number of texts; each has the next seed"},
         {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
         {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
         {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, CHANGEABLE, "sample from the N most likely tokens; 0: all"},
         {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X"},
-        {"model", o.model, "NAME|FILE", EVERY, FIXED, "file or shape: gpt2, -medium, -large, -xl [gpt2]"},
+        {"model", o.model, "NAME|FILE", EVERY, FIXED, "file, or shape like gpt2-medium or gpt2-xl [gpt2]"},
         {"attention", o.attention, attention_names, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
         {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
         {"precision", o.precision, precision_names, EVERY, FIXED, "format of weights and activations"},
@@ -1498,7 +1498,7 @@ static std::string try_open(InputFile& f, const std::string& path) {
     f.fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: opening a pipe must not wait
     if (f.fd < 0 || fstat(f.fd, &s) != 0) return strerror(errno);
     f.size = s.st_size;
-    return S_ISREG(s.st_mode) ? "" : S_ISDIR(s.st_mode) ? "is a folder, not a file" : "is not a regular file";
+    return S_ISREG(s.st_mode) ? "" : S_ISDIR(s.st_mode) ? "is a folder; name a file in it" : "is not a regular file";
 }
 
 static InputFile open_file(const std::string& path) {
@@ -1601,7 +1601,8 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
     const int reason = status == GLOB_ABORTED ? errno : ENOENT;  // aborted: a folder cannot be read
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
     globfree(&found);
-    if (paths.empty()) die("--%s %s: %s", option, pattern.c_str(), strerror(reason));
+    if (paths.empty())
+        die("--%s %s: %s; if the shards have moved, say where to", option, pattern.c_str(), strerror(reason));
     std::sort(paths.begin(), paths.end());
     return paths;
 }
@@ -1674,7 +1675,7 @@ static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
         const std::string& token = t.tokens[i];
         if ((int)i == t.end_of_text) continue;  // in a prompt, its letters are text
         if (token.size() != 1 && token.size() != utf8_length(token[0]))
-            die("%s holds no merges to encode text with; use --prompt-tokens", t.path.c_str());
+            die("%s: has no merges to encode text with; use --prompt-tokens, with tiktoken's numbers", t.path.c_str());
         token_of.emplace(token, i);
     }
     std::vector<int> tokens;
@@ -1806,7 +1807,9 @@ static void check_manifest(const std::string& folder, const std::vector<std::str
     }
     for (const std::string& shard : shards) {
         const bool listed = std::count(names.begin(), names.end(), shard.substr(shard.rfind('/') + 1)) > 0;
-        if (!listed && folder_of(shard) == folder) refuse(shard, "is not one of prepare.py's shards");
+        if (!listed && folder_of(shard) == folder)
+            die("%s is not one of prepare.py's shards; name only those, as in '%s/val_*.bin'; %s lists them",
+                shard.c_str(), folder.c_str(), path.c_str());
     }
 }
 
@@ -1836,10 +1839,10 @@ static std::vector<Shard> open_shards(const char* option, const std::vector<std:
             headerless++;
         }
         if (s.tokens > (size_t)T) shards.push_back(s);
-        else if (paths.size() > 1)
-            printf("left out: %s, %zu tokens; a window takes %d\n", escaped(path).c_str(), s.tokens, T + 1);
+        else printf("left out: %s, %zu tokens; a window takes %d\n", escaped(path).c_str(), s.tokens, T + 1);
     }
-    if (shards.empty()) die("--%s: no shard has the %d tokens that --sequence %d takes", option, T + 1, T);
+    if (shards.empty())
+        die("--%s: no shard has the %d tokens of a window; use more text, or a smaller --sequence", option, T + 1);
     if (headerless > 0)
         printf("headerless: %zu of %zu files of --%s, read as plain uint16 tokens\n", headerless, paths.size(), option);
     return shards;
@@ -2609,8 +2612,9 @@ struct Run {
     uint64_t epoch = 0, position = 0;  // of the loader, after the batches of these updates
     double loss = 0;                   // of the last step
     Evaluation validation = {};        // the last one
-    double best_loss = INFINITY;       // of all validations
-    int best_step = -1;                // at which it was found; -1: there was no validation
+    std::string first_row = {};        // of metrics.csv, if there was a validation before step 1
+    double best_loss = INFINITY;       // the lowest of validations, but for random weights
+    int best_step = -1;                // at which it was found; -1: at none yet
     FILE* metrics = nullptr;
     double shown = -INFINITY;          // when a step's line was printed last, in seconds()
 
@@ -2672,6 +2676,7 @@ static bool open_checkpoint(Run& run) {
     run.step = run.saved = step;
     run.epoch = number("epoch");
     run.position = number("position");
+    run.first_row = run.state["first row"];
     if (run.state.contains("best step") && number("--val-tokens") == (uint64_t)run.o.val_tokens) {  // the same windows
         run.best_step = number("best step");
         run.best_loss = strtod(run.state["best loss"].c_str(), nullptr);
@@ -2725,7 +2730,7 @@ static void complete_options(Run& run) {
     const size_t pass = window_count(run.train, T) / (o.total_batch / T);
     if (o.steps < 1) o.steps = std::clamp<size_t>(pass, 1000, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
-    if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps", o.steps, o.warmup);
+    if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps; use at least as many", o.steps, o.warmup);
     if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // 6e-5, not 5.9999999999999995e-5
     if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
     if (o.val_tokens < 0) o.val_tokens = 1 << 14;
@@ -2819,7 +2824,8 @@ static void create_run_model(Run& run) {
 static State run_state(const Run& run) {
     State state = {{"step", std::to_string(run.step)}, {"epoch", std::to_string(run.epoch)},
                    {"position", std::to_string(run.position)}, {"train data", fingerprints(run.train)},
-                   {"val data", fingerprints(run.val)}, {"tokenizer", run.tokenizer.crc}};
+                   {"val data", fingerprints(run.val)}, {"tokenizer", run.tokenizer.crc},
+                   {"first row", run.first_row}};
     if (run.best_step >= 0) {
         state["best step"] = std::to_string(run.best_step);
         state["best loss"] = format("%.17g", run.best_loss);
@@ -2834,7 +2840,7 @@ static State run_state(const Run& run) {
 static FILE* open_metrics(const Run& run) {
     const std::string path = run.path("metrics.csv"), names = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s";
     std::string kept = names + "\n";
-    if (run.step == 0 && run.best_step == 0) kept += format("0,,%.9g,,,,\n", run.best_loss);
+    if (run.step == 0) kept += run.first_row;
     if (run.step > 0 && exists(path)) {
         const std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
         int step = -1;  // of the last row
@@ -2937,7 +2943,8 @@ static void validate(Run& run) {
     run.validation = evaluate(run.model, run.c, run.val, run.o, run.tokenizer);
     check_finite(run, "the validation loss", run.validation.loss);
     if (run.step < run.o.steps) model_set_inputs(run.model, run.x.data(), run.y.data());  // evaluate set others
-    if (!(run.validation.loss < run.best_loss)) return;
+    const bool random = run.step == 0 && !run.start;  // random weights are of no use as best.bin
+    if (random || !(run.validation.loss < run.best_loss)) return;
     run.best_loss = run.validation.loss;
     run.best_step = run.step;
 }
@@ -3017,18 +3024,22 @@ static void print_end(const Run& run, double run_seconds) {
            o.resume ? " since it was resumed" : "");
     if (!run.val.empty()) {
         const Evaluation& e = run.validation;
-        printf("validation loss %.4f nats per token, over %s tokens with a unigram entropy of %.4f\n", e.loss,
+        printf("validation loss %.4f nats per token, over %s tokens whose frequencies alone would give %.4f\n", e.loss,
                commas(e.tokens).c_str(), e.entropy);
-        if (e.loss > e.entropy) printf("note: that is above the unigram entropy; train longer, or change --lr\n");
-        if (run.best_step < o.steps)
-            printf("best validation loss %.4f at step %d: %s\n", run.best_loss, run.best_step,
-                   escaped(run.path("best.bin")).c_str());
+        if (e.loss > e.entropy) printf("note: the frequencies alone are better; try another --lr, or train longer\n");
+        if (run.best_step < o.steps) printf("best validation loss %.4f at step %d\n", run.best_loss, run.best_step);
     }
     if (can_sample(run) && interrupts == 0) print_sample(run);
-    const std::string path = run.path("model.bin");
-    printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d%s\n", escaped(path).c_str(),
-           shell_word(o.program).c_str(), shell_word(path).c_str(), o.seed < INT_MAX ? o.seed + 1 : 0,
-           start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : "");
+    const std::string path = run.path(run.val.empty() || run.best_step == o.steps ? "model.bin" : "best.bin");
+    printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d", escaped(path).c_str(),
+           shell_word(o.program).c_str(), shell_word(path).c_str(), o.seed < INT_MAX ? o.seed + 1 : 0);
+    Options initial;
+    OptionTable defaults = option_table(initial);
+    for (const Option& option : run.table)  // of sampling, those that were given
+        if (const std::string value = value_text(option); option.commands == (TRAIN | GENERATE) &&
+                                                          value != value_text(*find_option(defaults, option.name)))
+            printf(" --%s %s", option.name, shell_word(value).c_str());
+    printf("%s\n", prompt_of(o, run.tokenizer, run.c.V)[0] < 0 ? " --prompt-tokens 0" : "");
 }
 
 static void train(Options& o, OptionTable& table) {
@@ -3054,6 +3065,7 @@ static void train(Options& o, OptionTable& table) {
         if (signal(number, on_signal) == SIG_IGN) signal(number, SIG_IGN);  // as nohup wants SIGHUP, for example
     if (!o.resume && !run.val.empty() && o.val_every > 0) {
         validate(run);
+        run.first_row = format("0,,%.9g,,,,\n", run.validation.loss);
         show_line(format("step 0/%d  val %.4f", o.steps, run.validation.loss), true);
     }
     if (!o.resume && interrupts > 0) return show_line("stopped before the first step; nothing is saved", true);
@@ -3080,8 +3092,8 @@ static void eval(Options& o, OptionTable&) {
     printf("attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
     Evaluation e = evaluate(model, c, shards, o, tokenizer);
     if (!std::isfinite(e.loss)) die("%s: the loss is not finite: its training failed", o.model.c_str());
-    show_line(format("data       %s tokens in windows of %d, with a unigram entropy of %.6f", commas(e.tokens).c_str(),
-                     o.sequence, e.entropy), true);
+    show_line(format("data       %s tokens in windows of %d; their frequencies alone would give a loss of %.6f",
+                     commas(e.tokens).c_str(), o.sequence, e.entropy), true);
     printf("loss       %.6f nats per token\nperplexity %.4f\n", e.loss, exp(e.loss));
     if (e.bytes > 0) printf("bits/byte  %.6f\n", e.loss / log(2) * e.tokens / e.bytes);
     else printf("bits/byte  unknown without a tokenizer\n");
@@ -3097,8 +3109,8 @@ static void generate(Options& o, OptionTable&) {
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
     if (!o.stop.empty() && !tokenizer.known()) die("--stop needs a tokenizer: name one with --tokenizer");
     if (prompt.size() > (size_t)c.maxT)
-        fprintf(stderr, "note: of the prompt's %zu tokens, the last %d are read: the context is %d\n", prompt.size(),
-                tokens_to_read(c.maxT, 0, prompt.size()), c.maxT);
+        fprintf(stderr, "note: of %zu prompt tokens, the last %d count: a full context, %d, keeps its last half\n",
+                prompt.size(), tokens_to_read(c.maxT, 0, prompt.size()), c.maxT);
     Model* model = load_model(file, c, o, {.sequences = 1});
     for (int i = 0; i < o.samples; i++) {
         if (i > 0) printf("---\n");
@@ -3181,12 +3193,12 @@ struct Command {
 
 static const Command commands[] = {
     {"train", TRAIN, train, "trains a new or an existing model, or resumes a run",
-     "DIR/model.bin is always the newest complete checkpoint, DIR/best.bin that of the\n"
-     "lowest validation loss; DIR/metrics.csv has one row per step. Ctrl-C finishes\n"
-     "the step, saves and stops; a second Ctrl-C stops at once. --resume takes options\n"
-     "from the checkpoint. You may change the shards' paths, sampling, how often it\n"
-     "prints, validates, samples and saves; and --steps, to train on; nothing else,\n"
-     "since the result would depend on it."},
+     "DIR/model.bin is always the newest complete checkpoint. With --val, DIR/best.bin\n"
+     "is that of the lowest validation loss, but never random weights. DIR/metrics.csv\n"
+     "has one row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C\n"
+     "stops at once. --resume takes options from the checkpoint. With it, you may\n"
+     "change --steps, the paths of the shards, the sampling options, and how often it\n"
+     "logs, validates, samples and saves. Everything else must stay the same."},
     {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
     {"generate", GENERATE, generate, "continues a prompt",
      "Needs --model FILE. Generation stops after --tokens, at end-of-text, or before a\n"
@@ -3212,7 +3224,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     }
     fprintf(out, "Options of every command\n");
     print_options(out, table, true);
-    fprintf(out, "\n%s\nExit status: 0, or 1 after an error.\n", device_help());
+    fprintf(out, "\n%s\nExit status: 0, 1 after an error, or 130 after a second Ctrl-C.\n", device_help());
 }
 
 // Runs the command that argv names.
