@@ -62,7 +62,7 @@ def joined(case):
     (["--lr", "-1"], "must be from 0"),
     (["--lr", "1e999"], "must be from 0"),
     (["--min-lr", "1"], "--min-lr 1 is more than --lr"),
-    (["--warmup", "100"], "--steps 10 is less than the warmup, 100 steps; use at least as many"),
+    (["--warmup", "100"], "--steps 10 is less than the warmup, 100 steps; use more"),
     (["--attention", "skp"], re.escape("must be one of " + "|".join(ATTENTIONS))),
     (["--schedule", "cos"], "cosine"),
     (["--precision", "fp64"], "must be one of"),
