@@ -1604,7 +1604,7 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
     globfree(&found);
     if (paths.empty())
-        die("--%s %s: %s; if the shards have moved, say where to", option, pattern.c_str(), strerror(reason));
+        die("--%s %s: %s; if the shards have moved, give their new place", option, pattern.c_str(), strerror(reason));
     return paths;
 }
 

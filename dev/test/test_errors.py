@@ -159,7 +159,7 @@ def test_prompt_of_samples_is_checked_first(each_build, data, tmp_path):
 def test_glob_that_matches_nothing(each_build, data, tmp_path, option):
     pattern = f"{tmp_path}/none*"
     each_build.fails(*training(data, tmp_path / "out", option, pattern),
-                     says=re.escape(f"{option} {pattern}: No such file") + ".*; if the shards have moved, say where to")
+                     says=re.escape(f"{option} {pattern}: No such file") + ".*; if the shards have moved, give their")
 
 
 @pytest.mark.parametrize("option", ["--train", "--val"])
@@ -531,7 +531,7 @@ def test_gradient_that_is_not_finite_changes_no_weight(program, data, finished, 
 
 def test_exploded_loss_is_saved_with_a_warning(program, data, tmp_path):
     out = tmp_path / "out"
-    mad = ["--lr", 3, "--clip", 0, "--schedule", "constant", "--val-every", 1]
+    mad = ["--lr", 3, "--clip", 0, "--schedule", "constant", "--val-every", 1, "--warmup", 12]
     said = program.run(*training(data, out, *mad, steps=12))
     assert re.search(r"warning: the loss, [\d.e+]+, is far above that of guessing, 5.55; try a lower", said)
     loss, step = re.search(r"best validation loss ([\d.]+) at step (\d+)", said).groups()

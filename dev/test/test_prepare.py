@@ -447,7 +447,7 @@ def test_damaged_tokenizers(prepare, tmp_path, vocabulary):
 def test_a_tokenizer_is_a_regular_file(prepare, tmp_path):
     text = write(tmp_path / "a", "text" * 10)
     os.mkfifo(tmp_path / "pipe")
-    for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "Is a directory"),
+    for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "is a folder"),
                         ("/dev/zero", "not a regular file"), (text / "below", "must be bytes, chars, gpt2 or")):
         refused(prepare("--tokenizer", path, "--out", tmp_path / "out", text), str(path), words)
     if os.geteuid() != 0:
