@@ -65,6 +65,7 @@ data/demo.txt: data_prep/demo_text.py
 NAME = $(if $(own_text),own,demo)
 own_text = $(filter-out data/demo.txt,$(TEXT))
 run: train_gpt2 $(filter data/demo.txt,$(TEXT))
+	@test $$(cat $(TEXT) | wc -c) -ge 2000 || { echo 'error: TEXT needs 2,000 bytes or more' >&2; exit 1; }
 	python3 data_prep/prepare.py --tokenizer bytes --out data/$(NAME) --overwrite $(TEXT)
 	./train_gpt2 train --train 'data/$(NAME)/train_*.bin' --val 'data/$(NAME)/val_*.bin' --out run/$(NAME) --overwrite \
 	    --layers 3 --heads 4 --channels 128 --context 96 --batch 8 --steps 4000 --lr 4e-3 \
@@ -75,8 +76,7 @@ test:
 bench: dev/bench/bench
 	./dev/bench/bench
 clean:
-	rm -f train_gpt2 test_gpt2 train_gpt2cu test_gpt2cu .flags .flags_gpu dev/bench/bench dev/bench/benchcu dev/bench/ladder
-	rm -f train_gpt2_sanitized test_gpt2_sanitized test_gpt2_amx *cu_emulated* *cu_checked* *cu_sanitized* dev/bench/*cu_emulated*
+	rm -f t*_gpt2 t*_gpt2cu t*_gpt2_sanitized t*_gpt2_amx t*_gpt2cu_* .flags* dev/bench/bench dev/bench/benchcu* dev/bench/ladder
 help:
 	@sed -n '/^#/!q;s/^# //p' $(firstword $(MAKEFILE_LIST))
 .PHONY: all run test gpu bench clean help found always

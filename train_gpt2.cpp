@@ -1102,13 +1102,13 @@ static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
     with_type(m, [=](auto& model) { decode(model, tokens, n, logits); });
 }
 static void model_reset_cache(Model* m) { m->cache_length = 0; }
+static int model_cache_length(const Model* m) { return m->cache_length; }  // tokens in the cache of each sequence
 
 // ====================================================================================================================
 // 3 · The program
 //
-// Everything that training a model takes except the model itself, written against the interface of section 2, so that
-// it is the same for every backend. In the order in which a training run needs it: options, files, tokenizer, data,
-// checkpoints, evaluation, generation, training; then the other commands and the command line.
+// All but the model itself, in the order in which a training run needs it. It calls the model through the interface of
+// section 2, so it is the same for every backend.
 
 static_assert(std::endian::native == std::endian::little, "files are little endian, and are read without conversion");
 #if __FAST_MATH__ || __FINITE_MATH_ONLY__ || __ASSOCIATIVE_MATH__
@@ -1194,10 +1194,10 @@ struct Setting {
     const char* help;
 };
 static const Setting config_settings[] = {
-    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "number of layers"},
-    {"heads", &Config::NH, SHAPE, 1, 65536, 5, nullptr, "attention heads per layer; must divide channels"},
-    {"channels", &Config::C, SHAPE, 1, 65536, 6, nullptr, "width of the residual stream"},
-    {"context", &Config::maxT, SHAPE, 1, 1 << 20, 2, nullptr, "maximum sequence length"},
+    {"layers", &Config::L, SHAPE, 1, 1024, 4, nullptr, "number of layers [12, or the model's]"},
+    {"heads", &Config::NH, SHAPE, 1, 65536, 5, nullptr, "heads; must divide channels [12, or the model's]"},
+    {"channels", &Config::C, SHAPE, 1, 65536, 6, nullptr, "width of the residual stream [768, or the model's]"},
+    {"context", &Config::maxT, SHAPE, 1, 1 << 20, 2, nullptr, "maximum sequence length [1024, or the model's]"},
     {"vocab", &Config::V, SHAPE, 1, 65536, 3, nullptr, "vocabulary size [the tokenizer's, or 50257]"},
     {"skip-distance", &Config::skip_distance, SKIP, 1, 65536, 9,
      [](const Config& c) { return std::max(1, 3 * c.L / 4); }, "skip: heads read N layers below [3/4 of layers]"},
@@ -1242,7 +1242,8 @@ struct Option {
     int commands;
     Persistence persistence;
     const char* help;
-    bool given = false;  // on the command line
+    bool given = false;        // on the command line
+    std::string initial = "";  // its default, as text
 
     // Where its value goes: exactly one of these is set. A choice is stored as its index.
     std::string* text = nullptr;
@@ -1272,6 +1273,17 @@ struct Option {
 };
 using OptionTable = std::vector<Option>;
 
+// The option's value as text, or "" if it is not set. A real number has the fewest digits that give it back exactly.
+static std::string value_text(const Option& o) {
+    if (o.text) return *o.text;
+    if (o.texts) return "";
+    if (o.flag) return *o.flag ? "yes" : "";
+    if (o.real ? *o.real < o.low : *o.integer < o.low) return "";
+    if (o.integer) return o.choices.empty() ? std::to_string(*o.integer) : o.choices[*o.integer];
+    char digits[32];
+    return std::string(digits, std::to_chars(digits, digits + sizeof digits, *o.real).ptr);
+}
+
 [[maybe_unused]] static OptionTable option_table(Options& o) {
     const int most = INT_MAX;
     OptionTable table = {
@@ -1284,7 +1296,7 @@ using OptionTable = std::vector<Option>;
         {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [the model's context]"},
         {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]"},
         {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
-        {"steps", o.steps, 1, most, TRAIN, CHANGEABLE, "number of updates [one pass, but at least 1000]"},
+        {"steps", o.steps, 1, most, TRAIN, CHANGEABLE, "updates in all [a pass over --train, at least 1000]"},
         {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
         {"min-lr", o.min_lr, 0, 10, TRAIN, FIXED, "final learning rate [1/10 of --lr]"},
         {"warmup", o.warmup, 0, most, TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
@@ -1295,19 +1307,19 @@ using OptionTable = std::vector<Option>;
         {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
         {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
         {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "tokens to measure; 0: all [16384; eval: all]"},
+        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "measure N tokens; 0: all [16384; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
-        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: new best, the end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep those as DIR/model_STEP.bin"},
+        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
+        {"keep", o.keep, TRAIN, CHANGEABLE, "keep all these saves, too, as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
-        {"stop", o.stop, "TEXT", GENERATE, "end before TEXT; may be given again"},
+        {"stop", o.stop, "TEXT", GENERATE, "end before TEXT, like $'\\n'; may be given again"},
         {"samples", o.samples, 1, most, GENERATE, TRANSIENT, "number of texts; each has the next seed"},
         {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
         {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
         {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, CHANGEABLE, "sample from the N most likely tokens; 0: all"},
         {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X"},
-        {"model", o.model, "NAME|FILE", EVERY, FIXED, "file or shape: gpt2, -medium, -large, -xl [gpt2]"},
+        {"model", o.model, "NAME|FILE", EVERY, FIXED, "file, or shape like gpt2-medium or gpt2-xl [gpt2]"},
         {"attention", o.attention, attention_names, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
         {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
         {"precision", o.precision, precision_names, EVERY, FIXED, "format of weights and activations"},
@@ -1318,6 +1330,7 @@ using OptionTable = std::vector<Option>;
         const int commands = s.attention == SHAPE ? SHAPES : (int)EVERY;
         table.emplace_back(s.name, o.wanted.*s.field, s.low, s.high, commands, FIXED, s.help);
     }
+    for (Option& option : table) option.initial = value_text(option);
     return table;
 }
 
@@ -1328,17 +1341,6 @@ static Option* find_option(OptionTable& table, const std::string& name) {
 }
 
 static bool is_given(OptionTable& table, const char* name) { return find_option(table, name)->given; }
-
-// The option's value as text, or "" if it is not set. A real number has the fewest digits that give it back exactly.
-static std::string value_text(const Option& o) {
-    if (o.text) return *o.text;
-    if (o.texts) return "";
-    if (o.flag) return *o.flag ? "yes" : "";
-    if (o.real ? *o.real < o.low : *o.integer < o.low) return "";
-    if (o.integer) return o.choices.empty() ? std::to_string(*o.integer) : o.choices[*o.integer];
-    char digits[32];
-    return std::string(digits, std::to_chars(digits, digits + sizeof digits, *o.real).ptr);
-}
 
 // Sets the option. Returns what is wrong with the text, or "".
 static std::string set_value(Option& o, const std::string& text) {
@@ -1371,10 +1373,10 @@ static std::string set_value(Option& o, const std::string& text) {
 static void print_options(FILE* out, const OptionTable& table, bool common) {
     for (const Option& o : table) {
         if ((o.commands == EVERY) != common) continue;
-        std::string left = format("  --%s %s", o.name, o.form.c_str()), value = value_text(o);
+        std::string left = format("  --%s %s", o.name, o.form.c_str());
         if (left.size() > 26) left += format("\n%28s", "");  // a long form has a line of its own
-        bool shown = !value.empty() && !strchr(o.help, '[');
-        fprintf(out, "%-28s%s%s\n", left.c_str(), o.help, shown ? format(" [%s]", value.c_str()).c_str() : "");
+        bool shown = !o.initial.empty() && !strchr(o.help, '[');
+        fprintf(out, "%-28s%s%s\n", left.c_str(), o.help, shown ? format(" [%s]", o.initial.c_str()).c_str() : "");
     }
 }
 
@@ -1385,9 +1387,9 @@ static const std::map<std::string, const char*> foreign_names = {
     {"g", "tokens"}, {"n", "save-every"}, {"y", "resume"}, {"dataset", "train"}, {"out-dir", "out"},
     {"epochs", "steps"}, {"max-iters", "steps"}, {"num-iterations", "steps"}, {"learning-rate", "lr"},
     {"grad-clip", "clip"}, {"dtype", "precision"}, {"block-size", "context"}, {"n-layer", "layers"},
-    {"n-head", "heads"}, {"n-embd", "channels"},
-    {"eval-interval", "val-every"}, {"eval-iters", "val-tokens"}, {"val-batches", "val-tokens"}, {"init-from", "model"},
-    {"num-samples", "samples"}, {"max-new-tokens", "tokens"}, {"start", "prompt"}};
+    {"n-head", "heads"}, {"n-embd", "channels"}, {"eval-interval", "val-every"}, {"eval-iters", "val-tokens"},
+    {"val-batches", "val-tokens"}, {"init-from", "model"}, {"num-samples", "samples"}, {"max-new-tokens", "tokens"},
+    {"start", "prompt"}};
 
 // Suggests an option for a word that is none, or `otherwise`.
 static std::string suggestion(OptionTable& table, std::string word, const std::string& otherwise) {
@@ -1498,7 +1500,7 @@ static std::string try_open(InputFile& f, const std::string& path) {
     f.fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: opening a pipe must not wait
     if (f.fd < 0 || fstat(f.fd, &s) != 0) return strerror(errno);
     f.size = s.st_size;
-    return S_ISREG(s.st_mode) ? "" : S_ISDIR(s.st_mode) ? "is a folder, not a file" : "is not a regular file";
+    return S_ISREG(s.st_mode) ? "" : S_ISDIR(s.st_mode) ? "is a folder; name a file in it" : "is not a regular file";
 }
 
 static InputFile open_file(const std::string& path) {
@@ -1601,8 +1603,8 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
     const int reason = status == GLOB_ABORTED ? errno : ENOENT;  // aborted: a folder cannot be read
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
     globfree(&found);
-    if (paths.empty()) die("--%s %s: %s", option, pattern.c_str(), strerror(reason));
-    std::sort(paths.begin(), paths.end());
+    if (paths.empty())
+        die("--%s %s: %s; if the shards have moved, give their new place", option, pattern.c_str(), strerror(reason));
     return paths;
 }
 
@@ -1674,7 +1676,7 @@ static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
         const std::string& token = t.tokens[i];
         if ((int)i == t.end_of_text) continue;  // in a prompt, its letters are text
         if (token.size() != 1 && token.size() != utf8_length(token[0]))
-            die("%s holds no merges to encode text with; use --prompt-tokens", t.path.c_str());
+            die("%s: has no merges to encode text with; use --prompt-tokens, with tiktoken's numbers", t.path.c_str());
         token_of.emplace(token, i);
     }
     std::vector<int> tokens;
@@ -1691,11 +1693,10 @@ static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
     return tokens;
 }
 
-// Writes a stream of bytes as valid UTF-8, a character once it is complete. Each longest run of bytes that begins a
+// Prints a stream of bytes as valid UTF-8, a character once it is complete. Each longest run of bytes that begins a
 // character without completing it becomes one U+FFFD, and so does each byte that cannot begin a character.
 // On a terminal, control characters are shown escaped.
 struct Utf8Writer {
-    FILE* out;
     bool terminal = false;
     std::string held = "";  // an incomplete character
 
@@ -1710,11 +1711,11 @@ struct Utf8Writer {
         if (length == 0) finish();
         if (held.size() < length) return;
         if (terminal) held = escaped(held, "\n\t");
-        fwrite(held.data(), 1, held.size(), out);
+        fwrite(held.data(), 1, held.size(), stdout);
         held.clear();
     }
     void finish() {
-        if (!held.empty()) fputs("\xef\xbf\xbd", out);
+        if (!held.empty()) fputs("\xef\xbf\xbd", stdout);
         held.clear();
     }
 };
@@ -1799,14 +1800,15 @@ static void check_manifest(const std::string& folder, const std::vector<std::str
     for (size_t i = 1; i + 1 < lines.size(); i++) {
         InputFile f;
         names.push_back(split(lines[i], ' ')[0]);
-        const bool there = try_open(f, folder + "/" + names.back()).empty();
-        if (!there) refuse(f.path, "is missing");
+        if (!try_open(f, folder + "/" + names.back()).empty()) refuse(f.path, "is missing");
         if (names.back() + " " + fingerprint(f) != lines[i]) refuse(f.path, "is not what prepare.py wrote");
         close(f.fd);
     }
     for (const std::string& shard : shards) {
         const bool listed = std::count(names.begin(), names.end(), shard.substr(shard.rfind('/') + 1)) > 0;
-        if (!listed && folder_of(shard) == folder) refuse(shard, "is not one of prepare.py's shards");
+        if (!listed && folder_of(shard) == folder)
+            die("%s is not one of prepare.py's shards; name only those, as in '%s/val_*.bin'; %s lists them",
+                shard.c_str(), folder.c_str(), path.c_str());
     }
 }
 
@@ -1836,10 +1838,10 @@ static std::vector<Shard> open_shards(const char* option, const std::vector<std:
             headerless++;
         }
         if (s.tokens > (size_t)T) shards.push_back(s);
-        else if (paths.size() > 1)
-            printf("left out: %s, %zu tokens; a window takes %d\n", escaped(path).c_str(), s.tokens, T + 1);
+        else printf("left out: %s, %zu tokens; a window takes %d\n", escaped(path).c_str(), s.tokens, T + 1);
     }
-    if (shards.empty()) die("--%s: no shard has the %d tokens that --sequence %d takes", option, T + 1, T);
+    if (shards.empty())
+        die("--%s: no shard has the %d tokens of a window; use more text, or a smaller --sequence", option, T + 1);
     if (headerless > 0)
         printf("headerless: %zu of %zu files of --%s, read as plain uint16 tokens\n", headerless, paths.size(), option);
     return shards;
@@ -2237,12 +2239,6 @@ static Tokenizer find_tokenizer(const std::string& named, const ModelFile* model
     return first;
 }
 
-static void read_moments(const ModelFile& m, Model* model) {
-    size_t moments = m.file.size - TRAILER_BYTES - 8 * m.values;
-    read_quantity(m, model, MOMENT1, moments, 4);
-    read_quantity(m, model, MOMENT2, moments + 4 * m.values, 4);
-}
-
 // --------------------------------------------------------------------------------------------------------------------
 // From options to a model
 
@@ -2334,15 +2330,10 @@ static Memory check_memory(const Config& c, int precision, Workload work, size_t
     std::string line = format("this needs %s of memory, but only %s are free", mebibytes(needed()).c_str(),
                               mebibytes(free).c_str());
     if (work.B == 0) die("%s: use a smaller model", line.c_str());
-    const int too_large = work.B;
-    int fits = 0;
-    for (int bit = 1 << 15; bit > 0; bit /= 2) {  // a --batch is below 2^16
-        work.B = fits + bit;
-        if (work.B < too_large && needed() <= free) fits = work.B;
-    }
-    while (fits > 1 && sequences % fits != 0) fits--;
-    if (fits == 0) die("%s: not even --batch 1 fits; use a smaller --sequence or model", line.c_str());
-    die("%s: the largest --batch that fits is %d", line.c_str(), fits);
+    do work.B--;
+    while (work.B > 0 && (sequences % work.B != 0 || needed() > free));
+    if (work.B == 0) die("%s: not even --batch 1 fits; use a smaller --sequence or model", line.c_str());
+    die("%s: the largest --batch that fits is %d", line.c_str(), work.B);
 }
 
 // Creates a model with a file's parameters.
@@ -2426,32 +2417,12 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 // Each token is sampled from the model's distribution given all tokens before it, whose keys and values are cached. A
 // full cache is emptied, and the last ⌊maxT/2⌋ tokens are read again from position 0.
 
-struct Decoder {
-    Model* model;
-    const Config& c;
-    std::vector<int> tokens = {};    // all so far
-    int cached = 0;                  // number of the last tokens that are in the cache
-    std::vector<float> logits = {};  // (V) of the next token
-};
-
 // How many of the last tokens are read when n follow `cached` others. More than there is room for would, one by one,
 // fill the cache and then, in each round, empty it, read the last `half` tokens again, and fill it. Only the last round
 // matters.
 static int tokens_to_read(int maxT, int cached, int n) {
     const int room = maxT - cached, half = std::max(1, maxT / 2), round = maxT - half + 1;
     return n <= room ? n : half + (n - room - 1) % round;
-}
-
-static void decode_tokens(Decoder& d, const std::vector<int>& more) {
-    const int n = tokens_to_read(d.c.maxT, d.cached, more.size());
-    d.logits.resize(d.c.V);
-    d.tokens.insert(d.tokens.end(), more.begin(), more.end());
-    if (d.cached + more.size() > (size_t)d.c.maxT) {
-        d.cached = 0;
-        model_reset_cache(d.model);
-    }
-    model_prefill(d.model, d.tokens.data() + d.tokens.size() - n, n, d.logits.data());
-    d.cached += n;
 }
 
 // Samples a token from softmax(logits/temperature), restricted to the top_k likeliest, and of these to the likeliest
@@ -2495,11 +2466,6 @@ static int choose_token(const std::vector<float>& logits, const Options& o, Rand
     return candidates.back().token;  // left >= 0 by rounding
 }
 
-struct Generated {
-    int tokens = 0;
-    double prompt_seconds = 0, seconds = 0;
-};
-
 // Number of bytes of a text that come before a --stop text, or before what may become one as the text goes on.
 static size_t before_stop(const std::string& text, const std::vector<std::string>& stops, bool& stopped) {
     size_t end = text.size();
@@ -2511,10 +2477,10 @@ static size_t before_stop(const std::string& text, const std::vector<std::string
     return end;
 }
 
-// Prints the prompt and --tokens more, or fewer if the text ends. The model has one cache.
-static Generated generate_text(Model* model, const Config& c, const Options& o, const Tokenizer& tokenizer,
-                               const std::vector<int>& prompt, Random r) {
-    Utf8Writer writer = {.out = stdout, .terminal = on_terminal()};
+// Prints the prompt and --tokens more, or fewer if the text ends; returns a line on its speed. The model has one cache.
+static std::string generate_text(Model* model, const Config& c, const Options& o, const Tokenizer& tokenizer,
+                                 const std::vector<int>& prompt, Random r) {
+    Utf8Writer writer = {.terminal = on_terminal()};
     std::string held;  // bytes that may become a --stop text
     bool first = true, stopped = false;
     auto print = [&](int token, bool generated) {
@@ -2526,36 +2492,35 @@ static Generated generate_text(Model* model, const Config& c, const Options& o, 
         first = false;
         fflush(stdout);
     };
-    for (int token : prompt) print(token, false);
+    std::vector<int> tokens;         // all so far
+    std::vector<float> logits(c.V);  // of the next token
+    auto read = [&](const std::vector<int>& more) {
+        const int cached = model_cache_length(model), n = tokens_to_read(c.maxT, cached, more.size());
+        tokens.insert(tokens.end(), more.begin(), more.end());
+        if (cached + more.size() > (size_t)c.maxT) model_reset_cache(model);
+        model_prefill(model, tokens.data() + tokens.size() - n, n, logits.data());
+    };
 
-    Generated g;
-    Decoder d = {.model = model, .c = c};
-    double start = seconds();
+    for (int token : prompt) print(token, false);
     model_reset_cache(model);
-    decode_tokens(d, prompt);
-    g.prompt_seconds = seconds() - start;
-    start = seconds();
-    while (g.tokens < o.tokens && !stopped && interrupts == 0) {
-        int token = choose_token(d.logits, o, r);
-        g.tokens++;
+    const double start = seconds();
+    read(prompt);
+    const double middle = seconds();
+    int made = 0;
+    while (made < o.tokens && !stopped && interrupts == 0) {
+        int token = choose_token(logits, o, r);
+        made++;
         if (token == tokenizer.end_of_text) break;
         print(token, true);
-        if (g.tokens < o.tokens && !stopped) decode_tokens(d, {token});
+        if (made < o.tokens && !stopped) read({token});
     }
-    g.seconds = seconds() - start;
+    const double end = seconds();
     for (char byte : stopped ? "" : held) writer.put(byte);
     writer.finish();
     printf("\n");
     fflush(stdout);
-    return g;
-}
-
-// The token that an empty prompt stands for: GPT-2's end-of-text; a newline, since a small model has seen few ends of
-// texts; -1 if there is neither.
-static int start_token(const Tokenizer& t, int V) {
-    if (!t.known()) return V == 50257 ? 50256 : -1;  // GPT-2's
-    auto newline = std::find(t.tokens.begin(), t.tokens.end(), "\n");
-    return V == 50257 || newline == t.tokens.end() ? t.end_of_text : newline - t.tokens.begin();
+    return format("prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s", plural(prompt.size(), "token").c_str(),
+                  middle - start, plural(made, "token").c_str(), end - middle, made / std::max(end - middle, 1e-9));
 }
 
 static std::vector<int> parse_tokens(const std::string& list, int V) {
@@ -2569,12 +2534,15 @@ static std::vector<int> parse_tokens(const std::string& list, int V) {
     return tokens;
 }
 
-// What a text begins with: --prompt-tokens, --prompt, or the start token, which is -1 if there is none.
+// What a text begins with: --prompt-tokens, or --prompt; or a newline, since a small model has seen few ends of texts,
+// but GPT-2's end-of-text in its vocabulary; or -1 if there is none of these.
 static std::vector<int> prompt_of(const Options& o, const Tokenizer& t, int V) {
     if (!o.prompt_tokens.empty() && !o.prompt.empty()) die("give --prompt or --prompt-tokens, not both");
     if (!o.prompt_tokens.empty()) return parse_tokens(o.prompt_tokens, V);
     if (!o.prompt.empty()) return encode(t, o.prompt);
-    return {start_token(t, V)};
+    if (!t.known()) return {V == 50257 ? 50256 : -1};
+    auto newline = std::find(t.tokens.begin(), t.tokens.end(), "\n");
+    return {V == 50257 || newline == t.tokens.end() ? t.end_of_text : (int)(newline - t.tokens.begin())};
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -2609,8 +2577,9 @@ struct Run {
     uint64_t epoch = 0, position = 0;  // of the loader, after the batches of these updates
     double loss = 0;                   // of the last step
     Evaluation validation = {};        // the last one
-    double best_loss = INFINITY;       // of all validations
-    int best_step = -1;                // at which it was found; -1: there was no validation
+    std::string first_row = {};        // of metrics.csv, if there was a validation before step 1
+    double best_loss = INFINITY;       // the lowest of validations, but for random weights
+    int best_step = -1;                // at which it was found; -1: at none yet
     FILE* metrics = nullptr;
     double shown = -INFINITY;          // when a step's line was printed last, in seconds()
 
@@ -2672,12 +2641,10 @@ static bool open_checkpoint(Run& run) {
     run.step = run.saved = step;
     run.epoch = number("epoch");
     run.position = number("position");
-    if (run.state.contains("best step") && number("--val-tokens") == (uint64_t)run.o.val_tokens) {  // the same windows
-        run.best_step = number("best step");
-        run.best_loss = strtod(run.state["best loss"].c_str(), nullptr);
-    } else if (run.state.contains("best step")) {
-        printf("note: with another --val-tokens, the search for best.bin begins anew\n");
-    }
+    run.first_row = run.state["first row"];
+    if (number("--val-tokens") == (uint64_t)run.o.val_tokens)  // the same windows
+        sscanf(run.state["best"].c_str(), "%d %lf", &run.best_step, &run.best_loss);
+    else printf("note: with another --val-tokens, the search for best.bin begins anew\n");
     run.o.overwrite = run.state.contains("overwrites");
     if ((uint64_t)run.o.steps != former && run.o.steps <= run.step)
         die("--steps %d: %s is already at step %d", run.o.steps, name, run.step);
@@ -2722,22 +2689,15 @@ static void complete_options(Run& run) {
     if (o.total_batch < 1) o.total_batch = B * T;
     if (o.total_batch % (B * T) != 0)
         die("--total-batch %d is not a multiple of batch x sequence, %d x %d = %d", o.total_batch, B, T, B * T);
-    const size_t pass = window_count(run.train, T) / (o.total_batch / T);
-    if (o.steps < 1) o.steps = std::clamp<size_t>(pass, 1000, INT_MAX);
+    if (o.steps < 1) o.steps = std::clamp<size_t>(window_count(run.train, T) / (o.total_batch / T), 1000, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
-    if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps", o.steps, o.warmup);
+    if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps; use more", o.steps, o.warmup);
     if (o.min_lr < 0) o.min_lr = strtod(format("%.9g", o.lr / 10).c_str(), nullptr);  // 6e-5, not 5.9999999999999995e-5
     if (o.min_lr > o.lr) die("--min-lr %g is more than --lr %g", o.min_lr, o.lr);
     if (o.val_tokens < 0) o.val_tokens = 1 << 14;
     const std::string own = run.path("tokenizer.bin");
     if (!o.resume && !o.overwrite && exists(own) && read_tokenizer(own).crc != run.tokenizer.crc)
         die("%s is not the tokenizer of the shards; use another --out", own.c_str());
-}
-
-// Reads the next batch, and hands it to the model.
-static void next_batch(Run& run) {
-    loader_batch(run.loader, run.x.data(), run.y.data(), run.o.batch);
-    model_set_inputs(run.model, run.x.data(), run.y.data());
 }
 
 static bool can_sample(const Run& run) {
@@ -2811,7 +2771,11 @@ static void create_run_model(Run& run) {
     run.model = model_create(run.c, o.precision, work);
     if (run.start) read_parameters(*run.start, run.model);
     else initialize_parameters(run.model, run.c, o.seed);
-    if (o.resume) read_moments(*run.start, run.model);
+    if (o.resume) {
+        const size_t size = 4 * run.start->values, moments = run.start->file.size - TRAILER_BYTES - 2 * size;
+        read_quantity(*run.start, run.model, MOMENT1, moments, 4);
+        read_quantity(*run.start, run.model, MOMENT2, moments + size, 4);
+    }
     if (run.start) close(run.start->file.fd);
     model_set_inputs(run.model, run.x.data(), run.y.data());
 }
@@ -2819,11 +2783,8 @@ static void create_run_model(Run& run) {
 static State run_state(const Run& run) {
     State state = {{"step", std::to_string(run.step)}, {"epoch", std::to_string(run.epoch)},
                    {"position", std::to_string(run.position)}, {"train data", fingerprints(run.train)},
-                   {"val data", fingerprints(run.val)}, {"tokenizer", run.tokenizer.crc}};
-    if (run.best_step >= 0) {
-        state["best step"] = std::to_string(run.best_step);
-        state["best loss"] = format("%.17g", run.best_loss);
-    }
+                   {"val data", fingerprints(run.val)}, {"tokenizer", run.tokenizer.crc},
+                   {"first row", run.first_row}, {"best", format("%d %.17g", run.best_step, run.best_loss)}};
     if (run.step == 0 && run.o.overwrite) state["overwrites"] = "yes";  // until all of the former run is removed
     for (const Option& o : run.table)
         if (o.persistence != TRANSIENT && !value_text(o).empty()) state[std::string("--") + o.name] = value_text(o);
@@ -2834,7 +2795,7 @@ static State run_state(const Run& run) {
 static FILE* open_metrics(const Run& run) {
     const std::string path = run.path("metrics.csv"), names = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s";
     std::string kept = names + "\n";
-    if (run.step == 0 && run.best_step == 0) kept += format("0,,%.9g,,,,\n", run.best_loss);
+    if (run.step == 0) kept += run.first_row;
     if (run.step > 0 && exists(path)) {
         const std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
         int step = -1;  // of the last row
@@ -2911,18 +2872,17 @@ static void open_folder(Run& run) {
 }
 
 static void save_run(Run& run) {
-    const int step = run.step;
     struct stat opened, named;
     if (fstat(run.folder, &opened) != 0 || stat(run.o.out.c_str(), &named) != 0 || opened.st_ino != named.st_ino ||
         opened.st_dev != named.st_dev)
         die("--out %s: the folder was removed or replaced during the run; step %d could not be saved",
-            run.o.out.c_str(), step);
+            run.o.out.c_str(), run.step);
     if (run.loss > 2 * log(run.c.V))
         show_line(format("warning: the loss, %.3g, is far above that of guessing, %.3g; try a lower --lr", run.loss,
                          log(run.c.V)), true);
     sync_to_disk(fileno(run.metrics));  // the rows up to this step will not be written again
     write_checkpoint(run.path("model.bin"), run.model, run.c, run_state(run));
-    run.saved = step;
+    run.saved = run.step;
     name_checkpoint(run);
 }
 
@@ -2937,7 +2897,8 @@ static void validate(Run& run) {
     run.validation = evaluate(run.model, run.c, run.val, run.o, run.tokenizer);
     check_finite(run, "the validation loss", run.validation.loss);
     if (run.step < run.o.steps) model_set_inputs(run.model, run.x.data(), run.y.data());  // evaluate set others
-    if (!(run.validation.loss < run.best_loss)) return;
+    const bool random = run.step == 0 && !run.start;  // random weights are of no use as best.bin
+    if (random || !(run.validation.loss < run.best_loss)) return;
     run.best_loss = run.validation.loss;
     run.best_step = run.step;
 }
@@ -2980,7 +2941,9 @@ static void train_steps(Run& run) {
             model_backward(run.model);
             run.epoch = run.loader.epoch;
             run.position = run.loader.position;
-            if (i < micro_batches || run.step < o.steps) next_batch(run);  // while a GPU is still computing
+            if (i == micro_batches && run.step == o.steps) break;  // the last batch
+            loader_batch(run.loader, run.x.data(), run.y.data(), o.batch);  // while a GPU is still computing
+            model_set_inputs(run.model, run.x.data(), run.y.data());
         }
         const double lr = learning_rate(o, run.step);
         const AdamW adamw = {.lr = (float)lr, .beta1 = (float)o.beta1, .beta2 = (float)o.beta2, .eps = 1e-8f,
@@ -3017,18 +2980,19 @@ static void print_end(const Run& run, double run_seconds) {
            o.resume ? " since it was resumed" : "");
     if (!run.val.empty()) {
         const Evaluation& e = run.validation;
-        printf("validation loss %.4f nats per token, over %s tokens with a unigram entropy of %.4f\n", e.loss,
+        printf("validation loss %.4f nats per token, over %s tokens whose frequencies alone would give %.4f\n", e.loss,
                commas(e.tokens).c_str(), e.entropy);
-        if (e.loss > e.entropy) printf("note: that is above the unigram entropy; train longer, or change --lr\n");
-        if (run.best_step < o.steps)
-            printf("best validation loss %.4f at step %d: %s\n", run.best_loss, run.best_step,
-                   escaped(run.path("best.bin")).c_str());
+        if (e.loss > e.entropy) printf("note: the frequencies alone are better; try another --lr, or train longer\n");
+        if (run.best_step < o.steps) printf("best validation loss %.4f at step %d\n", run.best_loss, run.best_step);
     }
     if (can_sample(run) && interrupts == 0) print_sample(run);
-    const std::string path = run.path("model.bin");
-    printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d%s\n", escaped(path).c_str(),
-           shell_word(o.program).c_str(), shell_word(path).c_str(), o.seed < INT_MAX ? o.seed + 1 : 0,
-           start_token(run.tokenizer, run.c.V) < 0 ? " --prompt-tokens 0" : "");
+    const std::string path = run.path(run.val.empty() || run.best_step == o.steps ? "model.bin" : "best.bin");
+    printf("\ncheckpoint %s; to generate text:\n    %s generate --model %s --seed %d", escaped(path).c_str(),
+           shell_word(o.program).c_str(), shell_word(path).c_str(), o.seed < INT_MAX ? o.seed + 1 : 0);
+    for (const Option& option : run.table)  // those of sampling
+        if (option.commands == (TRAIN | GENERATE) && value_text(option) != option.initial)
+            printf(" --%s %s", option.name, shell_word(value_text(option)).c_str());
+    printf("%s\n", prompt_of(o, run.tokenizer, run.c.V)[0] < 0 ? " --prompt-tokens 0" : "");
 }
 
 static void train(Options& o, OptionTable& table) {
@@ -3054,6 +3018,7 @@ static void train(Options& o, OptionTable& table) {
         if (signal(number, on_signal) == SIG_IGN) signal(number, SIG_IGN);  // as nohup wants SIGHUP, for example
     if (!o.resume && !run.val.empty() && o.val_every > 0) {
         validate(run);
+        run.first_row = format("0,,%.9g,,,,\n", run.validation.loss);
         show_line(format("step 0/%d  val %.4f", o.steps, run.validation.loss), true);
     }
     if (!o.resume && interrupts > 0) return show_line("stopped before the first step; nothing is saved", true);
@@ -3080,8 +3045,8 @@ static void eval(Options& o, OptionTable&) {
     printf("attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
     Evaluation e = evaluate(model, c, shards, o, tokenizer);
     if (!std::isfinite(e.loss)) die("%s: the loss is not finite: its training failed", o.model.c_str());
-    show_line(format("data       %s tokens in windows of %d, with a unigram entropy of %.6f", commas(e.tokens).c_str(),
-                     o.sequence, e.entropy), true);
+    show_line(format("data       %s tokens in windows of %d; their frequencies alone would give a loss of %.6f",
+                     commas(e.tokens).c_str(), o.sequence, e.entropy), true);
     printf("loss       %.6f nats per token\nperplexity %.4f\n", e.loss, exp(e.loss));
     if (e.bytes > 0) printf("bits/byte  %.6f\n", e.loss / log(2) * e.tokens / e.bytes);
     else printf("bits/byte  unknown without a tokenizer\n");
@@ -3097,15 +3062,13 @@ static void generate(Options& o, OptionTable&) {
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
     if (!o.stop.empty() && !tokenizer.known()) die("--stop needs a tokenizer: name one with --tokenizer");
     if (prompt.size() > (size_t)c.maxT)
-        fprintf(stderr, "note: of the prompt's %zu tokens, the last %d are read: the context is %d\n", prompt.size(),
-                tokens_to_read(c.maxT, 0, prompt.size()), c.maxT);
+        fprintf(stderr, "note: of %zu prompt tokens, the last %d count: a full context, %d, keeps its last half\n",
+                prompt.size(), tokens_to_read(c.maxT, 0, prompt.size()), c.maxT);
     Model* model = load_model(file, c, o, {.sequences = 1});
     for (int i = 0; i < o.samples; i++) {
         if (i > 0) printf("---\n");
-        Generated g = generate_text(model, c, o, tokenizer, prompt, random_stream((uint64_t)o.seed + i, SAMPLES));
-        fprintf(stderr, "prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s\n",
-                plural(prompt.size(), "token").c_str(), g.prompt_seconds, plural(g.tokens, "token").c_str(), g.seconds,
-                g.tokens / std::max(g.seconds, 1e-9));
+        const Random r = random_stream((uint64_t)o.seed + i, SAMPLES);
+        fprintf(stderr, "%s\n", generate_text(model, c, o, tokenizer, prompt, r).c_str());
     }
     model_free(model);
 }
@@ -3119,9 +3082,8 @@ static void print_tensors(const Config& c) {
         printf("%-10s %-20s %15s   %-18s %s\n", t.name, shape.c_str(), commas(t.size()).c_str(), initial.c_str(),
                t.decays ? "yes" : "no");
     }
-    size_t padding = (size_t)(c.Vp - c.V) * c.C;
     printf("%-31s %15s   of which %s in wte are padding\n", "all", commas(parameter_count(c)).c_str(),
-           commas(padding).c_str());
+           commas((size_t)(c.Vp - c.V) * c.C).c_str());
 }
 
 static void describe(Options& o, OptionTable&) {
@@ -3129,14 +3091,13 @@ static void describe(Options& o, OptionTable&) {
     if (is_file(o.model)) file = open_weights(o, "describe");
     const ModelFile* from = file ? &*file : nullptr;
     const Config c = configure(o, from, find_tokenizer(o.tokenizer, nullptr, {}), true);
-    const int precision = o.precision;
     const Workload training = {.B = o.batch, .T = o.sequence, .train = true, .recompute = o.recompute};
     std::vector<Config> configs;  // one per attention
     std::vector<Memory> memory, decoding;
     for (size_t a = 0; a < std::size(attention_names); a++) {
         configs.push_back(with_attention(c, a, o, from));
-        memory.push_back(model_memory(configs[a], precision, training));  // dies if the backend cannot compute it
-        decoding.push_back(model_memory(configs[a], precision, {.sequences = 1}));
+        memory.push_back(model_memory(configs[a], o.precision, training));  // dies if the backend cannot compute it
+        decoding.push_back(model_memory(configs[a], o.precision, {.sequences = 1}));
     }
     printf("%s\n", config_text(c).c_str());
     if (file) {
@@ -3181,12 +3142,12 @@ struct Command {
 
 static const Command commands[] = {
     {"train", TRAIN, train, "trains a new or an existing model, or resumes a run",
-     "DIR/model.bin is always the newest complete checkpoint, DIR/best.bin that of the\n"
-     "lowest validation loss; DIR/metrics.csv has one row per step. Ctrl-C finishes\n"
-     "the step, saves and stops; a second Ctrl-C stops at once. --resume takes options\n"
-     "from the checkpoint. You may change the shards' paths, sampling, how often it\n"
-     "prints, validates, samples and saves; and --steps, to train on; nothing else,\n"
-     "since the result would depend on it."},
+     "DIR/model.bin is always the newest complete checkpoint. With --val, DIR/best.bin\n"
+     "is that of the lowest validation loss, but never random weights. DIR/metrics.csv\n"
+     "has one row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C\n"
+     "stops at once. --resume takes options from the checkpoint. With it, you may\n"
+     "change --steps, the paths of the shards, the sampling options, and how often it\n"
+     "logs, validates, samples and saves. Everything else must stay the same."},
     {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
     {"generate", GENERATE, generate, "continues a prompt",
      "Needs --model FILE. Generation stops after --tokens, at end-of-text, or before a\n"
@@ -3212,7 +3173,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     }
     fprintf(out, "Options of every command\n");
     print_options(out, table, true);
-    fprintf(out, "\n%s\nExit status: 0, or 1 after an error.\n", device_help());
+    fprintf(out, "\n%s\nExit status: 0, 1 after an error, or 130 after a second Ctrl-C.\n", device_help());
 }
 
 // Runs the command that argv names.

@@ -2095,7 +2095,7 @@ static void device_init(char**, bool computes) {
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
-        die("no GPU can be used here (%s): ./train_gpt2 runs on the CPU",
+        die("no GPU can be used here (%s): ./train_gpt2 and ./test_gpt2 run on the CPU",
             error == cudaSuccess ? "there is none" : cudaGetErrorString(error));
     CHECK(cudaSetDevice(0));
     cudaDeviceProp properties;

@@ -59,6 +59,8 @@ def count(n, noun):
 
 
 def read_file(path, most=-1):
+    if os.path.isdir(path):
+        fail(f"{path}: is a folder; name files in it")
     # O_NONBLOCK: a pipe is refused, even one without a writer
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
         if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):

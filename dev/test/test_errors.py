@@ -62,7 +62,7 @@ def joined(case):
     (["--lr", "-1"], "must be from 0"),
     (["--lr", "1e999"], "must be from 0"),
     (["--min-lr", "1"], "--min-lr 1 is more than --lr"),
-    (["--warmup", "100"], "--steps 10 is less than the warmup, 100 steps"),
+    (["--warmup", "100"], "--steps 10 is less than the warmup, 100 steps; use more"),
     (["--attention", "skp"], re.escape("must be one of " + "|".join(ATTENTIONS))),
     (["--schedule", "cos"], "cosine"),
     (["--precision", "fp64"], "must be one of"),
@@ -159,7 +159,7 @@ def test_prompt_of_samples_is_checked_first(each_build, data, tmp_path):
 def test_glob_that_matches_nothing(each_build, data, tmp_path, option):
     pattern = f"{tmp_path}/none*"
     each_build.fails(*training(data, tmp_path / "out", option, pattern),
-                     says=re.escape(f"{option} {pattern}: No such file"))
+                     says=re.escape(f"{option} {pattern}: No such file") + ".*; if the shards have moved, give their")
 
 
 @pytest.mark.parametrize("option", ["--train", "--val"])
@@ -209,7 +209,7 @@ def test_shard_is_damaged(each_build, data, tmp_path, content, says, option):
 def test_sequence_longer_than_every_shard(each_build, data, tmp_path):
     write_shard(tmp_path / "shard.bin", range(SEQUENCE))
     each_build.fails(*training(data, tmp_path / "out", "--train", tmp_path / "shard.bin"),
-                     says="no shard has the 17 tokens that --sequence 16 takes")
+                     says="--train: no shard has the 17 tokens of a window; use more text, or a smaller --sequence")
 
 
 @pytest.mark.parametrize("what, says", [("cut", "has changed"), ("replaced", "has changed"),
@@ -531,7 +531,7 @@ def test_gradient_that_is_not_finite_changes_no_weight(program, data, finished, 
 
 def test_exploded_loss_is_saved_with_a_warning(program, data, tmp_path):
     out = tmp_path / "out"
-    mad = ["--lr", 3, "--clip", 0, "--schedule", "constant", "--val-every", 1]
+    mad = ["--lr", 3, "--clip", 0, "--schedule", "constant", "--val-every", 1, "--warmup", 12]
     said = program.run(*training(data, out, *mad, steps=12))
     assert re.search(r"warning: the loss, [\d.e+]+, is far above that of guessing, 5.55; try a lower", said)
     loss, step = re.search(r"best validation loss ([\d.]+) at step (\d+)", said).groups()
@@ -729,6 +729,8 @@ def test_shards_are_held_against_their_manifest(each_build, data, finished, tmp_
     shutil.copy(val, folder / "val_1.bin")
     each_build.fails("eval", "--model", model, "--val", f"{folder}/val_*.bin",
                      says="val_1.bin is not one of prepare.py's shards")
+    for wrong in f"{folder}/", f"{folder}/*":
+        each_build.fails("eval", "--model", model, "--val", wrong, says=r"; name only those, as in '.*/val_\*.bin'")
     for content, says in [("incomplete\n", "is incomplete: prepare.py was stopped"), ("", "damaged"),
                           ("incomplete", "was stopped"), (manifest(folder)[:-1], "damaged"), ("x" * 99, "damaged"),
                           ("gpt2x3 manifest 1\n\n", " is missing"), ("gpt2x3 manifest 1\n\0\n", ""),

@@ -190,7 +190,7 @@ def test_no_gpu(gpu_with, data, model, tmp_path, devices, says):
     gpu = gpu_with(devices=devices)
     for args in (training(data, tmp_path / "out"), ["eval", "--model", model, "--val", data / "val_0.bin"],
                  ["generate", "--model", model]):
-        gpu.fails(*args, says=rf"no GPU can be used here \(.*{says}.*\): ./train_gpt2 runs on the CPU")
+        gpu.fails(*args, says=rf"no GPU can be used here \(.*{says}.*\): .*/test_gpt2 run on the CPU")
     assert not (tmp_path / "out").exists()
     assert "--attention" in gpu.run("train", "--help")
 

@@ -218,7 +218,8 @@ def test_too_little_memory(machine):
 
 
 def test_no_usable_gpu(machine):
-    why = "error: no GPU can be used here (CUDA driver version is insufficient): ./train_gpt2 runs on the CPU"
+    why = ("error: no GPU can be used here (CUDA driver version is insufficient): "
+           "./train_gpt2 and ./test_gpt2 run on the CPU")
     machine.program("test_gpt2cu", f"echo '{why}'; exit 1")
     machine.program("bin/nvidia-smi", nvidia_smi(details=DETAILS.replace("580.65.06", "535.104.05")))
     verdict, text = machine.report(status=1)

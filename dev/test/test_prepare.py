@@ -221,7 +221,7 @@ def test_refuses(prepare, tmp_path):
     out = tmp_path / "out"
     chars = "--tokenizer", "chars", "--out", out
     refused(prepare(*chars, tmp_path / "missing"), "missing: No such file")
-    refused(prepare(*chars, tmp_path), "Is a directory")
+    refused(prepare(*chars, tmp_path), f"{tmp_path}: is a folder; name files in it")
     refused(prepare(*chars, good, write(tmp_path / "latin", b"12345 caf\xe9")), "latin: not UTF-8 at byte 9")
     refused(prepare(*chars, write(tmp_path / "empty", "")), "no text", "0 bytes")
     refused(prepare(*chars, good, "--val", tmp_path / "empty"), "validation")
@@ -447,7 +447,7 @@ def test_damaged_tokenizers(prepare, tmp_path, vocabulary):
 def test_a_tokenizer_is_a_regular_file(prepare, tmp_path):
     text = write(tmp_path / "a", "text" * 10)
     os.mkfifo(tmp_path / "pipe")
-    for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "Is a directory"),
+    for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "is a folder"),
                         ("/dev/zero", "not a regular file"), (text / "below", "must be bytes, chars, gpt2 or")):
         refused(prepare("--tokenizer", path, "--out", tmp_path / "out", text), str(path), words)
     if os.geteuid() != 0:
@@ -784,6 +784,19 @@ def test_files_written_anew_have_not_changed(prepare, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What else data_prep and dev write
+
+
+def test_make_run_refuses_too_little_text_before_it_replaces_anything(root, tmp_path):
+    """make does not build the program here, and leaves out what it would try the compiler for."""
+    own = tmp_path / "data/own"
+    prepared(subprocess.run(command(root, "--tokenizer", "bytes", "--out", own, write(tmp_path / "old", SAMPLE)),
+                            capture_output=True, text=True))
+    before = contents(own)
+    write(tmp_path / "two words", "too little text. " * 40)
+    done = subprocess.run(["make", "-s", "-f", root / "Makefile", "-o", "train_gpt2", "OPENMP=", "ARCH=", "run",
+                           "TEXT='two words'"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "error: TEXT needs 2,000 bytes or more" in done.stderr
+    assert contents(own) == before
 
 
 @pytest.mark.parametrize("documented", [True, False])

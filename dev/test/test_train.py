@@ -103,9 +103,9 @@ def test_text_to_tokens_to_model_to_text(program, root, tmp_path):
     assert f"train --out {out} --resume" in said
 
     said = program.run("train", "--out", out, "--resume")
-    loss, entropy = re.search(r"validation loss ([\d.]+) .*unigram entropy of ([\d.]+)", said).groups()
+    loss, entropy = re.search(r"validation loss ([\d.]+) .*frequencies alone would give ([\d.]+)", said).groups()
     assert float(loss) < 0.5 * float(entropy)
-    assert "above the unigram entropy" not in said
+    assert "the frequencies alone are better" not in said
     assert len(metrics(out)) == 2 + 300
 
     model = out / "model.bin"
@@ -209,7 +209,7 @@ def test_second_ctrl_c_in_validation_ends_at_once(program, data, tmp_path):
 def test_second_ctrl_c_ends_at_once(program, data, tmp_path):
     """In a step of a billion tokens, which nobody waits for."""
     with program.start(*training(data, tmp_path / "out", "--total-batch", 2**30)) as process:
-        wait_until((tmp_path / "out/best.bin").exists, process)  # the last file before the step
+        wait_until((tmp_path / "out/metrics.csv").exists, process)  # the last file before the step
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         wait_until(lambda: not signal_mask(process, "ShdPnd", signal.SIGINT), process)
@@ -258,11 +258,21 @@ def test_best_checkpoint_is_that_of_the_lowest_validation_loss(program, data, tm
     losses = val_losses(out)
     best = min(losses, key=losses.get)
     assert 0 < best < 40
-    assert f"best validation loss {losses[best]:.4f} at step {best}: {out}/best.bin" in said
+    assert f"best validation loss {losses[best]:.4f} at step {best}\n" in said
+    assert f"generate --model {out}/best.bin" in said
     assert f"checkpoint of step {best}" in program.run("describe", "--model", out / "best.bin")
     said = program.run("eval", "--model", out / "best.bin", "--val", data / "val_0.bin", "--batch", BATCH, "--sequence",
                        SEQUENCE)
     assert float(re.search(r"loss +([\d.]+)", said)[1]) == pytest.approx(losses[best], abs=1e-5)
+
+
+def test_random_weights_are_no_best_checkpoint(program, data, tmp_path):
+    """At a rate of 0, at which no validation is better than the first; those of a file may be the best."""
+    new, tuned = tmp_path / "new", tmp_path / "tuned"
+    program.run(*training(data, new, "--lr", 0))
+    assert "checkpoint of step 4" in program.run("describe", "--model", new / "best.bin")
+    program.run(*training(data, tuned, "--lr", 0, "--model", new / "model.bin"))
+    assert "checkpoint of step 0" in program.run("describe", "--model", tuned / "best.bin")
 
 
 def test_best_checkpoint_is_a_second_name_of_the_last(finished):
@@ -359,8 +369,7 @@ def test_overwriting_is_killed_at_its_renames(program, data, tmp_path, killed_af
     else:
         program.run("generate", "--model", out / "model.bin", "--tokens", 3)
     with program.start("train", "--out", out, "--resume") as process:
-        wait_until(lambda: os.path.samefile(out / "best.bin", out / "model.bin"), process)
-    assert not list(out.glob("model_*"))
+        wait_until(lambda: not [*out.glob("model_*"), *out.glob("best.bin")], process)
     assert (out / "tokenizer.bin").read_bytes() == (other / "tokenizer.bin").read_bytes()
     assert metrics(out) == metrics(begun)
 
@@ -398,7 +407,7 @@ def test_small_part_of_the_vocabulary_is_remarked_on(program, tmp_path):
 
 
 def test_loss_above_the_unigram_entropy_is_remarked_on(program, data, tmp_path):
-    assert "note: that is above the unigram entropy" in program.run(*training(data, tmp_path / "out", steps=1))
+    assert "note: the frequencies alone are better" in program.run(*training(data, tmp_path / "out", steps=1))
 
 
 @pytest.mark.parametrize("seed", [0, 2**31 - 1])
@@ -414,6 +423,14 @@ def test_suggested_commands_are_quoted_for_a_shell(program, data, tmp_path, name
     said = program.run(*training(data, tmp_path / name, steps=2))
     command = re.search(r"^    (.* generate .*)$", said, re.MULTILINE)[1]
     assert subprocess.run(["bash", "-c", command + " --tokens 3"], capture_output=True).returncode == 0
+
+
+def test_suggested_command_samples_as_the_run_did(program, data, tmp_path):
+    said = program.run(*training(data, tmp_path / "out", "--prompt", "it's 'a'", "--temperature", 0, "--tokens", 30))
+    command = re.search(r"^    (.* generate .*)$", said, re.MULTILINE)[1]
+    text = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert text.startswith("it's 'a'") and f"sample after step 10:\n{text}\n" in said
+    assert "--top" not in command  # only what was given
 
 
 def learning_rates(program, data, tmp_path, *more):
