@@ -27,6 +27,7 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 #endif
 #include <cstddef>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -2063,8 +2064,14 @@ static void* device_allocate(size_t bytes, bool zero) {
 }
 static void device_free(void* p) { CHECK(cudaFree(p)); }
 
-static void host_parallel_for(size_t n, auto f) {  // one thread: nvcc's host code is built without OpenMP
-    for (size_t i = 0; i < n; i++) f(i);
+static void host_parallel_for(size_t n, auto f) {  // nvcc's host code is built without OpenMP
+    std::atomic<size_t> next = 0;
+    auto work = [&] {
+        for (size_t i; (i = next++) < n;) f(i);
+    };
+    std::vector<std::jthread> others(std::min<size_t>(n, std::max(1u, std::thread::hardware_concurrency())) - (n > 0));
+    for (std::jthread& other : others) other = std::jthread(work);
+    work();
 }
 
 // Copies run after all work queued before, and are complete on return.

@@ -9,10 +9,12 @@ is killed leaves a report of what it has done. The other parts run even if one f
 """
 
 import argparse
+import csv
 import glob
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from peers import parse_bench
 
 ATTENTIONS = ["vanilla", "skip", "depth"]
 NO_GPU = "no GPU can be used here|needs a GPU of compute capability"  # what train_gpt2.cu says
-TOO_LARGE = "the largest --batch that fits is|not even --batch 1 fits"
+IMPOSSIBLE = "the largest --batch that fits is|not even --batch 1 fits|ERR_NVGPUCTRPERM"  # the last is ncu's
 
 # ms a step, GPT-2 124M, bf16, 65,536 tokens: what an H200's limits give by arithmetic (dev/bench/kernels.md). These are
 # no measurements.
@@ -42,6 +44,21 @@ def with_targets(said):
     return "\n".join(lines)
 
 
+def kernel_table(said):
+    """From ncu's CSV: calls of each kernel, mean time and traffic of a call; those that take longest in all first"""
+    unit = {"ns": 1e-3, "us": 1, "ms": 1e3, "byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1, "Gbyte": 1e3}
+    kernels = {}
+    for row in csv.DictReader(line for line in said.splitlines() if line.startswith('"')):
+        name = re.sub(r"\(.*|void ", "", row["Kernel Name"])[:70] + " " + row["Grid Size"]
+        values = kernels.setdefault(name, {"gpu__time_duration.sum": [], "dram__bytes.sum": []})
+        values[row["Metric Name"]].append(float(row["Metric Value"].replace(",", "")) * unit[row["Metric Unit"]])
+    lines = ["calls   ms in all  us a call  MB a call  kernel and grid"]
+    for name, values in sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]["gpu__time_duration.sum"])):
+        us, mb = values.values()
+        lines.append(f"{len(us):5}{sum(us) * 1e-3:12.3f}{sum(us) / len(us):11.1f}{sum(mb) / len(mb):11.1f}  {name}")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The parts, those that tell most first
 
@@ -55,7 +72,7 @@ class Part(NamedTuple):
     show: Callable = str
 
 
-def all_parts(report, kind, make, work):
+def all_parts(report, kind, make, nvcc, work):
     emulated = kind == "cu_emulated"
     train, test, bench = f"train_gpt2{kind}", f"test_gpt2{kind}", f"dev/bench/bench{kind}"
     programs = ["train_gpt2", train, test, bench]
@@ -108,7 +125,13 @@ def all_parts(report, kind, make, work):
         yield Part(f"bench {name}", f"{bench} {options}", limit, bench, "^depth .*%",
                    (lambda said: "it ran; its times mean nothing and are left out") if emulated else
                    with_targets if "bf16 batch 64" in name else str)
-
+    ncu = shutil.which("ncu") or f"{os.path.dirname(nvcc)}/ncu"  # Nsight Compute's command, if it is installed
+    if not emulated and os.access(ncu, os.X_OK):
+        # Two steps, without the many small kernels that initialize weights
+        yield Part("time of each kernel", f"{ncu} --clock-control none --csv --log-file {work}/kernels.csv "
+                   "-k 'regex:^(?!convert|noise).*' --metrics gpu__time_duration.sum,dram__bytes.sum "
+                   f"{bench} {gpt2} --batch 64 --steps 1 --tokens 0 --attention vanilla; "
+                   f"status=$?; cat {work}/kernels.csv; exit $status", 300, bench, '^"', kernel_table)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
@@ -207,7 +230,7 @@ class Report:
             return "passed" if succeeded else f"FAILED: its output does not match '{part.wants}'"
         if self.stop_reason:
             return "stopped"
-        if re.search(TOO_LARGE, said):
+        if re.search(IMPOSSIBLE, said):
             return f"left out: {last}"
         if re.search(NO_GPU, said):
             self.no_gpu = "no usable GPU"
@@ -240,7 +263,7 @@ def main():
         sys.exit(f"error: dev/results cannot be written: {error.strerror}")
     make = shlex.join(["make", "--no-print-directory", "-f", "dev/Makefile", *args.variables])
     with tempfile.TemporaryDirectory() as work:
-        for part in all_parts(report, kind, make, work):
+        for part in all_parts(report, kind, make, args.nvcc, work):
             report.run(part)
     report.incomplete = ""
     report.write()

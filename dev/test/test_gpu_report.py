@@ -127,6 +127,33 @@ def summary(text):
     return {name: outcome for outcome, name in rows}
 
 
+NCU = """while [ "$1" != --log-file ]; do shift; done; cat > $2 << EOF
+==PROF== Connected
+"ID","Kernel Name","Grid Size","Metric Name","Metric Unit","Metric Value"
+"0","void attention_kernel<64>(int)","(8, 1, 1)","dram__bytes.sum","Gbyte","1.5"
+"0","void attention_kernel<64>(int)","(8, 1, 1)","gpu__time_duration.sum","us","1,250.5"
+"1","norm_kernel(float)","(1, 1, 1)","dram__bytes.sum","byte","500,000"
+"1","norm_kernel(float)","(1, 1, 1)","gpu__time_duration.sum","ms","2"
+"2","norm_kernel(float)","(1, 1, 1)","dram__bytes.sum","Kbyte","1500"
+"2","norm_kernel(float)","(1, 1, 1)","gpu__time_duration.sum","ms","3"
+EOF"""
+
+
+def test_times_of_kernels(machine):
+    machine.program("bin/ncu", NCU)
+    verdict, text = machine.report(status=0)
+    assert verdict == ["All 16 parts passed."]
+    assert re.search(r"calls.*\n +2 +5.000 +2500.0 +1.0  norm_kernel \(1, 1, 1\)"
+                     r"\n +1 +1.250 +1250.5 +1500.0  attention_kernel<64> \(8, 1, 1\)\n", text)
+
+
+def test_times_of_kernels_need_privileges(machine):
+    refuses = 'while [ "$1" != --log-file ]; do shift; done; echo "==ERROR== ERR_NVGPUCTRPERM" > $2; exit 1'
+    machine.program("bin/ncu", refuses)
+    verdict, text = machine.report(status=0)
+    assert verdict == ["left out: time of each kernel: ==ERROR== ERR_NVGPUCTRPERM"]
+
+
 def test_all_parts_in_order(machine):
     git = ["git", "-C", machine.folder, "-c", "user.name=x", "-c", "user.email=x@x"]
     for words in ["init", "-q"], ["add", "dev/Makefile", "train_gpt2"], ["commit", "-qm", "x"]:
