@@ -1268,8 +1268,9 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 #pragma unroll
     for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
     for (int j = 0; j < tiles; j++) {
+        // After this, the tile has come, and all warps are done with the one before, which the next one replaces.
         cp_async_wait();
-        __syncthreads();  // this tile has come, and all warps are done with the last one, which the next one replaces
+        __syncthreads();
         if (j + 1 < tiles) copy_keys(j + 1);
         const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;
         if (j == 0) {
@@ -1409,8 +1410,9 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
     float sums[M][2 * K][4] = {};
     for (int j = 0; j < tiles; j++) {
+        // After this, the tile has come, and all warps are done with the one before, which the next one replaces.
         cp_async_wait();
-        __syncthreads();  // this tile has come, and all warps are done with the last one, which the next one replaces
+        __syncthreads();
         if (j + 1 < tiles) copy_keys(j + 1);
         const bf16 *k_tile = kv_tiles + j % 2 * 2 * TILE * HS, *v_tile = k_tile + TILE * HS;
 #pragma unroll 1
@@ -1494,8 +1496,9 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 
     float sums_k[M][2 * K][4] = {}, sums_v[M][2 * K][4] = {};
     for (int i = begin; i < tiles; i++) {
+        // After this, the tile has come, and all warps are done with the one before, which the next one replaces.
         cp_async_wait();
-        __syncthreads();  // this tile has come, and all warps are done with the last one, which the next one replaces
+        __syncthreads();
         if (i + 1 < tiles) copy_queries(i + 1);
         const float next_statistic = read_statistic(i + 1);
         const bf16 *q_tile = q_tiles + i % 2 * 2 * TILE * HS, *do_tile = q_tile + TILE * HS;
