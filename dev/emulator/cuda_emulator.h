@@ -70,6 +70,7 @@ Environment                                                                     
 What it cannot show: speed; bank conflicts and coalescing; registers; weaker memory orders than the one in which its
 threads run, though the checked build reports what would depend on them; protocols between running blocks other than
 wait_for_turn and pass_turn, whose spinning never ends here (the accesses that such a protocol orders count as races);
+all races of a write with reads of three or more blocks, where turns order it after some of them (two are remembered);
 launches of more threads than __launch_bounds__ allows. Not there: wgmma, TMA, half, textures, cooperative groups,
 graphs, dynamic parallelism, __activemask, template arguments of a kernel that its launch leaves to be deduced (write
 k<float><<<...>>>), adding to floats by atomics, whose result depends on the order. A call of the runtime that is not
@@ -944,12 +945,14 @@ EMULATOR_OWN inline void check(const void* p, size_t n, Access access, size_t al
         if (!atomics && !before(cell.write, t, since)) race(t, p, memory, access, pc, cell.write, true);
         if (access == READ) {
             // Of two remembered reads, the less telling one is replaced: an old one, or one from the same thread, warp,
-            // or block.
+            // or block. Of those from other blocks either may be the one that no turn orders: chance decides.
             Record *r = cell.read, me = mine;
             auto nearness = [&](const Record& o) {
                 return before(o, t, since) ? 3 : o.who / WARP == me.who / WARP ? 2 : o.who >> 10 == me.who >> 10;
             };
-            r[nearness(r[1]) >= nearness(r[0])] = mine;
+            const int nearness0 = nearness(r[0]), nearness1 = nearness(r[1]);
+            const bool chance = (uint32_t)(i + 1) * (2 * (mine.who >> 10) + 1) * 0x9e3779b1u >> 31;
+            r[nearness0 == nearness1 ? chance : nearness1 > nearness0] = mine;
         } else {
             for (Record& r : cell.read)
                 if (!before(r, t, since)) race(t, p, memory, access, pc, r, false);

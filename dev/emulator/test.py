@@ -50,6 +50,7 @@ BROKEN = {
     "turn_by_later_block": (KERNEL + f"wait_for_turn at {AT} waits for the value [1-6], which block .* passes",) * 3,
     "turns_without_a_link": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
     "turn_changed_plainly": (None, None, RACE_OF_BLOCKS),
+    "turn_passed_before_reading": (None, None, RACE_OF_BLOCKS),
     "turns_of_lanes": (KERNEL + f"wait_for_turn at {AT}: lanes of a warp give different counters or values",) * 3,
     "past_the_end": (None, ADDRESS + "heap-buffer-overflow", BOUNDS),
     "past_the_end_of_shared": (None, f"{AT}.*: runtime error: index 8 out of bounds", BOUNDS),

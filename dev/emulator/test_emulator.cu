@@ -212,6 +212,24 @@ static void hand_over(bool skip_first, bool skip_second) {
 static void turns_without_a_link() { hand_over(broken, false); }
 static void turn_changed_plainly() { hand_over(false, broken); }
 
+// All blocks read data, and the last one writes it, in its turn. Block 1 reads late.
+__global__ void write_last(float* out, float* data, int* turn, bool passes_early) {
+    int block = blockIdx.x, i = threadIdx.x;
+    wait_for_turn(turn, block);
+    if (block == 1 && passes_early) pass_turn(turn, block + 1);
+    out[block * 32 + i] = data[i];
+    if (block == 1 && passes_early) return;
+    if (block == (int)gridDim.x - 1) data[i] = -1;
+    pass_turn(turn, block + 1);
+}
+static void turn_passed_before_reading() {
+    Array<float> out(32 * 6), data(count(32));
+    Array<int> turn(std::vector<int>{0});
+    write_last<<<6, 32>>>(out, data, turn, broken);
+    std::vector<float> v = out.get();
+    for (int i = 0; i < 32 * 6; i++) EXPECT(v[i] == (float)(i % 32));
+}
+
 __global__ void lanes_that_differ(int* turns, int turn_of_last) {
     wait_for_turn(turns + (threadIdx.x == 31) * turn_of_last, 0);
 }
@@ -878,8 +896,8 @@ int main(int argc, char** argv) {
         CASE(missing_syncthreads), CASE(missing_syncwarp), CASE(race_in_block), CASE(race_of_blocks),
         CASE(read_of_other_blocks), CASE(race_of_halves),
         CASE(missing_turn), CASE(turn_of_another_warp), CASE(turn_passed_early), CASE(turn_not_passed),
-        CASE(turn_by_later_block), CASE(turns_without_a_link), CASE(turn_changed_plainly), CASE(turns_of_lanes),
-        CASE(past_the_end), CASE(past_the_end_of_shared),
+        CASE(turn_by_later_block), CASE(turns_without_a_link), CASE(turn_changed_plainly),
+        CASE(turn_passed_before_reading), CASE(turns_of_lanes), CASE(past_the_end), CASE(past_the_end_of_shared),
         CASE(past_the_end_of_dynamic), CASE(past_own_array), CASE(use_after_free), CASE(device_memory_uninitialised),
         CASE(shared_uninitialised), CASE(misaligned_float4), CASE(host_memory_in_kernel), CASE(device_memory_by_host),
         CASE(copy_direction), CASE(copy_past_the_end), CASE(copy_past_pinned), CASE(all_collectives),
