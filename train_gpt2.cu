@@ -1093,8 +1093,6 @@ __device__ inline float exp2_approx(float x) {  // relative error 2^-22
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-#else
-inline float exp2_approx(float x) { return exp2f(x); }
 #endif
 
 constexpr int TILE = 64, TILE_BLOCK = 128;  // rows of a tile; threads of a block

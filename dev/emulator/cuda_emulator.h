@@ -53,6 +53,12 @@ Environment                                                                     
     GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
     GPT2_EMULATOR_MEMORY=N      bytes of device memory; 16 GiB if not set
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
+    GPT2_EMULATOR_CAPABILITY=   8.0 (as an A100 has it), 8.6 (RTX 3090), 8.9 (RTX 4090), 9.0 (H100), 10.0 (B200) or 12.0
+                                (RTX 5090): the compute capability, with that GPU's number of multiprocessors, shared
+                                memory and L2 cache. If not set, 9.0 with 4 multiprocessors and 1 MiB of cache
+    GPT2_EMULATOR_MULTIPROCESSORS, _SHARED_BLOCK, _SHARED_MULTIPROCESSOR, _L2    another number of these; of bytes
+    GPT2_EMULATOR_APPROXIMATE=0 1: exp2_approx, __expf and the like, and the tanh in cuBLASLt's epilogues, are as
+                                inexact as the GPU's
     GPT2_EMULATOR_ALGORITHMS=1  number of cuBLASLt's algorithms, at most 8. Each sums in another order; which one comes
                                 first depends on the product's shape, leading dimensions and promised alignment
     GPT2_EMULATOR_REFUSE_       what cuBLASLt refuses: chance, by SEED and the product, decides whether the heuristic
@@ -70,21 +76,22 @@ Environment                                                                     
 What it cannot show: speed; bank conflicts and coalescing; registers; weaker memory orders than the one in which its
 threads run, though the checked build reports what would depend on them; protocols between running blocks other than
 wait_for_turn and pass_turn, whose spinning never ends here (the accesses that such a protocol orders count as races);
+all races of a write with reads of three or more blocks, where turns order it after some of them (two are remembered);
 launches of more threads than __launch_bounds__ allows. Not there: wgmma, TMA, half, textures, cooperative groups,
 graphs, dynamic parallelism, __activemask, template arguments of a kernel that its launch leaves to be deduced (write
 k<float><<<...>>>), adding to floats by atomics, whose result depends on the order. A call of the runtime that is not
 there does not compile. Stricter than a GPU: threads of a warp, or of a block, must meet on the same line.
 
 Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED, which is defined here. Those that
-are replaced: mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_wait, and those by
-which blocks take turns at a counter in device memory; all lanes of a warp call them:
+are replaced: exp2_approx, mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_wait, and those by which
+blocks take turns at a counter in device memory; all lanes of a warp call them:
     wait_for_turn(counter, value)   returns when *counter == value; what was ordered before the pass_turn that set it
                                     is then ordered before what this warp does
     pass_turn(counter, value)       sets it, after all that this warp has done
 Blocks start in any order, and more than GPT2_EMULATOR_BLOCKS of them where those that run wait for their turns.
 
 cuBLASLt is there as far as products of fp32 or bf16 matrices with these epilogues need it; sums are fp32, alpha 1, beta
-0 or 1.
+0 or 1. Before compute capability 9.0 it offers no DGELU.
 
 Contents
      1  the language         keywords, vector types
@@ -244,6 +251,38 @@ inline FILE* log_file(const char* name) {
     return file;
 }
 
+// NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the GPUs' data sheets
+struct Gpu {
+    const char *capability, *name;
+    int major, minor, multiprocessors, threads;         // threads of a multiprocessor
+    size_t shared_block, shared_multiprocessor, l2;     // bytes; the first on request
+    int memory_bus;                                     // bits
+};
+constexpr Gpu GPUS[] = {
+    {"", "GPU", 9, 0, 4, 2048, 227 << 10, 228 << 10, 1 << 20, 512},
+    {"8.0", "A100", 8, 0, 108, 2048, 163 << 10, 164 << 10, 40 << 20, 5120},
+    {"8.6", "RTX 3090", 8, 6, 82, 1536, 99 << 10, 100 << 10, 6 << 20, 384},
+    {"8.9", "RTX 4090", 8, 9, 128, 1536, 99 << 10, 100 << 10, 72 << 20, 384},
+    {"9.0", "H100", 9, 0, 132, 2048, 227 << 10, 228 << 10, 50 << 20, 5120},
+    {"10.0", "B200", 10, 0, 148, 2048, 227 << 10, 228 << 10, 126 << 20, 8192},
+    {"12.0", "RTX 5090", 12, 0, 170, 1536, 99 << 10, 100 << 10, 96 << 20, 512},
+};
+inline Gpu gpu_of(const char* capability) {
+    for (const Gpu& gpu : GPUS)
+        if (!strcmp(capability ? capability : "", gpu.capability)) return gpu;
+    fprintf(stderr, "emulator: GPT2_EMULATOR_CAPABILITY=%s: not one of those in cuda_emulator.h\n", capability);
+    exit(1);
+}
+inline Gpu gpu_of_environment() {
+    Gpu gpu = gpu_of(getenv("GPT2_EMULATOR_CAPABILITY"));
+    gpu.multiprocessors = (int)environment("GPT2_EMULATOR_MULTIPROCESSORS", gpu.multiprocessors);
+    gpu.shared_block = (size_t)environment("GPT2_EMULATOR_SHARED_BLOCK", (long long)gpu.shared_block);
+    gpu.shared_multiprocessor =
+        (size_t)environment("GPT2_EMULATOR_SHARED_MULTIPROCESSOR", (long long)gpu.shared_multiprocessor);
+    gpu.l2 = (size_t)environment("GPT2_EMULATOR_L2", (long long)gpu.l2);
+    return gpu;
+}
+
 struct Settings {
     unsigned long long seed = (unsigned long long)environment("GPT2_EMULATOR_SEED", 1);
     int blocks = (int)environment("GPT2_EMULATOR_BLOCKS", 1);
@@ -251,6 +290,8 @@ struct Settings {
     bool count = environment("GPT2_EMULATOR_COUNT", 0) != 0;
     size_t memory = (size_t)environment("GPT2_EMULATOR_MEMORY", 1ll << 34);
     int devices = (int)environment("GPT2_EMULATOR_DEVICES", 1);
+    Gpu gpu = gpu_of_environment();
+    bool approximate = environment("GPT2_EMULATOR_APPROXIMATE", 0) != 0;
     int algorithms = (int)std::clamp(environment("GPT2_EMULATOR_ALGORITHMS", 1), 1ll, 8ll);
     int refuse_percent = (int)environment("GPT2_EMULATOR_REFUSE_PERCENT", 0);
     int refuse_k = (int)environment("GPT2_EMULATOR_REFUSE_K", 0);
@@ -260,7 +301,7 @@ struct Settings {
 };
 inline Settings settings;
 
-constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10;  // bytes a block; more than the first on request
+constexpr size_t SHARED_DEFAULT = 48 << 10;  // bytes a block; more on request
 constexpr unsigned WARP = 32, THREADS_MOST = 1024;
 
 // splitmix64
@@ -782,7 +823,7 @@ struct Shared {
             size_t align = std::max(alignment, alignof(T)), used = 0;
             offset = (grid->shared_used + (EMULATOR_ADDRESS || EMULATOR_CHECKED ? 32 : 0) + align - 1) / align * align;
             for (auto& v : grid->variables) used += v.size;
-            if (used + sizeof(T) > SHARED_DEFAULT || used + sizeof(T) + grid->dynamic > SHARED_MOST)
+            if (used + sizeof(T) > SHARED_DEFAULT || used + sizeof(T) + grid->dynamic > settings.gpu.shared_block)
                 fail(self, "%zu bytes of __shared__ variables and %zu of dynamic shared memory are too many",
                      used + sizeof(T), grid->dynamic);
             grid->shared_used = offset + sizeof(T);
@@ -944,12 +985,14 @@ EMULATOR_OWN inline void check(const void* p, size_t n, Access access, size_t al
         if (!atomics && !before(cell.write, t, since)) race(t, p, memory, access, pc, cell.write, true);
         if (access == READ) {
             // Of two remembered reads, the less telling one is replaced: an old one, or one from the same thread, warp,
-            // or block.
+            // or block. Of those from other blocks either may be the one that no turn orders: chance decides.
             Record *r = cell.read, me = mine;
             auto nearness = [&](const Record& o) {
                 return before(o, t, since) ? 3 : o.who / WARP == me.who / WARP ? 2 : o.who >> 10 == me.who >> 10;
             };
-            r[nearness(r[1]) >= nearness(r[0])] = mine;
+            const int nearness0 = nearness(r[0]), nearness1 = nearness(r[1]);
+            const bool chance = (uint32_t)(i + 1) * (2 * (mine.who >> 10) + 1) * 0x9e3779b1u >> 31;
+            r[nearness0 == nearness1 ? chance : nearness1 > nearness0] = mine;
         } else {
             for (Record& r : cell.read)
                 if (!before(r, t, since)) race(t, p, memory, access, pc, r, false);
@@ -1202,8 +1245,11 @@ struct cudaDeviceProp {
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     *p = {};
     EMULATOR_CALL("cudaGetDeviceProperties");
-    *p = {"emulated GPU", emulator::settings.memory, emulator::SHARED_DEFAULT, emulator::SHARED_MOST, 228 << 10,
-          9, 0, 4, 32, 1024, 2048, 65536, 65536, 1 << 20, 512, {INT_MAX, 65535, 65535}, {1024, 1024, 64}};
+    const emulator::Gpu& gpu = emulator::settings.gpu;
+    *p = {"", emulator::settings.memory, emulator::SHARED_DEFAULT, gpu.shared_block, gpu.shared_multiprocessor,
+          gpu.major, gpu.minor, gpu.multiprocessors, 32, 1024, gpu.threads, 65536, 65536, (int)gpu.l2, gpu.memory_bus,
+          {INT_MAX, 65535, 65535}, {1024, 1024, 64}};
+    snprintf(p->name, sizeof p->name, "emulated %s", gpu.name);
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() {
@@ -1387,9 +1433,9 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
     EMULATOR_CALL("cudaFuncSetAttribute");
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || value > (int)emulator::SHARED_MOST)
+    if (value < 0 || (size_t)value > emulator::settings.gpu.shared_block)
         return emulator::error(cudaErrorInvalidValue, "cudaFuncSetAttribute: %d bytes of shared memory; %zu is most",
-                               value, emulator::SHARED_MOST);
+                               value, emulator::settings.gpu.shared_block);
     emulator::dynamic_most[(const void*)kernel] = value;
     return cudaSuccess;
 }
@@ -1646,10 +1692,24 @@ inline unsigned min(int a, unsigned b) { return std::min((unsigned)a, b); }
 inline unsigned max(unsigned a, int b) { return std::max(a, (unsigned)b); }
 inline unsigned min(unsigned a, int b) { return std::min(a, (unsigned)b); }
 
+namespace emulator {
+// f(x) with a relative error of at most 2^-bits, which as an interpolation's waxes and wanes with x; without subnormals
+EMULATOR_OWN inline float approximate(float (*f)(float), float x, int bits) {
+    const float y = f(x);
+    if (!settings.approximate || x == 0) return y;
+    if (fabsf(y) < 0x1p-126f) return 0;
+    const double most = ldexp(1, -bits) - 0x1p-23, wave = std::isfinite(x) ? sin(100.0 * x + (double)settings.seed) : 0;
+    return (float)(y * (1 + most * wave));
+}
+EMULATOR_OWN inline float tanh_approx(float x) { return approximate(tanhf, x, 11); }
+}  // namespace emulator
+// ex2.approx.ftz.f32
+EMULATOR_OWN inline float exp2_approx(float x) { return emulator::approximate(exp2f, x, 22); }
+
 // Some of these names are declared, but not defined, by the C library: hence macros.
-#define __expf(x) expf(x)
-#define __exp2f(x) exp2f(x)
-#define __exp10f(x) exp10f(x)
+#define __expf(x) ::emulator::approximate(expf, x, 21)
+#define __exp2f(x) ::emulator::approximate(exp2f, x, 22)
+#define __exp10f(x) ::emulator::approximate(exp10f, x, 21)
 #define __logf(x) logf(x)
 #define __log2f(x) log2f(x)
 #define __log10f(x) log10f(x)
@@ -1968,16 +2028,19 @@ inline uint64_t hash(const Matmul& p) {
                  (uint64_t)p.m, (uint64_t)p.n, (uint64_t)p.k, (uint64_t)p.lda, (uint64_t)p.ldb, (uint64_t)p.ldd});
 }
 
+inline bool lacks_epilogue(const Matmul& p) { return p.epilogue == CUBLASLT_EPILOGUE_DGELU && settings.gpu.major < 9; }
+
 inline bool refuses(const Matmul& p, uint64_t algorithm, uint64_t alignment) {
     const int n = settings.refuse_alignment, size = (int)size_of(p.ab_type);
     return hash({settings.seed, hash(p), alignment, algorithm, 1}) % 100 < (uint64_t)settings.refuse_percent ||
            (settings.refuse_k && p.k % settings.refuse_k) || settings.refuse_epilogues >> number_of(p.epilogue) & 1 ||
+           lacks_epilogue(p) ||
            (n && (p.lda * size % n || p.ldb * size % n || p.ldd * (int)size_of(p.d_type) % n ||
                   alignment < (uint64_t)std::min(n, 16)));
 }
 inline bool refuses_at_launch(const Matmul& p, uint64_t algorithm, uint64_t alignment) {
     const uint64_t draw = hash({settings.seed, hash(p), alignment, 2}) % 3;
-    return draw < 2 ? draw : hash({settings.seed, hash(p), alignment, algorithm, 3}) % 2;
+    return !lacks_epilogue(p) && (draw < 2 ? draw : hash({settings.seed, hash(p), alignment, algorithm, 3}) % 2);
 }
 
 inline long long searches = 0, refusals = 0;  // how often the heuristic was asked; refused launches
@@ -1992,7 +2055,8 @@ EMULATOR_OWN inline void set_element(void* p, cudaDataType type, size_t i, float
     else ((__nv_bfloat16*)p)[i] = x;
 }
 
-// Algorithm i splits k into i + 1 parts. Each is summed in order, then the parts are.
+// Algorithm i splits k into i + 1 parts. Each is summed in order, then the parts are, those of algorithms 2, 3, 6 and 7
+// from the last to the first. A part of an odd algorithm has every (i + 1)th 16 terms, else neighbours.
 EMULATOR_OWN inline void run_matmul(const Matmul& p) {
     constexpr int ROWS = 16, COLUMNS = 4;
     using floats __attribute__((vector_size(ROWS * 4))) = float;
@@ -2012,17 +2076,23 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
 
     const float root = 0.7978845608028654f, cubic = 0.044715f;  // GELU by tanh
     const size_t parts = (size_t)p.algorithm + 1;
+    const bool every_16 = p.algorithm & 1, backwards = p.algorithm & 2;
     for (size_t panel = 0; panel < panels; panel++)
         for (size_t group = 0; group < groups; group++) {
             const floats* column = (const floats*)(a + panel * k * ROWS);
             const float* row = b + group * k * COLUMNS;
             floats sums[COLUMNS] = {};
-            for (size_t part = 0; part < parts; part++) {
+            for (size_t i = 0; i < parts; i++) {
+                const size_t part = backwards ? parts - 1 - i : i;
+                const size_t first = every_16 ? 16 * part : part * k / parts, step = every_16 ? 16 * parts : k;
+                const size_t length = every_16 ? 16 : (part + 1) * k / parts - first;
                 floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
-                for (size_t i = part * k / parts; i < (part + 1) * k / parts; i++, row += COLUMNS) {
-                    floats x = column[i];
-                    s0 += x * row[0], s1 += x * row[1], s2 += x * row[2], s3 += x * row[3];
-                }
+                for (size_t begin = first; begin < k; begin += step)
+                    for (size_t l = begin; l < std::min(k, begin + length); l++) {
+                        const floats x = column[l];
+                        const float* y = row + l * COLUMNS;
+                        s0 += x * y[0], s1 += x * y[1], s2 += x * y[2], s3 += x * y[3];
+                    }
                 sums[0] += s0, sums[1] += s1, sums[2] += s2, sums[3] += s3;
             }
             for (size_t j = group * COLUMNS; j < std::min((size_t)p.n, (group + 1) * COLUMNS); j++)
@@ -2033,9 +2103,9 @@ EMULATOR_OWN inline void run_matmul(const Matmul& p) {
                     if (p.bias) x += element(p.bias, p.d_type, i);
                     if (p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) set_element(p.aux, p.d_type, at, x);
                     if (p.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS || p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
-                        x = 0.5f * x * (1 + tanhf(root * (x + cubic * x * x * x)));
+                        x = 0.5f * x * (1 + tanh_approx(root * (x + cubic * x * x * x)));
                     } else if (p.epilogue == CUBLASLT_EPILOGUE_DGELU) {
-                        float y = element(p.aux, p.d_type, at), t = tanhf(root * (y + cubic * y * y * y));
+                        float y = element(p.aux, p.d_type, at), t = tanh_approx(root * (y + cubic * y * y * y));
                         x *= 0.5f * (1 + t) + 0.5f * y * (1 - t * t) * root * (1 + 3 * cubic * y * y);
                     }
                     set_element(p.D, p.d_type, at, x);

@@ -44,12 +44,14 @@ BROKEN = {
     "read_of_other_blocks": (SOME + WRONG, SOME + WRONG, RACE),
     "race_of_halves": (SOME + WRONG, SOME + WRONG, RACE),
     "missing_turn": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
-    "turn_of_another_warp": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
+    "turn_of_another_warp": (None, None, RACE_OF_BLOCKS),
     "turn_passed_early": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
     "turn_not_passed": (KERNEL + f"wait_for_turn at {AT} waits for the value 2, but it is 1 and nobody goes on",) * 3,
     "turn_by_later_block": (KERNEL + f"wait_for_turn at {AT} waits for the value [1-6], which block .* passes",) * 3,
     "turns_without_a_link": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
-    "turn_changed_plainly": (None, None, RACE_OF_BLOCKS),
+    "turn_passed_and_changed": (None, None, RACE_OF_BLOCKS),
+    "turn_awaited_and_changed": (None, None, RACE_OF_BLOCKS),
+    "turn_passed_before_reading": (None, None, RACE_OF_BLOCKS),
     "turns_of_lanes": (KERNEL + f"wait_for_turn at {AT}: lanes of a warp give different counters or values",) * 3,
     "past_the_end": (None, ADDRESS + "heap-buffer-overflow", BOUNDS),
     "past_the_end_of_shared": (None, f"{AT}.*: runtime error: index 8 out of bounds", BOUNDS),
@@ -83,6 +85,7 @@ BROKEN = {
     "pinned_overwritten": (WRONG,) * 3,
     "result_read_early": (WRONG,) * 3,
     "too_many_threads": (AT + r": launch of scale with grid \(1,1,1\), block \(1025,1,1\)",) * 3,
+    "capabilities": ("^emulator: GPT2_EMULATOR_CAPABILITY=8.5: not one of those in cuda_emulator.h",) * 3,
     "too_much_shared": ("launch of past_dynamic with 100000 bytes of dynamic shared memory; it may use 49152",) * 3,
 }
 
@@ -201,6 +204,7 @@ def test_faults(tests, build, program):
         ok = code == 3 and output == f"stopped: {message}\n"
         tests.report(f"{variable} {value} in the {build} build", ok, output)
     for variable, value, message in (("memory", "2^34", "no whole number"), ("fail", "1x", "no whole number"),
+                                     ("capability", "7.0", "not one of those in cuda_emulator.h"),
                                      ("log", "/none/log", "No such file or directory")):
         code, output = run(program, "every_call_fails", **{variable: value})
         ok = code == 1 and output == f"emulator: GPT2_EMULATOR_{variable.upper()}={value}: {message}\n"

@@ -8,6 +8,7 @@ Each case is a small right program. With `broken`, it has the mistake that its n
 
 #include <cuda_runtime.h>
 #include <cuda_bf16.h>
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -138,20 +139,29 @@ static void race_of_halves() {
 // --------------------------------------------------------------------------------------------------------------------
 // Turns
 
-enum TurnMistake { IN_TURN, NO_TURN, NO_SYNCTHREADS, PASSED_EARLY, NOT_PASSED, LATER_FIRST };
+enum TurnMistake { IN_TURN, NO_TURN, TOLD_BY_ATOMIC, PASSED_EARLY, NOT_PASSED, LATER_FIRST };
 
 // Each block (x, y) in its turn makes sum[y] half of what it was and adds to it. The last one also adds up what each
 // has put into its own place. Each warp takes its own turn, or the first one does for all.
 __global__ void add_in_turns(float* sum, float* own, float* total, int* turns, bool by_warp, TurnMistake mistake) {
     int n = gridDim.x, x = blockIdx.x, y = blockIdx.y, i = threadIdx.x, threads = blockDim.x, warp = i / 32;
+    __shared__ int turn_has_come;
     bool takes_turn = by_warp || warp == 0;
     int* turn = turns + y * 32 + warp;
     int mine = mistake == LATER_FIRST ? n - 1 - x : x;
     sum += y * threads, own += y * n * threads;
     own[x * threads + i] = (float)(x + i);
+    if (i == 0) turn_has_come = 0;
+    if (!by_warp) __syncthreads();
     if (takes_turn && mistake != NO_TURN) wait_for_turn(turn, mine);
     if (takes_turn && mistake == PASSED_EARLY) pass_turn(turn, mine + 1);
-    if (!by_warp && mistake != NO_SYNCTHREADS) __syncthreads();
+    if (mistake == TOLD_BY_ATOMIC) {  // after the wait, but not ordered by it
+        const unsigned lanes = threads - warp * 32 < 32 ? (1u << (threads - warp * 32)) - 1 : ~0u;
+        if (i == 0) atomicExch(&turn_has_come, 1);
+        while (!__any_sync(lanes, atomicAdd(&turn_has_come, 0))) {}
+    } else if (!by_warp) {
+        __syncthreads();
+    }
     sum[i] = 0.5f * sum[i] + (float)(x + 1);
     if (mine == n - 1) {
         float all = 0;
@@ -183,15 +193,17 @@ static void take_turns(bool by_warp, TurnMistake mistake) {
         }
 }
 static void missing_turn() { take_turns(true, NO_TURN); }
-static void turn_of_another_warp() { take_turns(false, NO_SYNCTHREADS); }
+static void turn_of_another_warp() { take_turns(false, TOLD_BY_ATOMIC); }
 static void turn_passed_early() { take_turns(true, PASSED_EARLY); }
 static void turn_not_passed() { take_turns(false, NOT_PASSED); }
 static void turn_by_later_block() { take_turns(true, LATER_FIRST); }
 
-// Block 0 hands data on to block 2 by way of block 1; block 2 makes the first counter 0 again.
-__global__ void hand_on(float* out, float* data, int* turns, bool skip_first, bool skip_second) {
+// Block 0 hands data on to block 2 by way of block 1. Block 2 then makes a counter 0 by a plain access, which nobody
+// awaits any more: one that both others used, or one that only block 1 (the second) or block 0 (the third) did.
+__global__ void hand_on(float* out, float* data, int* turns, bool skip_first, bool skip_second, int reset) {
     int block = blockIdx.x, i = threadIdx.x;
     if (block == 0) {
+        wait_for_turn(turns + 2, 0);
         data[i] = (float)i;
         pass_turn(turns, 1);
     } else if (block == 1) {
@@ -200,17 +212,36 @@ __global__ void hand_on(float* out, float* data, int* turns, bool skip_first, bo
     } else {
         if (!skip_second) wait_for_turn(turns + 1, 1);
         if (!skip_second) out[i] = data[i];
-        if (i == 0) turns[0] = 0;
+        if (i == 0) turns[reset] = 0;
     }
 }
-static void hand_over(bool skip_first, bool skip_second) {
+static void hand_over(bool skip_first, bool skip_second, int reset) {
     Array<float> out(32), data(32);
-    Array<int> turns(std::vector<int>{0, 0});
-    hand_on<<<3, 32>>>(out, data, turns, skip_first, skip_second);
-    EXPECT(out.get() == count(32) && turns.get()[0] == 0);
+    Array<int> turns(std::vector<int>{0, 0, 0});
+    hand_on<<<3, 32>>>(out, data, turns, skip_first, skip_second, reset);
+    EXPECT(out.get() == count(32) && turns.get()[reset] == 0);
 }
-static void turns_without_a_link() { hand_over(broken, false); }
-static void turn_changed_plainly() { hand_over(false, broken); }
+static void turns_without_a_link() { hand_over(broken, false, 0); }
+static void turn_passed_and_changed() { hand_over(false, broken, 1); }
+static void turn_awaited_and_changed() { hand_over(false, broken, 2); }
+
+// All blocks read data, and the last one writes it, in its turn. Block 1 reads late.
+__global__ void write_last(float* out, float* data, int* turn, bool passes_early) {
+    int block = blockIdx.x, i = threadIdx.x;
+    wait_for_turn(turn, block);
+    if (block == 1 && passes_early) pass_turn(turn, block + 1);
+    out[block * 32 + i] = data[i];
+    if (block == 1 && passes_early) return;
+    if (block == (int)gridDim.x - 1) data[i] = -1;
+    pass_turn(turn, block + 1);
+}
+static void turn_passed_before_reading() {
+    Array<float> out(32 * 6), data(count(32));
+    Array<int> turn(std::vector<int>{0});
+    write_last<<<6, 32>>>(out, data, turn, broken);
+    std::vector<float> v = out.get();
+    for (int i = 0; i < 32 * 6; i++) EXPECT(v[i] == (float)(i % 32));
+}
 
 __global__ void lanes_that_differ(int* turns, int turn_of_last) {
     wait_for_turn(turns + (threadIdx.x == 31) * turn_of_last, 0);
@@ -618,6 +649,32 @@ static void matmul() {
     products<bf16, float>(CUDA_R_16BF, CUDA_R_32F);
     emulator::settings.algorithms = 8;
     products<bf16, float>(CUDA_R_16BF, CUDA_R_32F);
+
+    // All algorithms sum the same terms, each in another order; which one is the first depends on the shape.
+    constexpr int K = 333;
+    std::vector<float> x(K), y(K), sums;
+    std::vector<uint64_t> firsts;
+    for (float& v : x) v = uniform();
+    for (float& v : y) v = uniform();
+    double sum = 0;
+    for (int l = 0; l < K; l++) sum += (double)x[l] * y[l];
+    Array<float> X(x), Y(y), one(1);
+    Product dot = {1, 1, K, 1, K, 1};
+    dot.search();
+    for (size_t i = 0; i < 8; i++) {
+        EXPECT(dot.run(X, Y, one, i) == CUBLAS_STATUS_SUCCESS);
+        sums.push_back(one.get()[0]);
+        EXPECT(fabs(sums.back() - sum) < 1e-5);
+        Product shorter = {1, 1, K - 1 - (int)i, 1, K, 1};
+        shorter.search();
+        firsts.push_back(shorter.offered[0].data[1]);
+    }
+    auto distinct = [](auto values) {
+        std::sort(values.begin(), values.end());
+        return std::unique(values.begin(), values.end()) - values.begin();
+    };
+    EXPECT(distinct(sums) >= 5 && distinct(firsts) >= 3);
+
     Array<float> a(16), d(16);
     Product product = {4, 4, 5, 4, 5, 4};
     product.search();
@@ -864,6 +921,49 @@ static void properties() {
     EXPECT(after == free);
     EXPECT(cudaSetDevice(1) == cudaErrorInvalidDevice);
 }
+// What each capability allows; what it does not allow fails, and a launch that is refused does nothing.
+static void capabilities() {
+    const std::pair<const char*, int> kilobytes[] = {{"8.0", 163}, {"8.6", 99}, {"8.9", 99}, {"9.0", 227},
+                                                     {"10.0", 227}, {"12.0", 99}};
+    for (auto [capability, most] : kilobytes) {
+        emulator::settings.gpu = emulator::gpu_of(capability);
+        const size_t bytes = (size_t)most << 10;
+        cudaDeviceProp p;
+        EXPECT(cudaGetDeviceProperties(&p, 0) == cudaSuccess && p.sharedMemPerBlockOptin == bytes);
+        EXPECT(std::to_string(p.major) + "." + std::to_string(p.minor) == capability);
+        EXPECT(p.sharedMemPerMultiprocessor == bytes + 1024 && p.multiProcessorCount > 80 && p.l2CacheSize >= 6 << 20);
+        const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+        EXPECT(cudaFuncSetAttribute(past_dynamic, attribute, bytes + 1) == cudaErrorInvalidValue);
+        EXPECT(cudaGetLastError() == cudaErrorInvalidValue);
+        EXPECT(cudaFuncSetAttribute(past_dynamic, attribute, bytes) == cudaSuccess);
+        Array<float> out(std::vector<float>(8));
+        past_dynamic<<<1, 8, bytes + 1>>>(out, 0);
+        EXPECT(cudaGetLastError() == cudaErrorInvalidValue && out.get()[0] == 0);
+        past_dynamic<<<1, 8, bytes>>>(out, 0);
+        EXPECT(cudaGetLastError() == cudaSuccess && out.get()[0] == 2);
+        for (int i = 1; i < 20; i++) {
+            Product product = {i, 4, 4, 20, 20, 20}, plain = {i, 4, 4, 20, 20, 20};
+            const cublasStatus_t status = product.search(CUBLASLT_EPILOGUE_DGELU, nullptr, out);
+            EXPECT(status == (p.major < 9 ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS));
+            EXPECT(plain.search() == CUBLAS_STATUS_SUCCESS);
+        }
+    }
+    if (broken) emulator::gpu_of("8.5");
+}
+static void approximations() {
+    for (bool approximate : {false, true}) {
+        emulator::settings.approximate = approximate;
+        double exp2_worst = 0, tanh_worst = 0;
+        for (float x = -30; x < 30; x += 0.01f) {
+            exp2_worst = std::max(exp2_worst, fabs(exp2_approx(x) / exp2((double)x) - 1));
+            tanh_worst = std::max(tanh_worst, fabs(emulator::tanh_approx(x) / tanh((double)x) - 1));
+        }
+        EXPECT(exp2_worst <= 0x1p-22 && (exp2_worst > 0x1p-23) == approximate);
+        EXPECT(tanh_worst <= 0x1p-11 && (tanh_worst > 0x1p-12) == approximate);
+        EXPECT(exp2_approx(0) == 1 && exp2_approx(-INFINITY) == 0 && std::isinf(exp2_approx(INFINITY)));
+        EXPECT(std::isnan(exp2_approx(NAN)) && (exp2_approx(-140) == 0) == approximate);
+    }
+}
 static void many_calls() {  // for a look at the time that it takes
     Array<float> x(1 << 16);
     cudaMemset(x, 0, 4 << 16);
@@ -876,21 +976,20 @@ int main(int argc, char** argv) {
     struct { const char* name; void (*run)(); } cases[] = {
 #define CASE(name) {#name, name}
         CASE(missing_syncthreads), CASE(missing_syncwarp), CASE(race_in_block), CASE(race_of_blocks),
-        CASE(read_of_other_blocks), CASE(race_of_halves),
-        CASE(missing_turn), CASE(turn_of_another_warp), CASE(turn_passed_early), CASE(turn_not_passed),
-        CASE(turn_by_later_block), CASE(turns_without_a_link), CASE(turn_changed_plainly), CASE(turns_of_lanes),
-        CASE(past_the_end), CASE(past_the_end_of_shared),
-        CASE(past_the_end_of_dynamic), CASE(past_own_array), CASE(use_after_free), CASE(device_memory_uninitialised),
-        CASE(shared_uninitialised), CASE(misaligned_float4), CASE(host_memory_in_kernel), CASE(device_memory_by_host),
-        CASE(copy_direction), CASE(copy_past_the_end), CASE(copy_past_pinned), CASE(all_collectives),
-        CASE(mask_without_caller),
+        CASE(read_of_other_blocks), CASE(race_of_halves), CASE(missing_turn), CASE(turn_of_another_warp),
+        CASE(turn_passed_early), CASE(turn_not_passed), CASE(turn_by_later_block), CASE(turns_without_a_link),
+        CASE(turn_passed_and_changed), CASE(turn_awaited_and_changed), CASE(turn_passed_before_reading),
+        CASE(turns_of_lanes), CASE(past_the_end), CASE(past_the_end_of_shared), CASE(past_the_end_of_dynamic),
+        CASE(past_own_array), CASE(use_after_free), CASE(device_memory_uninitialised), CASE(shared_uninitialised),
+        CASE(misaligned_float4), CASE(host_memory_in_kernel), CASE(device_memory_by_host), CASE(copy_direction),
+        CASE(copy_past_the_end), CASE(copy_past_pinned), CASE(all_collectives), CASE(mask_without_caller),
         CASE(shuffle_with_returned), CASE(masks_that_differ), CASE(divergent_syncthreads),
         CASE(syncthreads_with_returned), CASE(trap), CASE(missing_copy_wait), CASE(copy_over_what_is_read),
         CASE(misaligned_copy), CASE(misaligned_ldmatrix), CASE(ldmatrix_not_shared), CASE(ldmatrix_transposed),
         CASE(matmul), CASE(matmul_refused), CASE(matmul_misaligned), CASE(numbers), CASE(atomics),
-        CASE(missing_event_wait), CASE(default_stream_does_not_wait),
-        CASE(pinned_overwritten), CASE(result_read_early), CASE(pageable_copies), CASE(events), CASE(too_many_threads),
-        CASE(too_much_shared), CASE(every_call_fails), CASE(properties), CASE(many_calls),
+        CASE(missing_event_wait), CASE(default_stream_does_not_wait), CASE(pinned_overwritten), CASE(result_read_early),
+        CASE(pageable_copies), CASE(events), CASE(too_many_threads), CASE(too_much_shared), CASE(every_call_fails),
+        CASE(properties), CASE(capabilities), CASE(approximations), CASE(many_calls),
     };
     broken = argc > 2 && strcmp(argv[2], "broken") == 0;
     for (auto& c : cases)

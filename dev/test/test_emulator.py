@@ -1,5 +1,5 @@
 """train_gpt2.cu under the emulator: the order of threads, blocks and streams changes nothing, every call of CUDA may
-fail, and cuBLASLt may refuse any product."""
+fail, cuBLASLt may refuse any product, and other GPUs give what the reference gives."""
 
 import os
 import re
@@ -133,3 +133,29 @@ def test_cublaslt_may_refuse_products(root, regime):
     assert status == 0 and "FAILED" not in out.decode(), (out, err)
     notes = err.decode().splitlines()
     assert bool(notes) == falls_back and all(re.match("note: cuBLASLt refuses a product of", note) for note in notes)
+
+
+# Other GPUs: shared memory and epilogues by compute capability, sums in other orders, inexact exp and tanh
+CAPABILITIES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+OTHER = {"algorithms": 8, "approximate": 1}
+
+
+@pytest.mark.skipif("_emulated" not in GPU_PROGRAM, reason="gives the same in each build, and the others are slow")
+def test_dumps_on_other_gpus(root):
+    test_program = find_program(GPU_PROGRAM.replace("train", "test")).path
+    states = [path for path in sorted(root.glob("dev/reference/*.state.bin")) if "_T131" not in path.name]  # slow ones
+    paths = [str(state).replace(".state.", f".{part}.") for state in states for part in ("model", "state")]
+
+    def finish(capability):
+        seed = CAPABILITIES.index(capability)
+        return Emulated(test_program, capability=capability, seed=seed, **OTHER).finish(*paths)
+
+    for capability, (status, out, err) in zip(CAPABILITIES, all_at_once(finish, CAPABILITIES)):
+        assert status == 0 and not err, (capability, re.findall(r"^FAILED.*", out.decode(), re.M), err)
+
+
+def test_largest_heads_with_little_shared_memory(shards, tmp_path):
+    shape = ["--vocab", 257, "--layers", 1, "--heads", 1, "--channels", 128, *TILES[6:]]
+    program = emulated(capability="8.6")
+    program.run(*training(shards, tmp_path, *shape, "--val-tokens", 1, steps=1))
+    program.run("generate", "--model", tmp_path / "model.bin", "--tokens", 2, "--prompt-tokens", "1,2")
