@@ -225,15 +225,15 @@ static void turns_without_a_link() { hand_over(broken, false, 0); }
 static void turn_passed_and_changed() { hand_over(false, broken, 1); }
 static void turn_awaited_and_changed() { hand_over(false, broken, 2); }
 
-// All blocks read data, and the last one writes it, in its turn. Block 1 reads late.
+// All blocks read data, then take turns; the last one writes it. Block 1 reads late, when others may read or have read.
 __global__ void write_last(float* out, float* data, int* turn, bool passes_early) {
     int block = blockIdx.x, i = threadIdx.x;
+    bool late = block == 1 && passes_early;
+    if (!late) out[block * 32 + i] = data[i];
     wait_for_turn(turn, block);
-    if (block == 1 && passes_early) pass_turn(turn, block + 1);
-    out[block * 32 + i] = data[i];
-    if (block == 1 && passes_early) return;
     if (block == (int)gridDim.x - 1) data[i] = -1;
     pass_turn(turn, block + 1);
+    if (late) out[block * 32 + i] = data[i];
 }
 static void turn_passed_before_reading() {
     Array<float> out(32 * 6), data(count(32));
