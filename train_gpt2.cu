@@ -103,6 +103,7 @@ static void check(cudaError_t error, const char* call, int line) {
 struct Gpu {
     std::string name;
     int major;                    // of its compute capability
+    size_t block_shared;          // the most shared memory of a block, in bytes
     cudaStream_t stream, copies;  // layers run on `stream`; batches are copied on `copies`
 };
 static Gpu gpu;
@@ -113,32 +114,47 @@ constexpr unsigned ALL_LANES = 0xffffffff;
 // Threads read and write rows in vectors of 8 neighbouring values, in accesses of 16 bytes. A warp covers 256 values.
 constexpr int VECTOR = 8, WARP_VALUES = WARP * VECTOR;
 
+// Words rather than an array of X: so compilers keep a vector in whole registers.
 template <class X>
-struct alignas(16) Vector {
-    X values[VECTOR];
+struct Vector {
+    uint4 words[VECTOR * sizeof(X) / sizeof(uint4)];
 };
+
+template <class X>
+__device__ inline void convert(float (&x)[VECTOR], const Vector<X>& vector) {
+    X values[VECTOR];
+    memcpy(values, vector.words, sizeof values);
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) x[i] = (float)values[i];
+}
 
 template <class X>
 __device__ inline void load(float (&x)[VECTOR], const X* from) {
     const Vector<X> vector = *(const Vector<X>*)from;
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) x[i] = (float)vector.values[i];
+    convert(x, vector);
 }
 
 template <class X>
 __device__ inline void store(X* to, const float (&x)[VECTOR]) {
-    Vector<X> vector;
+    X values[VECTOR];
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) vector.values[i] = (X)x[i];
+    for (int i = 0; i < VECTOR; i++) values[i] = (X)x[i];
+    Vector<X> vector;
+    memcpy(vector.words, values, sizeof values);
     *(Vector<X>*)to = vector;
 }
 
 // Vector number `lane` of a row of n values. Past its end, zeros are read and nothing is written.
 template <class X>
+__device__ inline Vector<X> load_vector(const X* row, int lane, int n) {
+    Vector<X> vector = {};
+    if (lane * VECTOR < n) vector = *(const Vector<X>*)(row + lane * VECTOR);
+    return vector;
+}
+
+template <class X>
 __device__ inline void load(float (&x)[VECTOR], const X* row, int lane, int n) {
-    if (lane * VECTOR < n) return load(x, row + lane * VECTOR);
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) x[i] = 0;
+    convert(x, load_vector(row, lane, n));
 }
 
 template <class X>
@@ -732,7 +748,10 @@ static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inpu
 // --------------------------------------------------------------------------------------------------------------------
 // LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each row; rstd = 1/√(variance + 1e-5)
 
-// One warp per row. It reads the row three times: from memory, then twice from the cache.
+// One warp per row, which it goes through three times. The first LAYERNORM_KEPT vectors of a lane stay in registers; what
+// longer rows have beyond that is read again each time.
+constexpr int LAYERNORM_KEPT = 4;
+
 template <class X>
 __global__ void layernorm_forward_kernel(X* y, float* mean, float* rstd, const X* x, const X* w, const X* b,
                                          size_t rows, int C) {
@@ -740,29 +759,39 @@ __global__ void layernorm_forward_kernel(X* y, float* mean, float* rstd, const X
     if (r >= rows) return;
     const int lane = threadIdx.x;
     const X* x_r = x + r * C;
-    float x_i[VECTOR], sum = 0, variance = 0;
-    for (int c = 0; c < C; c += WARP_VALUES) {
-        load(x_i, x_r + c, lane, C - c);
+    float kept[LAYERNORM_KEPT][VECTOR], sum = 0, variance = 0;
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) sum += x_i[i];
-    }
+    for (int k = 0; k < LAYERNORM_KEPT; k++) load(kept[k], x_r + k * WARP_VALUES, lane, C - k * WARP_VALUES);
+    auto for_each = [&](auto f) {  // f(first channel, x) for the vectors of this lane; zeros past the row's end
+#pragma unroll
+        for (int k = 0; k < LAYERNORM_KEPT; k++)
+            if (k * WARP_VALUES < C) f(k * WARP_VALUES, kept[k]);
+        for (int c = LAYERNORM_KEPT * WARP_VALUES; c < C; c += WARP_VALUES) {
+            float x_c[VECTOR];
+            load(x_c, x_r + c, lane, C - c);
+            f(c, x_c);
+        }
+    };
+    for_each([&](int, float (&x_c)[VECTOR]) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) sum += x_c[i];
+    });
     const float m = sum_over(sum) / C;
-    for (int c = lane * VECTOR; c < C; c += WARP_VALUES) {
-        load(x_i, x_r + c);
+    for_each([&](int c, float (&x_c)[VECTOR]) {
+        if (lane * VECTOR >= C - c) return;
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) variance += (x_i[i] - m) * (x_i[i] - m);
-    }
+        for (int i = 0; i < VECTOR; i++) variance += (x_c[i] - m) * (x_c[i] - m);
+    });
     const float s = 1.0f / sqrtf(sum_over(variance) / C + 1e-5f);
     if (mean && lane == 0) mean[r] = m, rstd[r] = s;
-    for (int c = 0; c < C; c += WARP_VALUES) {
-        float w_i[VECTOR], b_i[VECTOR];
-        load(x_i, x_r + c, lane, C - c);
-        load(w_i, w + c, lane, C - c);
-        load(b_i, b + c, lane, C - c);
+    for_each([&](int c, float (&x_c)[VECTOR]) {
+        float w_c[VECTOR], b_c[VECTOR];
+        load(w_c, w + c, lane, C - c);
+        load(b_c, b + c, lane, C - c);
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) x_i[i] = (x_i[i] - m) * s * w_i[i] + b_i[i];
-        store(y + r * C + c, x_i, lane, C - c);
-    }
+        for (int i = 0; i < VECTOR; i++) x_c[i] = (x_c[i] - m) * s * w_c[i] + b_c[i];
+        store(y + r * C + c, x_c, lane, C - c);
+    });
 }
 
 // `again` computes the statistics again too: they cost no further pass over memory.
@@ -781,7 +810,7 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
 // registers. mean(g) and mean(g n) are sums over the block: the warps' sums go through shared memory, in two buffers
 // used in turn, so that one barrier is enough.
 constexpr int LAYERNORM_CHUNK = 32, LAYERNORM_ROWS = 2;
-constexpr int LAYERNORM_BLOCK = 768;  // a thread may then use 80 registers: more threads would spill
+constexpr int LAYERNORM_BLOCK = 640;  // a thread may then use 96 registers: more threads would spill
 
 template <class X>
 __global__ void __launch_bounds__(LAYERNORM_BLOCK)
@@ -795,14 +824,22 @@ __global__ void __launch_bounds__(LAYERNORM_BLOCK)
     load(w_i, w, lane, C);
     int buffer = 0;
     for (size_t first = begin; first < end; first += N, buffer ^= 1) {
+        Vector<X> x_r[N], dy_r[N], dx_r[N] = {};
+#pragma unroll
+        for (int j = 0; j < N; j++) {  // all loads come first, so that they wait together
+            const size_t r = min(first + j, end - 1);  // an odd last row is read twice and counted once
+            x_r[j] = load_vector(x + r * C, lane, C);
+            dy_r[j] = load_vector(dy + r * C, lane, C);
+            if (add_dx) dx_r[j] = load_vector(dx + r * C, lane, C);
+        }
         float n[N][VECTOR], g[N][VECTOR], s[N], sums[2 * N] = {};
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const size_t r = min(first + j, end - 1);  // an odd last row is read twice and counted once
+            const size_t r = min(first + j, end - 1);
             const float m = mean[r];
             s[j] = rstd[r];
-            load(n[j], x + r * C, lane, C);
-            load(g[j], dy + r * C, lane, C);
+            convert(n[j], x_r[j]);
+            convert(g[j], dy_r[j]);
 #pragma unroll
             for (int i = 0; i < VECTOR; i++) {
                 n[j][i] = (n[j][i] - m) * s[j];
@@ -827,12 +864,11 @@ __global__ void __launch_bounds__(LAYERNORM_BLOCK)
 #pragma unroll
         for (int j = 0; j < N; j++) {
             if (first + j >= end) break;
-            X* dx_r = dx + (first + j) * C;
-            float dx_i[VECTOR] = {};
-            if (add_dx) load(dx_i, dx_r, lane, C);
+            float dx_i[VECTOR];
+            convert(dx_i, dx_r[j]);
 #pragma unroll
             for (int i = 0; i < VECTOR; i++) dx_i[i] += s[j] * (g[j][i] - sums[2 * j] - n[j][i] * sums[2 * j + 1]);
-            store(dx_r, dx_i, lane, C);
+            store(dx + (first + j) * C, dx_i, lane, C);
         }
     }
     store(partial + (size_t)blockIdx.x * 2 * C, dw, lane, C);
@@ -1787,11 +1823,11 @@ static void cache_append(Heads<X> k, Heads<X> v, Heads<const X> new_k, Heads<con
 //
 // Columns from V to Vp are computed and then ignored: they get no probability, and their gradient is 0.
 
-// A block has a token. It reads the logits twice, the second time from the L2 cache. Unless gradient_scale is 0, it
-// replaces them by gradient_scale · dlogits.
-constexpr int CLASSIFIER_BLOCK = 1024;  // large, so that few rows are in use at a time and stay in the L2 cache
+// A block has a token. It goes through the logits twice: KEEPS if they fit into shared memory, else the second time
+// from the L2 cache. Unless gradient_scale is 0, it replaces them by gradient_scale · dlogits.
+constexpr int CLASSIFIER_BLOCK = 1024;  // large, so that few rows are in use at a time
 
-template <class X>
+template <class X, bool KEEPS>
 __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 2)
     softmax_cross_entropy_kernel(float* losses, X* all_logits, const int* targets, int V, int Vp,
                                  float gradient_scale) {
@@ -1800,9 +1836,18 @@ __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 2)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int y = targets[blockIdx.x], step = blockDim.x * VECTOR;
     const float logit_y = (float)logits[y];
+    extern __shared__ uint4 shared_memory[];
+    const X* row = KEEPS ? (const X*)shared_memory : logits;
+    if (KEEPS) {  // a thread copies what it will read itself
+        for (int v = threadIdx.x * VECTOR; v < Vp; v += step)
+#pragma unroll
+            for (int i = 0; i < VECTOR; i += sizeof(uint4) / sizeof(X))
+                cp_async_16((X*)shared_memory + v + i, logits + v + i, true);
+        cp_async_wait();
+    }
     float max = -INFINITY, sum = 0, x[VECTOR];
     auto read = [&](int v) {
-        load(x, logits + v);
+        load(x, row + v);
         if (v + VECTOR <= V) return;
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
@@ -1849,8 +1894,12 @@ template <class X>
 static void softmax_cross_entropy(float* losses, X* logits, const int* targets, size_t rows, size_t V, size_t Vp,
                                   float gradient_scale) {
     const unsigned block = (unsigned)std::min<size_t>(CLASSIFIER_BLOCK, round_up(ceil_div(Vp, VECTOR), WARP));
-    softmax_cross_entropy_kernel<X>
-        <<<(unsigned)rows, block, 0, gpu.stream>>>(losses, logits, targets, (int)V, (int)Vp, gradient_scale);
+    const size_t shared = Vp * sizeof(X), own = 2 * WARP * sizeof(float);  // own: what the kernel declares itself
+    const bool keeps = shared + own <= gpu.block_shared;
+    auto kernel = keeps ? softmax_cross_entropy_kernel<X, true> : softmax_cross_entropy_kernel<X, false>;
+    if (keeps) allow_shared(kernel, shared);
+    kernel<<<(unsigned)rows, block, keeps ? shared : 0, gpu.stream>>>(losses, logits, targets, (int)V, (int)Vp,
+                                                                     gradient_scale);
     CHECK(cudaGetLastError());
 }
 
@@ -2113,6 +2162,7 @@ static void device_init(char**, bool computes) {
             properties.major, properties.minor);
     gpu.name = properties.name;
     gpu.major = properties.major;
+    gpu.block_shared = properties.sharedMemPerBlockOptin;
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CHECK(cudaStreamCreateWithFlags(&gpu.copies, cudaStreamNonBlocking));
 }

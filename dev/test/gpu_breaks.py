@@ -41,7 +41,7 @@ DEPTH, ODD = ["dumps depth_L5_NH2_C16_V61_B2_T37_s3_w0"], ["dumps skip_L4_NH3_C2
 FULL = ["dumps depth_L2_NH1_C64_V61_B2_T19_s1_w0"]
 TILES = ["heads 64 130", "heads 128 130"]
 ACCUMULATE, UPDATE, DECODE, LONG = ["accumulate 0"], ["update 0"], ["decode 0"], ["long"]
-WIDE, WIDE_VOCABULARY = ["wide 0"], ["wide 2"]
+WIDE, WIDE_VOCABULARY, WIDEST = ["wide 0"], ["wide 2"], ["wide 3"]
 
 # name: (function, fragment of it, what replaces the broken part, which tests run, which builds must notice and how);
 # see places.py
@@ -152,8 +152,8 @@ breaks(RESULT, VANILLA,
        ("add: LayerNorm's dx", "layernorm_backward_kernel", "if («add_dx»)", "false"),
        ("add: pieces of dqkv", "linear_backward_input", "«first» ? nullptr", "true", SKIP),
        ("sum_partials: more than 32 chunks", "sum_partials_kernel", "«k * blockDim.y»", "k * chunks", LONG),
-       ("LayerNorm: channels past 256", "layernorm_forward_kernel", "«c < C»; c += WARP_VALUES) { float w_i", "c < 256",
-        WIDE),
+       ("LayerNorm: channels past 256", "layernorm_forward_kernel", "«k * WARP_VALUES < C»", "k < 1", WIDE),
+       ("LayerNorm: channels past 1024", "layernorm_forward_kernel", "«c < C»; c += WARP_VALUES", "false", WIDEST),
        ("LayerNorm: an odd last token counts twice", "layernorm_backward_kernel", "(«first + j < end») dw", "true",
         ODD),
        ("AdamW: decay forgotten", "adamw_update_kernel", "decay * w_i[i]", "0", UPDATE),
@@ -170,7 +170,7 @@ breaks(RESULT, VANILLA,
        ("GELU: derivative", "gelu_backward_kernel", "gelu_derivative(x[i])", "gelu(x[i])"))
 
 breaks(BOUNDS, VANILLA,
-       ("past the end: load", "load", "lane * VECTOR < n", "lane * VECTOR <= n", ["heads 64 17"]),
+       ("past the end: load", "load_vector", "lane * VECTOR < n", "lane * VECTOR <= n", ["heads 64 17"]),
        ("past the end: store", "store", "lane * VECTOR < n", "lane * VECTOR <= n", ["heads 64 17"]),
        ("past the end: convert", "convert_kernel", "i < n", "i <= n", ["heads 24 17"]),
        ("past the end: GELU", "gelu_forward_kernel", "at >= n", "at > n", FULL),
@@ -181,7 +181,7 @@ breaks(BOUNDS, VANILLA,
        ("past the end: heads", "HeadGroup", "min(group, last)", "group", DEPTH),
        ("past the end: positions", "embedding_backward_position_kernel", "t >= T", "t > T"),
        ("past the end: partial sums", "sum_partials_kernel", "chunk < chunks", "chunk <= chunks"),
-       ("past the end: logits", CROSS_ENTROPY, "v >= Vp", "v > Vp", WIDE_VOCABULARY),
+       ("past the end: logits", CROSS_ENTROPY, "v >= Vp", "v > Vp", SKIP),
        ("past the end: cache", "cache_append_kernel", "at >= vectors", "at > vectors", DECODE),
        ("past the end: tokens", "embedding_forward_kernel", "r >= rows", "r > rows", DECODE))
 
