@@ -1499,6 +1499,7 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 // Shared memory: k and v (64·M, HS); q and do (64, HS) of this tile and of the next; lse and delta (64) of both.
 template <int HS>
 constexpr size_t BACKWARD_KEY_SHARED = (2 * FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16) + 4 * TILE * sizeof(float);
+static_assert(BACKWARD_KEY_SHARED<128> <= 99 << 10, "a block can have no more on some GPUs");
 
 template <int HS, class DKV>
 __global__ void __launch_bounds__(TILE_BLOCK, 2)

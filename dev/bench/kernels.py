@@ -9,6 +9,7 @@ dev/bench/bench. Only the bytes and operations that a call needs are given here,
 with status 1 where a kernel spills, has no formula, or lacks an instruction that it should have.
 """
 
+import glob
 import os
 import re
 import shutil
@@ -40,9 +41,6 @@ TENSOR, MMA_SYNC, BANDWIDTH = 790e12, 0.63, 4.3e12
 CYCLES_OF_HMMA = 4 / MMA_SYNC
 REGISTERS, WARPS, BLOCKS, SHARED, RESERVED = 65536, 64, 32, 228 << 10, 1 << 10
 
-# ms, by arithmetic on the same limits, for the step with vanilla attention
-FLOOR = {"matmuls of the blocks": 42.3, "matmuls of the classifier": 19.2, "attention": 14.4, "softmax and loss": 3.1,
-         "LayerNorm": 3.9, "AdamW, norm": 1.1}
 TARGET = "93 to 100"
 
 
@@ -99,8 +97,7 @@ KERNELS = {
     "bias_backward_kernel": ("bias gradients",
                              lambda a: (a[2] * a[3] * X + a[2] // 256 * a[3] * 4, a[2] * a[3]), "load"),
     "sum_partials_kernel": ("bias gradients", lambda a, both=1: (both * (a[3] + 1) * a[4] * 4, both * a[3] * a[4]), ""),
-    "softmax_cross_entropy_kernel": ("softmax and loss", lambda a, rows=1: (2 * rows * VP * X, 8 * rows * VP),
-                                     "load store"),
+    "softmax_cross_entropy_kernel": ("softmax and loss", lambda a, rows=1: (2 * rows * VP * X, 8 * rows * VP), "store"),
     "sum_losses_kernel": ("softmax and loss", lambda a: (BT * 4, BT), ""),
     "sum_of_squares_kernel": ("AdamW, norm", lambda a: (a[2] * 4, 2 * a[2]), "load"),
     "norm_kernel": ("AdamW, norm", lambda a: (a[2] * 8, a[2]), ""),
@@ -112,6 +109,7 @@ KERNELS = {
     "depth_backward_kernel": ("depth", depth_backward, "load store"),
     "gelu_forward_kernel": ("recomputing", lambda a: (2 * X * a[2], 10 * a[2]), "load store"),
 }
+MIXED = ["sum_partials_kernel"]  # its calls differ too much for a mean to say anything
 BY_GRID = {"embedding_backward_token_kernel": 0, "sum_partials_kernel": 1, "softmax_cross_entropy_kernel": 0}
 EPILOGUES = ["", ", bias", ", bias and GELU", ", bias and GELU, both kept", ", GELU's gradient"]
 WITH_AUX = [3, 4]  # of these: the input of GELU is written or read too
@@ -133,6 +131,18 @@ def needs(kernel, grid, arguments):
 def product_needs(m, n, k, d_size, size, add, epilogue):
     values = m * n * (d_size * (1 + add) + (size if epilogue in WITH_AUX else 0))
     return size * k * (m + n) + values, 2 * m * n * k
+
+
+def measured():
+    """The newest report of an H200, and for each of our kernels in it: µs of the mean call, ms a step"""
+    report = max(glob.glob(os.path.join(ROOT, "dev/results/*_nvidia-h200.txt")), default=None)
+    times = defaultdict(lambda: [0, 0.0])
+    if report:
+        with open(report, encoding="utf-8") as file:
+            for calls, ms, base in re.findall(r"^ +(\d+) +([\d.]+) +[\d.]+ +[\d.]+  (\w+_kernel)\b", file.read(), re.M):
+                times[base][0] += int(calls)
+                times[base][1] += float(ms)
+    return report, {base: (1e3 * ms / calls, ms / 2) for base, (calls, ms) in times.items()}  # of two steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,9 +380,9 @@ def main():
     text = f"""# The GPU's kernels, judged without a GPU
 
 `make -C dev gpu-table` writes this file. GPT-2 124M, bf16, B {B}, T {T}: {BT:,} tokens a step; sm_90, nvcc {version}.
-**No time in it is measured**: each is the least that an H200's limits allow for the bytes and operations of a call, at
-{BANDWIDTH / 1e12:.1f} TB/s, {TENSOR / 1e12:.0f} TFLOP/s for cuBLAS's products, and {100 * MMA_SYNC:.0f} % of that for
-the kernels of mma.sync. Of the latter, those that issue more than {CYCLES_OF_HMMA:.1f} instructions for each HMMA are
+Its times, but for the columns "measured", are the least that an H200's limits allow for the bytes and operations of a
+call, at {BANDWIDTH / 1e12:.1f} TB/s, {TENSOR / 1e12:.0f} TFLOP/s for cuBLAS's products, and {100 * MMA_SYNC:.0f} % of
+that for the kernels of mma.sync. Of the latter, those that issue more than {CYCLES_OF_HMMA:.1f} instructions for each HMMA are
 slower by as much. Kernels, calls, grids, arguments and products are the program's own, from the emulator's log of a
 step; each array counts once, however often a cache serves it.
 
@@ -394,12 +404,15 @@ stack frame, on sm_80 either.
     text += table(rows, ["kernel", "registers", "static shared", "dynamic", "threads", "blocks", "warps",
                          "HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "per HMMA"])
 
-    text += """
+    report, times = measured()
+    text += f"""
 
 ## Where a step's time would go
 
 For each configuration, calls a step and their ms together; MB, GFLOP and µs of the mean call are those of the first
 configuration that makes it. A product is rows × columns × what is summed over; "+ C": it is added to what is there.
+Measured, for the kernels of our own: µs of the mean call of a vanilla step, from
+{os.path.relpath(report, os.path.join(ROOT, "dev")) if report else "no report yet"}, which may be of an earlier commit.
 
 """
     rows = []
@@ -408,26 +421,30 @@ configuration that makes it. A product is rows × columns × what is summed over
                           key=lambda x: -max(use[3] for use in x[1].values()))
         for row, by in of_group:
             calls, moved, operations, seconds = next(by[c] for c in CONFIGS if c in by)
+            base = row.split("<")[0]
             cells = [f"{by[c][0]}: {by[c][3] * 1e3:.2f}" if c in by else "" for c in CONFIGS]
             rows.append([row if " × " in row else f"`{row}`", f"{moved / calls / 1e6:,.1f}",
-                         f"{operations / calls / 1e9:,.1f}", f"{seconds / calls * 1e6:,.1f}"] + cells)
-    text += table(rows, ["call", "MB", "GFLOP", "µs"] + list(CONFIGS))
+                         f"{operations / calls / 1e9:,.1f}", f"{seconds / calls * 1e6:,.1f}",
+                         f"{times[base][0]:,.1f}" if base in times and "vanilla" in by and base not in MIXED else ""]
+                        + cells)
+    text += table(rows, ["call", "MB", "GFLOP", "µs", "measured"] + list(CONFIGS))
 
-    text += "\n\n## The sum, in ms, beside an earlier estimate\n\n"
+    text += "\n\n## The sum, in ms\n\n"
     rows = []
     for group in GROUPS:
+        ms = sum(times[base][1] for base, (of, *_) in KERNELS.items() if of == group and base in times)
         rows.append([group] + [f"{sums[c][group] * 1e3:.2f}" if sums[c][group] else "" for c in CONFIGS] +
-                    [f"{FLOOR[group]}" if group in FLOOR else ""])
+                    [f"{ms:.2f}" if ms and sums["vanilla"][group] else ""])
     totals = {c: sum(sums[c].values()) for c in CONFIGS}
-    rows.append(["**all**"] + [f"**{totals[c] * 1e3:.1f}**" for c in CONFIGS] + [f"{sum(FLOOR.values()):.1f}"])
+    rows.append(["**all**"] + [f"**{totals[c] * 1e3:.1f}**" for c in CONFIGS] + [""])
     rows.append(["tokens/s"] + [f"{BT / totals[c] / 1e3:,.0f}k" for c in CONFIGS] + [""])
-    text += table(rows, ["", *CONFIGS, "estimate, vanilla"])
+    text += table(rows, ["", *CONFIGS, "measured, vanilla"])
     text += f"""
 
-The last column was estimated before there were kernels, and bounds none of them: its attention is 4.33 TFLOP at 300
-TFLOP/s, five products in backward. Here they are seven, since dq has a kernel of its own, which makes its sum the same
-in every run. What the sums leave out: gaps between launches, the first and last wave of blocks, cuBLAS's choice for
-small products, cache misses; a step of {TARGET} ms on an H200 would be excellent.
+Of the measured times, those of bias gradients include all sums of partial results. Attention's backward has seven
+products instead of five, since dq has a kernel of its own, which makes its sum the same in every run. What the sums
+leave out: gaps between launches, the first and last wave of blocks, cuBLAS's choice for small products, cache misses; a
+step of {TARGET} ms on an H200 would be excellent. What was tried there: ../results/2026-11-26_nvidia-h200.md.
 """
     text += """
 ## Memory
