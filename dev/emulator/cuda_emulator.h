@@ -25,9 +25,6 @@ What is caught                                                                  
     cp.async into what others still read                                            some seeds some seeds always
     missing __syncthreads or __syncwarp, blocks that read what others write         some seeds some seeds always
     += on one address by several threads or blocks                                  -          -          always
-    missing wait_for_turn, or pass_turn before the last write                       some seeds some seeds always
-    a turn that never comes, or that a later block passes: a GPU may not start that
-        one before the block that waits has ended                                   always     always     always
     out of bounds, and after cudaFree, in device memory                             -          always     always
     out of bounds, shared memory                                                    -          always     always
     out of bounds, a thread's own arrays                                            -          always     -
@@ -74,24 +71,17 @@ Environment                                                                     
                                 it reads back is bytes of 0xff
 
 What it cannot show: speed; bank conflicts and coalescing; registers; weaker memory orders than the one in which its
-threads run, though the checked build reports what would depend on them; protocols between running blocks other than
-wait_for_turn and pass_turn, whose spinning never ends here (the accesses that such a protocol orders count as races);
-all races of a write with reads of three or more blocks, where turns order it after some of them (two are remembered);
-launches of more threads than __launch_bounds__ allows. Not there: wgmma, TMA, half, textures, cooperative groups,
-graphs, dynamic parallelism, __activemask, template arguments of a kernel that its launch leaves to be deduced (write
-k<float><<<...>>>), adding to floats by atomics, whose result depends on the order. A call of the runtime that is not
-there does not compile. Stricter than a GPU: threads of a warp, or of a block, must meet on the same line.
+threads run, though the checked build reports what would depend on them; protocols between running blocks, whose
+spinning never ends here (the accesses that such a protocol orders count as races); launches of more threads than
+__launch_bounds__ allows. Not there: wgmma, TMA, half, textures, cooperative groups, graphs, dynamic parallelism,
+__activemask, template arguments of a kernel that its launch leaves to be deduced (write k<float><<<...>>>), adding to
+floats by atomics, whose result depends on the order. A call of the runtime that is not there does not compile. Stricter
+than a GPU: threads of a warp, or of a block, must meet on the same line.
 
 Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED, which is defined here. Those that
-are replaced: exp2_approx, mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_wait, and those by which
-blocks take turns at a counter in device memory; all lanes of a warp call them:
-    wait_for_turn(counter, value)   returns when *counter == value; what was ordered before the pass_turn that set it
-                                    is then ordered before what this warp does
-    pass_turn(counter, value)       sets it, after all that this warp has done
-Blocks start in any order, and more than GPT2_EMULATOR_BLOCKS of them where those that run wait for their turns.
-
-cuBLASLt is there as far as products of fp32 or bf16 matrices with these epilogues need it; sums are fp32, alpha 1, beta
-0 or 1. Before compute capability 9.0 it offers no DGELU.
+are replaced: exp2_approx, mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_wait. cuBLASLt is there
+as far as products of fp32 or bf16 matrices with these epilogues need it; sums are fp32, alpha 1, beta 0 or 1. Before
+compute capability 9.0 it offers no DGELU.
 
 Contents
      1  the language         keywords, vector types
@@ -407,8 +397,7 @@ EMULATOR_OWN inline void fail(const Thread* thread, const char* format, ...) {
 // The checked build remembers for each two bytes of device and shared memory who wrote them last, and two of those who
 // have read them since. Two accesses to the same bytes, one of them writing, are a race unless they are of one thread,
 // or a barrier that both threads took part in lies in between. There is one clock for all, which barriers and launches
-// advance; so it is enough to remember when an access was made, and when two threads last met. Blocks are ordered by
-// turns alone: each warp knows which moments of other warps it comes after, and hands that on when it passes a turn.
+// advance; so it is enough to remember when an access was made, and when two threads last met.
 
 struct Record {
     uint32_t moment = 0;  // on the clock
@@ -421,11 +410,6 @@ struct Cell {
 constexpr size_t GRANULE = 2;  // bytes a cell. Accesses to single bytes are checked for bounds, not for races
 constexpr uint32_t ATOMIC = 1u << 31;
 inline uint32_t now = 1;       // the clock
-// By warp (who / WARP): what it did before this moment is ordered, by turns, before ...
-using Known = std::map<uint32_t, uint32_t>;
-EMULATOR_OWN inline void merge(Known& into, const Known& from) {
-    for (auto [warp, moment] : from) into[warp] = std::max(into[warp], moment);
-}
 
 struct Allocation {
     char* begin;
@@ -582,8 +566,6 @@ struct Thread {
     Block* block = nullptr;
     Waiting waiting;
     std::vector<Copy> copies;
-    const int* turn = nullptr;  // waits until this has ...
-    int turn_value = 0;         // ... this value, if it is one of grid->waiters
     uint32_t met[WARP] = {};  // when it last met each thread of its warp at a __syncwarp, if indirectly
     Fiber fiber;
 
@@ -601,7 +583,6 @@ struct Block {
     Cell* cells = nullptr;
     char* stacks = nullptr;
     Thread* threads = nullptr;
-    Known known[THREADS_MOST / WARP] = {};    // by warp: ... what it does now (checked build)
 
     EMULATOR_OWN Thread* warp(unsigned number) { return &threads[number / WARP * WARP]; }
 };
@@ -609,13 +590,6 @@ struct Block {
 struct SharedVariable {
     const char* name;
     size_t offset, size;
-};
-
-// The last pass_turn of a counter.
-struct Turn {
-    int value = 0;
-    unsigned block = 0;  // that passed it
-    Known known = {};    // what is ordered before it
 };
 
 // The launch that runs.
@@ -630,8 +604,6 @@ struct Grid {
     uint64_t serial = 0;
     size_t shared_used = 0;
     std::vector<SharedVariable> variables;
-    std::map<const int*, Turn> turns;
-    std::vector<Thread*> waiters;          // for turns that have not come
 };
 inline Grid* grid = nullptr;
 inline std::vector<Thread*> ready;
@@ -641,7 +613,6 @@ inline uint64_t launches = 0;
 constexpr size_t PAGE = 65536;  // a multiple of the system's
 constexpr size_t STACK = EMULATOR_ADDRESS || EMULATOR_CHECKED ? 256 << 10 : 64 << 10;
 constexpr size_t ARENA = 256 << 10;  // a block's shared memory, with gaps
-constexpr size_t MANY = 16;          // blocks at a time
 
 // Who made an access: which thread of which block of the launch.
 EMULATOR_OWN inline uint32_t who(const Thread& t) { return (t.block->number & 0x1fffff) << 10 | t.number; }
@@ -697,8 +668,7 @@ inline void start(Block& b, unsigned number) {
     for (; b.prepared < b.size; b.prepared++) {
         Fiber& fiber = b.threads[b.prepared].fiber;
         char* guard = b.stacks + b.prepared * (PAGE + STACK);
-        // A stack that overflows ends the program; not in all of many blocks: the system has too few mappings for that.
-        if (blocks.size() <= MANY) mprotect(guard, PAGE, PROT_NONE);
+        mprotect(guard, PAGE, PROT_NONE);  // a stack that overflows ends the program
         // Tops of stacks do not lie the same distance apart: of those that do, caches hold few at a time.
         fiber.stack = guard + PAGE, fiber.size = STACK - b.prepared % 32 * 448;
         prepare(fiber, thread_main);
@@ -715,7 +685,6 @@ inline void start(Block& b, unsigned number) {
     b.arrived = 0;
     b.started = b.synced = ++now;
     std::fill(std::begin(b.waiting), std::end(b.waiting), 0u);
-    for (Known& known : b.known) known.clear();
     for (unsigned i = 0; i < b.size; i++) {
         Thread& t = b.threads[i];
         t.index = unravel(i, grid->block);
@@ -734,10 +703,6 @@ inline void start(Block& b, unsigned number) {
     auto at = [](const Waiting& w) {
         return text("%s at ", w.at) + text(w.where) + (w.mask ? text(" with mask %08x", w.mask) : "");
     };
-    for (const Thread* t : grid->waiters)
-        if (t->block == &b)
-            fail(t, "%s at %s waits for the value %d, but it is %d and nobody goes on to change it", t->waiting.at,
-                 text(t->waiting.where).c_str(), t->turn_value, *t->turn);
     for (unsigned i = 0; i < b.size; i++) {
         const Thread& t = b.threads[i];
         bool of_block = t.waiting.mask == 0;
@@ -753,15 +718,6 @@ inline void start(Block& b, unsigned number) {
     fail(nullptr, "kernel %s does not end", name_of(grid->kernel, grid->name).c_str());
 }
 
-// Those whose turn has come may go on.
-EMULATOR_OWN inline void wake_waiters() {
-    std::erase_if(grid->waiters, [](Thread* t) {
-        if (*t->turn != t->turn_value) return false;
-        ready.push_back(t);
-        return true;
-    });
-}
-
 EMULATOR_OWN inline void run_grid(Grid& g) {
     grid = &g;
     g.serial = ++launches;
@@ -770,23 +726,12 @@ EMULATOR_OWN inline void run_grid(Grid& g) {
     std::vector<unsigned> numbers(g.grid.x * g.grid.y * g.grid.z);
     for (size_t i = 0; i < numbers.size(); i++) numbers[i] = (unsigned)i;
     for (size_t i = numbers.size(); i > 1; i--) std::swap(numbers[i - 1], numbers[order.below(i)]);
-    size_t next = 0, running = 0, interleaved = std::min(numbers.size(), (size_t)std::max(settings.blocks, 1));
+    size_t next = 0, interleaved = std::min(numbers.size(), (size_t)std::max(settings.blocks, 1));
+    while (blocks.size() < interleaved) blocks.emplace_back();
     for (Block& b : blocks) b.alive = 0;
-    auto start_next = [&] {
-        auto place = std::find_if(blocks.begin(), blocks.end(), [](Block& b) { return b.alive == 0; });
-        start(place == blocks.end() ? blocks.emplace_back() : *place, numbers[next++]);
-        running++;
-    };
-    while (running < interleaved) start_next();
+    for (size_t i = 0; i < interleaved; i++) start(blocks[i], numbers[next++]);
 
-    for (;;) {
-        if (ready.empty()) wake_waiters();
-        if (ready.empty()) {
-            if (g.waiters.empty() || next == numbers.size()) break;
-            // Of many that wait for earlier blocks, the first one goes on to its end when it has started.
-            if (running >= MANY) std::swap(numbers[next], *std::min_element(numbers.begin() + next, numbers.end()));
-            start_next();
-        }
+    while (!ready.empty()) {
         Thread*& chosen = ready[order.below(ready.size())];
         Thread* t = chosen;
         chosen = ready.back();
@@ -796,14 +741,10 @@ EMULATOR_OWN inline void run_grid(Grid& g) {
         switch_fiber(scheduler, t->fiber);
         unchecked = depth;
         self = nullptr;
-        if (t->alive || --t->block->alive) continue;
-        running--;
-        if (next < numbers.size() && running < interleaved) start_next();
+        if (!t->alive && --t->block->alive == 0 && next < numbers.size()) start(*t->block, numbers[next++]);
     }
-    const Block* first = nullptr;
     for (Block& b : blocks)
-        if (b.alive && (!first || b.number < first->number)) first = &b;
-    if (first) stuck(*first);
+        if (b.alive) stuck(b);
     for (Block& b : blocks) b.dirty = std::max(b.dirty, g.shared_used), protect_shared(b, 0, ARENA, true);
     now++;
     grid = nullptr;
@@ -903,9 +844,6 @@ EMULATOR_OWN void block_collective(const char* name, Arguments& mine, const Wher
     complete(all);
     b.arrived = 0;
     b.synced = ++now;
-    Known known;
-    for (const Known& of_warp : b.known) merge(known, of_warp);
-    if (!known.empty()) std::fill(std::begin(b.known), std::end(b.known), known);
     for (unsigned i = 0; i < b.size; i++) {
         b.threads[i].waiting = {};
         if (&b.threads[i] != &t) ready.push_back(&b.threads[i]);
@@ -923,11 +861,9 @@ EMULATOR_OWN inline bool before(const Record& r, const Thread& t, uint32_t since
     if (r.moment < since) return true;
     uint32_t mine = who(t), theirs = r.who & ~ATOMIC;
     if (mine == theirs) return true;
-    if (mine >> 10 == theirs >> 10 && r.moment < t.block->synced) return true;
-    if (mine / WARP == theirs / WARP) return r.moment < t.met[theirs % WARP];
-    const Known& known = t.block->known[t.number / WARP];
-    auto until = known.find(theirs / WARP);
-    return until != known.end() && r.moment < until->second;
+    if (mine >> 10 != theirs >> 10) return false;  // another block
+    if (r.moment < t.block->synced) return true;
+    return mine / WARP == theirs / WARP && r.moment < t.met[theirs % WARP];
 }
 
 [[noreturn]] inline void race(const Thread& t, const void* p, const char* memory, Access access, uint32_t pc,
@@ -985,14 +921,12 @@ EMULATOR_OWN inline void check(const void* p, size_t n, Access access, size_t al
         if (!atomics && !before(cell.write, t, since)) race(t, p, memory, access, pc, cell.write, true);
         if (access == READ) {
             // Of two remembered reads, the less telling one is replaced: an old one, or one from the same thread, warp,
-            // or block. Of those from other blocks either may be the one that no turn orders: chance decides.
+            // or block.
             Record *r = cell.read, me = mine;
             auto nearness = [&](const Record& o) {
                 return before(o, t, since) ? 3 : o.who / WARP == me.who / WARP ? 2 : o.who >> 10 == me.who >> 10;
             };
-            const int nearness0 = nearness(r[0]), nearness1 = nearness(r[1]);
-            const bool chance = (uint32_t)(i + 1) * (2 * (mine.who >> 10) + 1) * 0x9e3779b1u >> 31;
-            r[nearness0 == nearness1 ? chance : nearness1 > nearness0] = mine;
+            r[nearness(r[1]) >= nearness(r[0])] = mine;
         } else {
             for (Record& r : cell.read)
                 if (!before(r, t, since)) race(t, p, memory, access, pc, r, false);
@@ -1462,86 +1396,20 @@ EMULATOR_SYNCTHREADS(__syncthreads_count, 0, result + (*p != 0))
 EMULATOR_SYNCTHREADS(__syncthreads_and, 1, result && *p)
 EMULATOR_SYNCTHREADS(__syncthreads_or, 0, result || *p)
 
-namespace emulator {
-EMULATOR_OWN inline unsigned lanes_there(unsigned mask) {  // a warp that its block does not fill has fewer than 32
-    unsigned rest = self->block->size - self->number / WARP * WARP;
-    return rest < WARP ? mask & ((1u << rest) - 1) : mask;
-}
-// Lanes of this warp have come to the same place.
-EMULATOR_OWN inline void meet(unsigned mask) {
-    Thread* warp = self->block->warp(self->number);
-    uint32_t met[WARP] = {};
-    for (unsigned i = 0; i < WARP; i++)
-        for (unsigned j = 0; mask >> i & 1 && j < WARP; j++) met[j] = std::max(met[j], warp[i].met[j]);
-    now++;
-    for (unsigned i = 0; i < WARP; i++)
-        if (mask >> i & 1) met[i] = now;
-    for (unsigned i = 0; i < WARP; i++)
-        if (mask >> i & 1) std::copy(met, met + WARP, warp[i].met);
-}
-}  // namespace emulator
-
 EMULATOR_OWN inline void __syncwarp(unsigned mask = ~0u, emulator::Where where = emulator::here()) {
-    char nothing;
-    mask = emulator::lanes_there(mask);
-    emulator::collective("__syncwarp", mask, nothing, where, [mask](auto&) { emulator::meet(mask); });
-}
-
-// Turns
-
-namespace emulator {
-// All lanes come with the same counter and value; then `act` is done once, for all of them.
-template <class Act>
-EMULATOR_OWN void turn_collective(const char* name, const int* turn, int value, const Where& where, Act act) {
-    struct Arguments { const int* turn; int value; } mine = {turn, value};
-    collective(name, lanes_there(~0u), mine, where, [&](Arguments* (&all)[WARP]) {
-        for (Arguments* a : all)
-            if (a && (a->turn != turn || a->value != value))
-                fail(self, "%s at %s: lanes of a warp give different counters or values", name, text(where).c_str());
-        act(*self);
-    });
-}
-}  // namespace emulator
-
-EMULATOR_OWN __attribute__((noinline)) inline void wait_for_turn(const int* turn, int value,
-                                                                 emulator::Where where = emulator::here()) {
-    const void* caller = __builtin_return_address(0);
-    emulator::turn_collective("wait_for_turn", turn, value, where, [=](emulator::Thread& t) {
-        for (;;) {
-            emulator::check_own(turn, sizeof *turn, emulator::ATOMIC_ADD, caller);
-            if (*turn == value) break;
-            t.turn = turn, t.turn_value = value;
-            emulator::grid->waiters.push_back(&t);
-            emulator::pause();
-        }
-        emulator::meet(emulator::lanes_there(~0u));
-        auto passed = emulator::grid->turns.find(turn);
-        if (passed == emulator::grid->turns.end() || passed->second.value != value) return;
-        if (passed->second.block > t.block->number)
-            emulator::fail(&t, "wait_for_turn at %s waits for the value %d, which %s passes; a GPU may not start that "
-                           "block before this one ends", emulator::text(where).c_str(), value,
-                           emulator::place("block", emulator::unravel(passed->second.block, gridDim)).c_str());
-        emulator::merge(t.block->known[t.number / emulator::WARP], passed->second.known);
-    });
-}
-
-EMULATOR_OWN __attribute__((noinline)) inline void pass_turn(int* turn, int value,
-                                                             emulator::Where where = emulator::here()) {
-    const void* caller = __builtin_return_address(0);
-    emulator::turn_collective("pass_turn", turn, value, where, [=](emulator::Thread& t) {
-        emulator::check_own(turn, sizeof *turn, emulator::ATOMIC_ADD, caller);
-        *turn = value;
-        emulator::meet(emulator::lanes_there(~0u));
-        emulator::Turn& passed = emulator::grid->turns[turn];
-        passed = {value, t.block->number};
-        if (EMULATOR_CHECKED) {
-            const uint32_t warp = emulator::who(t) / emulator::WARP, first = warp - t.number / emulator::WARP;
-            passed.known = t.block->known[t.number / emulator::WARP];
-            for (uint32_t i = 0; i * emulator::WARP < t.block->size; i++)
-                passed.known[first + i] = std::max(passed.known[first + i], t.block->synced);
-            passed.known[warp] = emulator::now;
-        }
-        emulator::wake_waiters();
+    emulator::Thread* mine = emulator::self;
+    // A warp that its block does not fill has no more lanes.
+    unsigned rest = mine->block->size - mine->number / 32 * 32;
+    if (rest < 32) mask &= (1u << rest) - 1;
+    emulator::collective("__syncwarp", mask, mine, where, [](emulator::Thread** all[32]) {
+        uint32_t met[32] = {};
+        for (int i = 0; i < 32; i++)
+            for (int j = 0; all[i] && j < 32; j++) met[j] = std::max(met[j], (*all[i])->met[j]);
+        emulator::now++;
+        for (int i = 0; i < 32; i++)
+            if (all[i]) met[i] = emulator::now;
+        for (int i = 0; i < 32; i++)
+            if (all[i]) std::copy(met, met + 32, (*all[i])->met);
     });
 }
 

@@ -30,7 +30,6 @@ WRONG = r"^wrong: "
 KERNEL = r"^emulator: kernel .*, block \(\d+,\d+,\d+\), thread \(\d+,\d+,\d+\): "
 AT = r"test_emulator\.cu:\d+"
 RACE = KERNEL + rf"race: .* at {AT}, which thread \S+ .* at {AT}, with no barrier in between"
-RACE_OF_BLOCKS = RACE.replace("which thread", r"which thread \S+ of block")
 BOUNDS = KERNEL + rf"out of bounds: .* at {AT}"
 ADDRESS = "^==.*ERROR: AddressSanitizer: "
 
@@ -40,19 +39,9 @@ BROKEN = {
     "missing_syncthreads": (SOME + WRONG, SOME + WRONG, RACE),
     "missing_syncwarp": (SOME + WRONG, SOME + WRONG, RACE),
     "race_in_block": (None, None, RACE),
-    "race_of_blocks": (None, None, RACE_OF_BLOCKS),
+    "race_of_blocks": (None, None, RACE.replace("which thread", r"which thread \S+ of block")),
     "read_of_other_blocks": (SOME + WRONG, SOME + WRONG, RACE),
     "race_of_halves": (SOME + WRONG, SOME + WRONG, RACE),
-    "missing_turn": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
-    "turn_of_another_warp": (None, None, RACE_OF_BLOCKS),
-    "turn_passed_early": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
-    "turn_not_passed": (KERNEL + f"wait_for_turn at {AT} waits for the value 2, but it is 1 and nobody goes on",) * 3,
-    "turn_by_later_block": (KERNEL + f"wait_for_turn at {AT} waits for the value [1-6], which block .* passes",) * 3,
-    "turns_without_a_link": (SOME + WRONG, SOME + WRONG, RACE_OF_BLOCKS),
-    "turn_passed_and_changed": (None, None, RACE_OF_BLOCKS),
-    "turn_awaited_and_changed": (None, None, RACE_OF_BLOCKS),
-    "turn_passed_before_reading": (None, None, RACE_OF_BLOCKS),
-    "turns_of_lanes": (KERNEL + f"wait_for_turn at {AT}: lanes of a warp give different counters or values",) * 3,
     "past_the_end": (None, ADDRESS + "heap-buffer-overflow", BOUNDS),
     "past_the_end_of_shared": (None, f"{AT}.*: runtime error: index 8 out of bounds", BOUNDS),
     "past_the_end_of_dynamic": (None, ADDRESS + "use-after-poison", BOUNDS),

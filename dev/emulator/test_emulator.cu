@@ -137,122 +137,6 @@ static void race_of_halves() {
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Turns
-
-enum TurnMistake { IN_TURN, NO_TURN, TOLD_BY_ATOMIC, PASSED_EARLY, NOT_PASSED, LATER_FIRST };
-
-// Each block (x, y) in its turn makes sum[y] half of what it was and adds to it. The last one also adds up what each
-// has put into its own place. Each warp takes its own turn, or the first one does for all.
-__global__ void add_in_turns(float* sum, float* own, float* total, int* turns, bool by_warp, TurnMistake mistake) {
-    int n = gridDim.x, x = blockIdx.x, y = blockIdx.y, i = threadIdx.x, threads = blockDim.x, warp = i / 32;
-    __shared__ int turn_has_come;
-    bool takes_turn = by_warp || warp == 0;
-    int* turn = turns + y * 32 + warp;
-    int mine = mistake == LATER_FIRST ? n - 1 - x : x;
-    sum += y * threads, own += y * n * threads;
-    own[x * threads + i] = (float)(x + i);
-    if (i == 0) turn_has_come = 0;
-    if (!by_warp) __syncthreads();
-    if (takes_turn && mistake != NO_TURN) wait_for_turn(turn, mine);
-    if (takes_turn && mistake == PASSED_EARLY) pass_turn(turn, mine + 1);
-    if (mistake == TOLD_BY_ATOMIC) {  // after the wait, but not ordered by it
-        const unsigned lanes = threads - warp * 32 < 32 ? (1u << (threads - warp * 32)) - 1 : ~0u;
-        if (i == 0) atomicExch(&turn_has_come, 1);
-        while (!__any_sync(lanes, atomicAdd(&turn_has_come, 0))) {}
-    } else if (!by_warp) {
-        __syncthreads();
-    }
-    sum[i] = 0.5f * sum[i] + (float)(x + 1);
-    if (mine == n - 1) {
-        float all = 0;
-        for (int j = 0; j < n; j++) all += own[j * threads + i];
-        total[y * threads + i] = all;
-    }
-    if (!by_warp) __syncthreads();
-    if (takes_turn && mistake != PASSED_EARLY && !(mistake == NOT_PASSED && x == 1)) pass_turn(turn, mine + 1);
-}
-static void take_turns(bool by_warp, TurnMistake mistake) {
-    const int blocks = emulator::settings.blocks;
-    for (dim3 grid : {dim3(1), dim3(3), dim3(7, 3), dim3(90, 2)})
-        for (int threads : {32, 72}) {
-            const int n = grid.x, y = grid.y;
-            if (broken && (n != 7 || threads == 32)) continue;
-            emulator::settings.blocks = n == 7 ? 30 : blocks;
-            Array<float> sum(y * threads), own(y * n * threads), total(y * threads);
-            Array<int> turns(32 * y);
-            cudaMemset(sum, 0, y * threads * 4);
-            cudaMemset(turns, 0, 32 * y * 4);
-            add_in_turns<<<grid, threads>>>(sum, own, total, turns, by_warp, broken ? mistake : IN_TURN);
-            std::vector<float> sums = sum.get(), totals = total.get();
-            float expected = 0;
-            for (int x = 0; x < n; x++) expected = 0.5f * expected + (float)(x + 1);
-            for (int i = 0; i < y * threads; i++) {
-                EXPECT(sums[i] == expected);
-                EXPECT(totals[i] == (float)(n * (n - 1) / 2 + n * (i % threads)));
-            }
-        }
-}
-static void missing_turn() { take_turns(true, NO_TURN); }
-static void turn_of_another_warp() { take_turns(false, TOLD_BY_ATOMIC); }
-static void turn_passed_early() { take_turns(true, PASSED_EARLY); }
-static void turn_not_passed() { take_turns(false, NOT_PASSED); }
-static void turn_by_later_block() { take_turns(true, LATER_FIRST); }
-
-// Block 0 hands data on to block 2 by way of block 1. Block 2 then makes a counter 0 by a plain access, which nobody
-// awaits any more: one that both others used, or one that only block 1 (the second) or block 0 (the third) did.
-__global__ void hand_on(float* out, float* data, int* turns, bool skip_first, bool skip_second, int reset) {
-    int block = blockIdx.x, i = threadIdx.x;
-    if (block == 0) {
-        wait_for_turn(turns + 2, 0);
-        data[i] = (float)i;
-        pass_turn(turns, 1);
-    } else if (block == 1) {
-        if (!skip_first) wait_for_turn(turns, 1);
-        pass_turn(turns + 1, 1);
-    } else {
-        if (!skip_second) wait_for_turn(turns + 1, 1);
-        if (!skip_second) out[i] = data[i];
-        if (i == 0) turns[reset] = 0;
-    }
-}
-static void hand_over(bool skip_first, bool skip_second, int reset) {
-    Array<float> out(32), data(32);
-    Array<int> turns(std::vector<int>{0, 0, 0});
-    hand_on<<<3, 32>>>(out, data, turns, skip_first, skip_second, reset);
-    EXPECT(out.get() == count(32) && turns.get()[reset] == 0);
-}
-static void turns_without_a_link() { hand_over(broken, false, 0); }
-static void turn_passed_and_changed() { hand_over(false, broken, 1); }
-static void turn_awaited_and_changed() { hand_over(false, broken, 2); }
-
-// All blocks read data, then take turns; the last one writes it. Block 1 reads late, when others may read or have read.
-__global__ void write_last(float* out, float* data, int* turn, bool passes_early) {
-    int block = blockIdx.x, i = threadIdx.x;
-    bool late = block == 1 && passes_early;
-    if (!late) out[block * 32 + i] = data[i];
-    wait_for_turn(turn, block);
-    if (block == (int)gridDim.x - 1) data[i] = -1;
-    pass_turn(turn, block + 1);
-    if (late) out[block * 32 + i] = data[i];
-}
-static void turn_passed_before_reading() {
-    Array<float> out(32 * 6), data(count(32));
-    Array<int> turn(std::vector<int>{0});
-    write_last<<<6, 32>>>(out, data, turn, broken);
-    std::vector<float> v = out.get();
-    for (int i = 0; i < 32 * 6; i++) EXPECT(v[i] == (float)(i % 32));
-}
-
-__global__ void lanes_that_differ(int* turns, int turn_of_last) {
-    wait_for_turn(turns + (threadIdx.x == 31) * turn_of_last, 0);
-}
-static void turns_of_lanes() {
-    Array<int> turns(std::vector<int>{0, 0});
-    lanes_that_differ<<<1, 32>>>(turns, broken);
-    cudaDeviceSynchronize();
-}
-
-// --------------------------------------------------------------------------------------------------------------------
 // Memory
 
 __global__ void shift(float* out, const float* in, int n, int by) {
@@ -976,13 +860,11 @@ int main(int argc, char** argv) {
     struct { const char* name; void (*run)(); } cases[] = {
 #define CASE(name) {#name, name}
         CASE(missing_syncthreads), CASE(missing_syncwarp), CASE(race_in_block), CASE(race_of_blocks),
-        CASE(read_of_other_blocks), CASE(race_of_halves), CASE(missing_turn), CASE(turn_of_another_warp),
-        CASE(turn_passed_early), CASE(turn_not_passed), CASE(turn_by_later_block), CASE(turns_without_a_link),
-        CASE(turn_passed_and_changed), CASE(turn_awaited_and_changed), CASE(turn_passed_before_reading),
-        CASE(turns_of_lanes), CASE(past_the_end), CASE(past_the_end_of_shared), CASE(past_the_end_of_dynamic),
-        CASE(past_own_array), CASE(use_after_free), CASE(device_memory_uninitialised), CASE(shared_uninitialised),
-        CASE(misaligned_float4), CASE(host_memory_in_kernel), CASE(device_memory_by_host), CASE(copy_direction),
-        CASE(copy_past_the_end), CASE(copy_past_pinned), CASE(all_collectives), CASE(mask_without_caller),
+        CASE(read_of_other_blocks), CASE(race_of_halves), CASE(past_the_end), CASE(past_the_end_of_shared),
+        CASE(past_the_end_of_dynamic), CASE(past_own_array), CASE(use_after_free), CASE(device_memory_uninitialised),
+        CASE(shared_uninitialised), CASE(misaligned_float4), CASE(host_memory_in_kernel), CASE(device_memory_by_host),
+        CASE(copy_direction), CASE(copy_past_the_end), CASE(copy_past_pinned), CASE(all_collectives),
+        CASE(mask_without_caller),
         CASE(shuffle_with_returned), CASE(masks_that_differ), CASE(divergent_syncthreads),
         CASE(syncthreads_with_returned), CASE(trap), CASE(missing_copy_wait), CASE(copy_over_what_is_read),
         CASE(misaligned_copy), CASE(misaligned_ldmatrix), CASE(ldmatrix_not_shared), CASE(ldmatrix_transposed),
