@@ -1310,7 +1310,7 @@ static std::string value_text(const Option& o) {
         {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "measure N tokens; 0: all [16384; eval: all]"},
         {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "keep all these saves, too, as DIR/model_STEP.bin"},
+        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each save, as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
         {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
         {"stop", o.stop, "TEXT", GENERATE, "end before TEXT, like $'\\n'; may be given again"},
@@ -2578,8 +2578,8 @@ struct Run {
     double loss = 0;                   // of the last step
     Evaluation validation = {};        // the last one
     std::string first_row = {};        // of metrics.csv, if there was a validation before step 1
-    double best_loss = INFINITY;       // the lowest of validations, but for random weights
-    int best_step = -1;                // at which it was found; -1: at none yet
+    double best_loss = INFINITY;       // lowest validation loss so far, but not of random weights
+    int best_step = -1;                // at which it was found; -1: none yet
     FILE* metrics = nullptr;
     double shown = -INFINITY;          // when a step's line was printed last, in seconds()
 
@@ -2642,9 +2642,10 @@ static bool open_checkpoint(Run& run) {
     run.epoch = number("epoch");
     run.position = number("position");
     run.first_row = run.state["first row"];
+    if (run.state.contains("best loss")) run.state["best"] = run.state["best step"] + " " + run.state["best loss"];
     if (number("--val-tokens") == (uint64_t)run.o.val_tokens)  // the same windows
         sscanf(run.state["best"].c_str(), "%d %lf", &run.best_step, &run.best_loss);
-    else printf("note: with another --val-tokens, the search for best.bin begins anew\n");
+    else if (!run.o.val.empty()) printf("note: with another --val-tokens, the search for best.bin begins anew\n");
     run.o.overwrite = run.state.contains("overwrites");
     if ((uint64_t)run.o.steps != former && run.o.steps <= run.step)
         die("--steps %d: %s is already at step %d", run.o.steps, name, run.step);
@@ -3146,8 +3147,8 @@ static const Command commands[] = {
      "is that of the lowest validation loss, but never random weights. DIR/metrics.csv\n"
      "has one row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C\n"
      "stops at once. --resume takes options from the checkpoint. With it, you may\n"
-     "change --steps, the paths of the shards, the sampling options, and how often it\n"
-     "logs, validates, samples and saves. Everything else must stay the same."},
+     "change --steps, the paths of the shards, and what and how often it logs,\n"
+     "validates, samples and saves; nothing else that the result depends on."},
     {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
     {"generate", GENERATE, generate, "continues a prompt",
      "Needs --model FILE. Generation stops after --tokens, at end-of-text, or before a\n"
@@ -4643,9 +4644,8 @@ static const char* const instruction_set =
     NV == 3 ? "NEON" : "128-bit vectors";
 
 #ifdef __x86_64__
-// Exits if the processor lacks instructions that this binary was built for, or the system forbids them. Any other
-// function may use such instructions, so this one runs before main and is itself compiled for any x86-64. It calls
-// fputs: where _FORTIFY_SOURCE is the default, as on Ubuntu, fprintf is an inline function of this file's instructions.
+// Exits if the processor or the system lacks instructions that this binary was built for. It runs before main, compiled
+// for any x86-64, and calls fputs, since fprintf is inline where _FORTIFY_SOURCE is the default (Ubuntu).
 [[gnu::constructor(101), gnu::target("arch=x86-64")]] static void check_instructions() {
     bool found = true;
     __builtin_cpu_init();

@@ -103,7 +103,7 @@ static void check(cudaError_t error, const char* call, int line) {
 struct Gpu {
     std::string name;
     int major;                    // of its compute capability
-    size_t block_shared;          // the most shared memory of a block, in bytes
+    size_t block_shared;          // bytes of shared memory with which two blocks fit on a multiprocessor
     cudaStream_t stream, copies;  // layers run on `stream`; batches are copied on `copies`
 };
 static Gpu gpu;
@@ -114,7 +114,7 @@ constexpr unsigned ALL_LANES = 0xffffffff;
 // Threads read and write rows in vectors of 8 neighbouring values, in accesses of 16 bytes. A warp covers 256 values.
 constexpr int VECTOR = 8, WARP_VALUES = WARP * VECTOR;
 
-// Words rather than an array of X: so compilers keep a vector in whole registers.
+// Words, because the compiler would load an array of eight bf16 in eight pieces.
 template <class X>
 struct Vector {
     uint4 words[VECTOR * sizeof(X) / sizeof(uint4)];
@@ -217,7 +217,7 @@ __global__ void sum_partials_kernel(float* out, float* second, const float* part
     const float* column = partial + (size_t)blockIdx.y * n + min(i, n - 1);
     float sum = 0;
     for (int first = threadIdx.y; first < chunks; first += AHEAD * blockDim.y) {
-        float ahead[AHEAD];  // loads that wait together
+        float ahead[AHEAD];  // loaded together, so that their latencies overlap
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
             const int chunk = first + k * blockDim.y;
@@ -748,8 +748,8 @@ static void embedding_backward(float* dwte, float* dwpe, const X* dx, const Inpu
 // --------------------------------------------------------------------------------------------------------------------
 // LayerNorm: n = (x - mean) rstd, y = n w + b, over the C channels of each row; rstd = 1/√(variance + 1e-5)
 
-// One warp per row, which it goes through three times. The first LAYERNORM_KEPT vectors of a lane stay in registers; what
-// longer rows have beyond that is read again each time.
+// One warp per row, which it goes through three times. The first LAYERNORM_KEPT vectors of a lane stay in registers;
+// the rest of longer rows is read again each time.
 constexpr int LAYERNORM_KEPT = 4;
 
 template <class X>
@@ -826,7 +826,7 @@ __global__ void __launch_bounds__(LAYERNORM_BLOCK)
     for (size_t first = begin; first < end; first += N, buffer ^= 1) {
         Vector<X> x_r[N], dy_r[N], dx_r[N] = {};
 #pragma unroll
-        for (int j = 0; j < N; j++) {  // all loads come first, so that they wait together
+        for (int j = 0; j < N; j++) {  // all loads come first, so that their latencies overlap
             const size_t r = min(first + j, end - 1);  // an odd last row is read twice and counted once
             x_r[j] = load_vector(x + r * C, lane, C);
             dy_r[j] = load_vector(dy + r * C, lane, C);
@@ -1143,8 +1143,8 @@ __device__ inline int in_tile(int r, int c) {
 }
 
 // Copies rows first .. first + ROWS - 1 of a head; rows from `end` on are 0. A thread copies the same vector of every
-// STEP-th row. STEP is a multiple of 8, so in_tile's exclusive or is computed once. Nearly all tiles are whole: for them
-// the addresses cost half as many instructions.
+// STEP-th row. STEP is a multiple of 8, so in_tile's exclusive or is computed once. A whole tile needs no checks, which
+// halves the instructions for addresses.
 template <int HS, int ROWS>
 __device__ inline void copy_tile(bf16* tile, const bf16* head, size_t row, int first, int end) {
     constexpr int VECTORS = HS / 8, STEP = TILE_BLOCK / VECTORS;
@@ -1265,11 +1265,10 @@ __device__ inline void store_row(Y* row, const float (&sums)[N][4], int half) {
     for (int d = 0; d < N; d++) store_two(row + 8 * d + 2 * c, sums[d][2 * half], sums[d][2 * half + 1]);
 }
 
-// A kernel must ask for more than 48 KB of shared memory.
+// A kernel must ask for more than 48 KB of shared memory, of which its static arrays are a part.
 template <class Kernel>
 static void allow_shared(Kernel kernel, size_t bytes) {
-    if (bytes > 48 << 10)
-        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
 
 // M: a warp has 16·M rows (queries or keys), in M fragments; a block has 64·M rows. Each fragment of the other operand
@@ -1277,7 +1276,8 @@ static void allow_shared(Kernel kernel, size_t bytes) {
 template <int HS> constexpr int FRAGMENTS = HS == 128 ? 1 : 2;
 
 // o, lse. A block has 64·M queries of a head and goes through tiles of 64 keys; while it computes on one, the next is
-// being copied. The blocks with the most keys start first.
+// being copied. There is one barrier a tile, here and in backward: after it, the tile has arrived, and all warps have
+// finished with the tile before, which the next one may replace. The blocks with the most keys start first.
 // Shared memory: q (64·M, HS), then k and v (64, HS) of this tile and of the next.
 template <int HS> constexpr size_t FORWARD_SHARED = (FRAGMENTS<HS> + 4) * TILE * HS * sizeof(bf16);
 
@@ -1302,7 +1302,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 #pragma unroll
     for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
     for (int j = 0; j < tiles; j++) {
-        // After this, the tile has come, and all warps are done with the one before, which the next one replaces.
         cp_async_wait();
         __syncthreads();
         if (j + 1 < tiles) copy_keys(j + 1);
@@ -1444,7 +1443,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
         }
     float sums[M][2 * K][4] = {};
     for (int j = 0; j < tiles; j++) {
-        // After this, the tile has come, and all warps are done with the one before, which the next one replaces.
         cp_async_wait();
         __syncthreads();
         if (j + 1 < tiles) copy_keys(j + 1);
@@ -1531,7 +1529,6 @@ __global__ void __launch_bounds__(TILE_BLOCK, 2)
 
     float sums_k[M][2 * K][4] = {}, sums_v[M][2 * K][4] = {};
     for (int i = begin; i < tiles; i++) {
-        // After this, the tile has come, and all warps are done with the one before, which the next one replaces.
         cp_async_wait();
         __syncthreads();
         if (i + 1 < tiles) copy_queries(i + 1);
@@ -1824,9 +1821,10 @@ static void cache_append(Heads<X> k, Heads<X> v, Heads<const X> new_k, Heads<con
 //
 // Columns from V to Vp are computed and then ignored: they get no probability, and their gradient is 0.
 
-// A block has a token. It goes through the logits twice: KEEPS if they fit into shared memory, else the second time
-// from the L2 cache. Unless gradient_scale is 0, it replaces them by gradient_scale · dlogits.
-constexpr int CLASSIFIER_BLOCK = 1024;  // large, so that few rows are in use at a time
+// A block has a token and goes through its logits twice. With KEEPS, they fit into shared memory and are copied there
+// first; without, the second pass reads them from the L2 cache. Unless gradient_scale is 0, it replaces them by
+// gradient_scale · dlogits.
+constexpr int CLASSIFIER_BLOCK = 1024;  // large, so that few rows are in use at a time and stay in the L2 cache
 
 template <class X, bool KEEPS>
 __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 2)
@@ -1876,7 +1874,7 @@ __global__ void __launch_bounds__(CLASSIFIER_BLOCK, 2)
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + max - logit_y;
     if (gradient_scale == 0) return;
     const float scale = gradient_scale / sum, top = LOG2_E * max;
-    // From the end to the beginning: what was read last is most likely still in a cache.
+    // From the end to the beginning: without KEEPS, what was read last is most likely still in a cache.
     for (int v = (int)threadIdx.x * VECTOR + (Vp - 1) / step * step; v >= 0; v -= step) {
         if (v >= Vp) continue;
         read(v);
@@ -2163,7 +2161,9 @@ static void device_init(char**, bool computes) {
             properties.major, properties.minor);
     gpu.name = properties.name;
     gpu.major = properties.major;
-    gpu.block_shared = properties.sharedMemPerBlockOptin;
+    constexpr size_t RESERVED = 1 << 10;  // of a block's shared memory, by CUDA
+    gpu.block_shared =
+        std::min(properties.sharedMemPerBlockOptin, properties.sharedMemPerMultiprocessor / 2 - RESERVED);
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CHECK(cudaStreamCreateWithFlags(&gpu.copies, cudaStreamNonBlocking));
 }

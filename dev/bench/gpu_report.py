@@ -127,7 +127,7 @@ def all_parts(report, kind, make, nvcc, work):
                    with_targets if "bf16 batch 64" in name else str)
     ncu = shutil.which("ncu") or f"{os.path.dirname(nvcc)}/ncu"  # Nsight Compute's command, if it is installed
     if not emulated and os.access(ncu, os.X_OK):
-        # Two steps, without the many small kernels that initialize weights
+        # Two steps and the products that measure the peak, without the many small kernels that initialize weights
         yield Part("time of each kernel", f"{ncu} --clock-control none --csv --log-file {work}/kernels.csv "
                    "-k 'regex:^(?!convert|noise).*' --metrics gpu__time_duration.sum,dram__bytes.sum "
                    f"{bench} {gpt2} --batch 64 --steps 1 --tokens 0 --attention vanilla; "

@@ -135,13 +135,17 @@ def product_needs(m, n, k, d_size, size, add, epilogue):
 
 def measured():
     """The newest report of an H200, and for each of our kernels in it: µs of the mean call, ms a step"""
-    report = max(glob.glob(os.path.join(ROOT, "dev/results/*_nvidia-h200.txt")), default=None)
     times = defaultdict(lambda: [0, 0.0])
-    if report:
+    for report in sorted(glob.glob(os.path.join(ROOT, "dev/results/*_nvidia-h200.txt")), reverse=True):
         with open(report, encoding="utf-8") as file:
-            for calls, ms, base in re.findall(r"^ +(\d+) +([\d.]+) +[\d.]+ +[\d.]+  (\w+_kernel)\b", file.read(), re.M):
-                times[base][0] += int(calls)
-                times[base][1] += float(ms)
+            rows = re.findall(r"^ +(\d+) +([\d.]+) +[\d.]+ +[\d.]+  (\w+_kernel)\b", file.read(), re.M)
+        for calls, ms, base in rows:
+            times[base][0] += int(calls)
+            times[base][1] += float(ms)
+        if rows:
+            break
+    else:
+        report = None
     return report, {base: (1e3 * ms / calls, ms / 2) for base, (calls, ms) in times.items()}  # of two steps
 
 
@@ -377,21 +381,21 @@ def main():
             sums[config][group] += seconds
     wrong = sorted(set(wrong))
 
-    text = f"""# The GPU's kernels, judged without a GPU
+    text = f"""# The GPU's kernels: limits and measurements
 
 `make -C dev gpu-table` writes this file. GPT-2 124M, bf16, B {B}, T {T}: {BT:,} tokens a step; sm_90, nvcc {version}.
 Its times, but for the columns "measured", are the least that an H200's limits allow for the bytes and operations of a
 call, at {BANDWIDTH / 1e12:.1f} TB/s, {TENSOR / 1e12:.0f} TFLOP/s for cuBLAS's products, and {100 * MMA_SYNC:.0f} % of
-that for the kernels of mma.sync. Of the latter, those that issue more than {CYCLES_OF_HMMA:.1f} instructions for each HMMA are
-slower by as much. Kernels, calls, grids, arguments and products are the program's own, from the emulator's log of a
-step; each array counts once, however often a cache serves it.
+that for the kernels of mma.sync. Of the latter, those that issue more than {CYCLES_OF_HMMA:.1f} instructions for each
+HMMA are slower by as much. Kernels, calls, grids, arguments and products are the program's own, from the emulator's log
+of a step; each array counts once, however often a cache serves it.
 
 ## What the compiler made of each kernel of a step
 
 Blocks and warps: how many run at a time on a multiprocessor, of 32 and 64. The last columns count instructions of a
 kind in the kernel's code; "per HMMA" is how many of all kinds there are for one HMMA in the loop over tiles, with the
-mask of the diagonal, which other tiles leave out. No kernel of the program, in these tables or not, spills or has a
-stack frame, on sm_80 either.
+mask of the diagonal, which other tiles leave out, and with both ways to copy a tile, of which one runs. No kernel of the
+program, in these tables or not, spills or has a stack frame, on sm_80 either.
 
 """
     rows = []
