@@ -121,7 +121,7 @@ struct Vector {
 };
 
 template <class X>
-__device__ inline void convert(float (&x)[VECTOR], const Vector<X>& vector) {
+__device__ inline void unpack(float (&x)[VECTOR], const Vector<X>& vector) {
     X values[VECTOR];
     memcpy(values, vector.words, sizeof values);
 #pragma unroll
@@ -131,7 +131,7 @@ __device__ inline void convert(float (&x)[VECTOR], const Vector<X>& vector) {
 template <class X>
 __device__ inline void load(float (&x)[VECTOR], const X* from) {
     const Vector<X> vector = *(const Vector<X>*)from;
-    convert(x, vector);
+    unpack(x, vector);
 }
 
 template <class X>
@@ -154,7 +154,7 @@ __device__ inline Vector<X> load_vector(const X* row, int lane, int n) {
 
 template <class X>
 __device__ inline void load(float (&x)[VECTOR], const X* row, int lane, int n) {
-    convert(x, load_vector(row, lane, n));
+    unpack(x, load_vector(row, lane, n));
 }
 
 template <class X>
@@ -838,8 +838,8 @@ __global__ void __launch_bounds__(LAYERNORM_BLOCK)
             const size_t r = min(first + j, end - 1);
             const float m = mean[r];
             s[j] = rstd[r];
-            convert(n[j], x_r[j]);
-            convert(g[j], dy_r[j]);
+            unpack(n[j], x_r[j]);
+            unpack(g[j], dy_r[j]);
 #pragma unroll
             for (int i = 0; i < VECTOR; i++) {
                 n[j][i] = (n[j][i] - m) * s[j];
@@ -865,7 +865,7 @@ __global__ void __launch_bounds__(LAYERNORM_BLOCK)
         for (int j = 0; j < N; j++) {
             if (first + j >= end) break;
             float dx_i[VECTOR];
-            convert(dx_i, dx_r[j]);
+            unpack(dx_i, dx_r[j]);
 #pragma unroll
             for (int i = 0; i < VECTOR; i++) dx_i[i] += s[j] * (g[j][i] - sums[2 * j] - n[j][i] * sums[2 * j + 1]);
             store(dx + (first + j) * C, dx_i, lane, C);
