@@ -444,7 +444,6 @@ static bool try_matmul(const Workspace& ws, Y* y, size_t ldy, size_t M, size_t N
 constexpr int SQUARE = 32, SQUARE_WARPS = 8;
 
 // tile[k][i] = element (i0 + i, k0 + k) of an operand (n, K), 0 past its end. The lanes of a warp read neighbours.
-
 template <class X>
 __device__ inline void load_square(float (&tile)[SQUARE][SQUARE + 1], Operand<X> from, size_t i0, size_t n, size_t k0,
                                    size_t K) {
