@@ -277,7 +277,7 @@ BOUNDED = {"steps": [0, 1, 2], "batch": [0, 1, 3, 65536], "sequence": [0, 1, 7, 
            "model": ["", "gpt2", "none"]}
 WORDS = ["", " ", "nan", "inf", "-1", "1e999", "-0", "0x10", " 1", "1 ", "1.5", "+1", "1,2", "1,", "9" * 40, "1" * 5000,
          "--", "-", "--lr", "=", "\n", "a\nb", "\x1b[31m", "\x7f", "'", '"', "%s%n", "[", "*", "\\", "é", "日本",
-         "..", os.fsdecode(b"\xff\xfe"), "/dev/null", "/dev/zero", "/proc/self/mem", "/none/x", "."]
+         "..", os.fsdecode(b"\xff\xfe"), "/dev/null", "/dev/zero", "/proc/self/mem", "/proc/none/x", "."]
 
 
 def damage(r, data):

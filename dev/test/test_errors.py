@@ -84,7 +84,7 @@ def joined(case):
     (["--attention", "depth", "--depth-window", "-1"], "must be from 0"),
     (["--model", "gpt3"], "gpt3: no such file, nor a shape"),
     (["--model", "/tmp"], "is a folder"),
-    (["--tokenizer", "/none"], "No such file"),
+    (["--tokenizer", "/proc/none"], "No such file"),
     (["--resume", "--overwrite"], "give one of them"),
 ], ids=joined)
 def test_option_is_refused(each_build, data, tmp_path, more, says):
@@ -298,7 +298,7 @@ def test_out_is_in_use_by_another_process(each_build, data, tmp_path):
 
 def test_overwrite_with_another_mistake_keeps_the_run(each_build, data, finished):
     before = contents(finished["vanilla"])
-    for mistake in ["--total-batch", 63], ["--tokenizer", "/none"], ["--sequence", 999], ["--train", "/none"]:
+    for mistake in ["--total-batch", 63], ["--tokenizer", "/proc/none"], ["--sequence", 999], ["--train", "/proc"]:
         each_build.fails(*training(data, finished["vanilla"], "--overwrite", *mistake))
         assert contents(finished["vanilla"]) == before
 
