@@ -58,8 +58,11 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <future>
 #include <map>
 #include <optional>
+#include <queue>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 #include <fcntl.h>
@@ -1227,10 +1230,14 @@ struct Options {
     int warmup = -1, schedule = COSINE;
     int log_every = 0, val_every = 100, val_tokens = -1, sample_every = 0, save_every = 100;
 
-    std::string prompt, prompt_tokens;
+    std::string hellaswag;
+    bool by_position = false;
+
+    std::string prompt, prompt_file, prompt_tokens;
     std::vector<std::string> stop;
+    bool stop_at_end = false;
     int tokens = 200, top_k = 0, samples = 1;
-    double temperature = 0.8, top_p = 0.95;
+    double temperature = 0.8, top_p = 0.95, repetition_penalty = 1;
 };
 
 // Whether a checkpoint stores the option: no; yes, and --resume refuses another value; yes, and --resume accepts one.
@@ -1289,6 +1296,8 @@ static std::string value_text(const Option& o) {
     OptionTable table = {
         {"train", o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
         {"val", o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
+        {"hellaswag", o.hellaswag, "FILE", EVAL, TRANSIENT, "instead: questions, in llm.c's format"},
+        {"by-position", o.by_position, EVAL, TRANSIENT, "also print the loss by position, as CSV"},
         {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
         {"resume", o.resume, TRAIN, TRANSIENT, "continue the run in DIR"},
         {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
@@ -1312,13 +1321,17 @@ static std::string value_text(const Option& o) {
         {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
         {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each save, as DIR/model_STEP.bin"},
         {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
+        {"prompt-file", o.prompt_file, "FILE", GENERATE, TRANSIENT, "the prompt is FILE's text; -: standard input's"},
         {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
         {"stop", o.stop, "TEXT", GENERATE, "end before TEXT, like $'\\n'; may be given again"},
+        {"stop-at-end", o.stop_at_end, GENERATE, TRANSIENT, "end at end-of-text instead of beginning a new text"},
         {"samples", o.samples, 1, most, GENERATE, TRANSIENT, "number of texts; each has the next seed"},
         {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
         {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
         {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, CHANGEABLE, "sample from the N most likely tokens; 0: all"},
         {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X"},
+        {"repetition-penalty", o.repetition_penalty, 0.01, 100, GENERATE, TRANSIENT,
+         "above 1: avoid tokens that the text has"},
         {"model", o.model, "NAME|FILE", EVERY, FIXED, "file, or shape like gpt2-medium or gpt2-xl [gpt2]"},
         {"attention", o.attention, attention_names, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
         {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
@@ -1445,7 +1458,7 @@ static bool parse_options(OptionTable& table, const std::vector<std::string>& wo
 // against the length of the file before memory is allocated for them.
 
 enum Magic { MODEL_MAGIC = 20240326, DUMP_MAGIC = 20240327, TOKENIZER_MAGIC = 20240328, TRAILER_MAGIC = 20240329,
-             SHARD_MAGIC = 20240520, LLAMA_SHARD_MAGIC = 20240801 };
+             SHARD_MAGIC = 20240520, EVAL_MAGIC = 20240522, LLAMA_SHARD_MAGIC = 20240801 };
 constexpr size_t HEADER_BYTES = 1024;
 using Header = std::array<int32_t, 256>;
 
@@ -1618,14 +1631,16 @@ static std::vector<std::string> with_targets(std::vector<std::string> paths) {
 // --------------------------------------------------------------------------------------------------------------------
 // Tokenizer
 //
-// data_prep/prepare.py turns text into tokens. Turning them back takes only a table of each token's bytes. A prompt can
-// be encoded with that table if each token is one byte or one character; GPT-2's also needs a list of merges.
+// data_prep/prepare.py turns text into tokens. The program turns them back, with a table of each token's bytes, and
+// encodes prompts. Where each token is one byte or one character, this is a matter of looking them up. All other
+// vocabularies are byte pair encodings like GPT-2's, whose merges follow from the numbers of the tokens.
 
 struct Tokenizer {
     std::string path = "", content = "";   // of its file
     std::vector<std::string> tokens = {};  // bytes of each token; empty if there is no tokenizer
     int end_of_text = -1;                  // -1 if it has none
     std::string crc = "";                  // of the two above, by which tokenizers are compared
+    size_t appendix = 0;                   // where the tokens end in the content
 
     bool known() const { return !tokens.empty(); }
 };
@@ -1653,6 +1668,7 @@ static Tokenizer read_tokenizer(const std::string& path) {
     if (appendix < 0 || f.size != at + appendix)
         die("%s: damaged: %zu bytes, but its header and tokens say %zu", name, f.size, at + appendix);
     if (end_of_text >= 0 && end_of_text < n) t.end_of_text = end_of_text;
+    t.appendix = at;
     const uint32_t crc = crc32(0, t.content.data() + HEADER_BYTES, at - HEADER_BYTES);
     t.crc = format("%08x", crc32(crc, &t.end_of_text, sizeof t.end_of_text));
     return t;
@@ -1669,56 +1685,159 @@ static size_t utf8_length(uint8_t first) {
     return first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
 }
 
-static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
-    if (!t.known()) die("--prompt needs a tokenizer: name one with --tokenizer, or use --prompt-tokens");
-    std::map<std::string, int> token_of;
-    for (size_t i = 0; i < t.tokens.size(); i++) {
-        const std::string& token = t.tokens[i];
-        if ((int)i == t.end_of_text) continue;  // in a prompt, its letters are text
-        if (token.size() != 1 && token.size() != utf8_length(token[0]))
-            die("%s: has no merges to encode text with; use --prompt-tokens, with tiktoken's numbers", t.path.c_str());
-        token_of.emplace(token, i);
-    }
-    std::vector<int> tokens;
-    for (size_t at = 0; at < text.size();) {
-        size_t length = 4;  // the longest match; a character has at most 4 bytes
-        while (length > 0 && (at + length > text.size() || !token_of.count(text.substr(at, length)))) length--;
-        if (length == 0) {
-            std::string character = text.substr(at, std::max<size_t>(1, utf8_length(text[at])));
-            die("--prompt: '%s' at byte %zu is not in the vocabulary of %s", character.c_str(), at, t.path.c_str());
+// Makes a stream of bytes valid UTF-8, a character once it is complete, as Python's errors="replace" does: each longest
+// run of bytes that begins a character without completing it becomes one U+FFFD, and so does each byte that cannot begin
+// a character.
+struct Utf8Stream {
+    std::string ready = "", held = "";  // complete characters, for the caller to take; an incomplete one
+
+    void put(const std::string& bytes) {
+        for (uint8_t byte : bytes) {
+            // The second byte's range excludes surrogates, codes above U+10FFFF, and those with a shorter form.
+            const uint8_t first = held.size() == 1 ? held[0] : 0;
+            const uint8_t low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
+            const uint8_t high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
+            if (byte < low || byte > high) finish();  // this byte does not continue a character
+            held += byte;
+            const size_t length = utf8_length(held[0]);
+            if (length == 0) finish();
+            if (held.size() == length) ready += std::exchange(held, "");
         }
-        tokens.push_back(token_of[text.substr(at, length)]);
-        at += length;
+    }
+    void finish() {
+        if (!held.empty()) ready += "\xef\xbf\xbd";
+        held.clear();
+    }
+};
+
+enum CharacterClass { OTHER, LETTER, NUMBER, SPACE };
+using CharacterClasses = std::map<uint32_t, CharacterClass>;  // from this code point on, characters have this class
+using TokenNumbers = std::unordered_map<std::string_view, int>;  // by a token's bytes
+
+// What follows the tokens of a byte pair encoding in its file: Unicode's letters, numbers and white space. Each is a
+// list, uint32 n, then n ranges, uint32 first and last code point. llm.c's file lacks them: then only ASCII is known.
+static CharacterClasses character_classes(const Tokenizer& t) {
+    CharacterClasses from = {{0, OTHER}, {'\t', SPACE}, {'\r' + 1, OTHER}, {' ', SPACE}, {' ' + 1, OTHER},
+                             {'0', NUMBER}, {'9' + 1, OTHER}, {'A', LETTER}, {'Z' + 1, OTHER}, {'a', LETTER},
+                             {'z' + 1, OTHER}};
+    if (t.appendix == t.content.size()) return from;
+    const size_t words = (t.content.size() - t.appendix) / 4;
+    auto word = [&](size_t i) {
+        uint32_t value;
+        memcpy(&value, &t.content[t.appendix + 4 * i], 4);
+        return value;
+    };
+    size_t at = 0;
+    for (CharacterClass kind : {LETTER, NUMBER, SPACE}) {
+        const size_t end = at < words ? at + 1 + 2 * (size_t)word(at) : at + 1;
+        if (end > words) die("%s: damaged: what follows its tokens is cut off", t.path.c_str());
+        for (at++; at < end; at += 2) {
+            from[word(at)] = kind;
+            from.emplace(word(at + 1) + 1, OTHER);
+        }
+    }
+    return from;
+}
+
+// The class of the character at text[at], valid UTF-8.
+static CharacterClass class_at(const CharacterClasses& classes, const std::string& text, size_t at) {
+    const size_t length = utf8_length(text[at]);
+    uint32_t code = (uint8_t)text[at];
+    if (length > 1) code &= 0x7f >> length;  // a first byte has as many leading ones as the character has bytes
+    for (size_t i = 1; i < length; i++) code = code << 6 | ((uint8_t)text[at + i] & 0x3f);
+    return std::prev(classes.upper_bound(code))->second;
+}
+
+// Where the word that begins at text[at] ends. The words of GPT-2 are endings like 's; letters, or numbers, or other
+// visible characters, with a space before them if there is one; and white space, whose last character is left to the
+// word after it.
+static size_t word_end(const CharacterClasses& classes, const std::string& text, size_t at) {
+    for (const char* ending : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+        if (text.compare(at, strlen(ending), ending) == 0) return at + strlen(ending);
+    if (text[at] == ' ' && at + 1 < text.size() && class_at(classes, text, at + 1) != SPACE) at++;
+    const CharacterClass kind = class_at(classes, text, at);
+    size_t end = at, last = at;
+    for (; end < text.size() && class_at(classes, text, end) == kind; end += utf8_length(text[end])) last = end;
+    return kind == SPACE && end < text.size() && last > at ? last : end;
+}
+
+// Appends the tokens of a word. It starts as single bytes. As long as two neighboring parts together are a token, the
+// two that are the lowest token are merged, the leftmost of equals. n bytes take O(n log n) time.
+static void encode_word(std::vector<int>& tokens, const TokenNumbers& token_of, std::string_view word) {
+    if (auto whole = token_of.find(word); whole != token_of.end()) return tokens.push_back(whole->second);
+    const size_t n = word.size();
+    std::vector<size_t> next(n), previous(n + 1);  // where the neighbors of the part at a byte begin; 0: none begins here
+    using Merge = std::tuple<int, size_t, size_t>;  // a token, where its first part begins, where its second ends
+    std::priority_queue<Merge, std::vector<Merge>, std::greater<>> merges;
+    auto consider = [&](size_t begin) {  // the part there and the one after it
+        if (next[begin] == n) return;
+        const size_t end = next[next[begin]];
+        if (auto found = token_of.find(word.substr(begin, end - begin)); found != token_of.end())
+            merges.emplace(found->second, begin, end);
+    };
+    for (size_t i = 0; i < n; i++) next[i] = i + 1, previous[i + 1] = i;
+    for (size_t i = 0; i < n; i++) consider(i);
+    while (!merges.empty()) {
+        const auto [token, begin, end] = merges.top();
+        const size_t second = next[begin];
+        merges.pop();
+        if (second == 0 || second == n || next[second] != end) continue;  // one of them was merged with another
+        next[begin] = end;
+        previous[end] = begin;
+        next[second] = 0;
+        consider(begin);
+        if (begin > 0) consider(previous[begin]);
+    }
+    for (size_t i = 0; i < n; i = next[i]) tokens.push_back(token_of.at(word.substr(i, next[i] - i)));
+}
+
+// The tokens of a text by a byte pair encoding, as tiktoken's encode_ordinary has them.
+static std::vector<int> encode_pairs(const Tokenizer& t, const TokenNumbers& token_of, const std::string& bytes) {
+    for (int byte = 0; byte < 256; byte++)
+        if (const char c = byte; !token_of.contains({&c, 1}))
+            die("%s: cannot encode text: its tokens are neither characters nor a byte pair encoding; byte %d is not "
+                "among them", t.path.c_str(), byte);
+    Utf8Stream stream;
+    stream.put(bytes);
+    stream.finish();
+    const std::string& text = stream.ready;
+    const bool ascii = std::all_of(text.begin(), text.end(), [](char c) { return (uint8_t)c < 0x80; });
+    if (!ascii && t.appendix == t.content.size())
+        die("%s: does not say which characters beyond ASCII are letters; prepare.py --tokenizer %s writes one that does",
+            t.path.c_str(), shell_word(t.path).c_str());
+    const CharacterClasses classes = character_classes(t);
+    std::vector<int> tokens;
+    for (size_t at = 0, end; at < text.size(); at = end) {
+        end = word_end(classes, text, at);
+        encode_word(tokens, token_of, std::string_view(text).substr(at, end - at));
     }
     return tokens;
 }
 
-// Prints a stream of bytes as valid UTF-8, a character once it is complete. Each longest run of bytes that begins a
-// character without completing it becomes one U+FFFD, and so does each byte that cannot begin a character.
-// On a terminal, control characters are shown escaped.
-struct Utf8Writer {
-    bool terminal = false;
-    std::string held = "";  // an incomplete character
-
-    void put(char c) {
-        // The second byte's range excludes surrogates, codes above U+10FFFF, and those with a shorter form.
-        const uint8_t byte = c, first = held.size() == 1 ? held[0] : 0;
-        const uint8_t low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
-        const uint8_t high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
-        if (byte < low || byte > high) finish();  // this byte does not continue a character
-        held += c;
-        const size_t length = utf8_length(held[0]);
-        if (length == 0) finish();
-        if (held.size() < length) return;
-        if (terminal) held = escaped(held, "\n\t");
-        fwrite(held.data(), 1, held.size(), stdout);
-        held.clear();
+static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
+    if (!t.known()) die("a prompt needs a tokenizer: name one with --tokenizer, or use --prompt-tokens");
+    TokenNumbers token_of;  // the first of equal tokens counts
+    bool characters = true;
+    for (size_t i = 0; i < t.tokens.size(); i++) {
+        const std::string& token = t.tokens[i];
+        if ((int)i == t.end_of_text) continue;  // in a prompt, its letters are text
+        characters &= token.size() == 1 || token.size() == utf8_length(token[0]);
+        token_of.emplace(token, i);
     }
-    void finish() {
-        if (!held.empty()) fputs("\xef\xbf\xbd", stdout);
-        held.clear();
+    if (!characters) return encode_pairs(t, token_of, text);
+    std::vector<int> tokens;
+    for (size_t at = 0; at < text.size();) {
+        std::string_view part = std::string_view(text).substr(at, 4);  // the longest match, of at most a character
+        while (!part.empty() && !token_of.contains(part)) part.remove_suffix(1);
+        if (part.empty()) {
+            std::string character = text.substr(at, std::max<size_t>(1, utf8_length(text[at])));
+            die("the prompt's '%s' at byte %zu is not in the vocabulary of %s", character.c_str(), at, t.path.c_str());
+        }
+        tokens.push_back(token_of.at(part));
+        at += part.size();
     }
-};
+    return tokens;
+}
 
 // --------------------------------------------------------------------------------------------------------------------
 // Data
@@ -1772,7 +1891,8 @@ static std::string shards_text(const std::vector<Shard>& shards) {
 // Dies if the file has a header of another kind, or is something that can be no headerless shard.
 static void check_headerless(const char* name, size_t size, const Header& header) {
     for (auto [magic, kind] : {std::pair(MODEL_MAGIC, "a model"), {DUMP_MAGIC, "a debug state"},
-                               {TOKENIZER_MAGIC, "a tokenizer"}, {LLAMA_SHARD_MAGIC, "a shard of uint32 tokens"}})
+                               {TOKENIZER_MAGIC, "a tokenizer"}, {EVAL_MAGIC, "a file of questions"},
+                               {LLAMA_SHARD_MAGIC, "a shard of uint32 tokens"}})
         if (header[0] == magic) die("%s: is %s, not a shard of uint16 tokens", name, kind);
     const char *begin = (const char*)header.data(), *end = begin + std::min(size, HEADER_BYTES);
     if (std::all_of(begin, end, [](char c) { return (c >= ' ' && c <= '~') || (c >= '\t' && c <= '\r'); }))
@@ -2368,6 +2488,7 @@ struct Evaluation {
     double loss = 0;     // mean cross-entropy, nats per token
     double entropy = 0;  // of the tokens' frequencies: the loss of the best prediction without context
     size_t tokens = 0, bytes = 0;
+    std::vector<double> by_position = {};  // (T) mean loss of the tokens predicted from 1, 2, ... T tokens
 };
 
 // The loss over all windows, or over as many as have --val-tokens, spread evenly.
@@ -2384,7 +2505,7 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
     std::vector<int> x(B * T), y(B * T);
     std::vector<float> losses(B * T);
     std::vector<size_t> counts(c.V);
-    Evaluation e;
+    Evaluation e = {.by_position = std::vector<double>(T)};
     double shown = seconds();
     for (size_t first = 0; first < total; first += B) {
         size_t n = std::min(B, total - first);  // the last batch may have fewer windows; its other rows do not count
@@ -2394,6 +2515,7 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
         model_token_losses(model, losses.data());
         for (size_t i = 0; i < n * T; i++) {
             e.loss += losses[i];
+            e.by_position[i % T] += losses[i] / total;
             counts[y[i]]++;
         }
         e.tokens += n * T;
@@ -2412,6 +2534,93 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// HellaSwag and its like: which of several endings continues a text? (Zellers et al. 2019)
+//
+// The file is llm.c's: the header, [0] magic, [1] version 1, [2] number of questions; then each question, uint16: 65535,
+// its length in bytes, its index, index of the right ending, number of endings; n and the n tokens of the context; n and
+// the n tokens of each ending.
+
+struct Ending {
+    size_t question;
+    bool right;
+    std::vector<int> tokens;  // the context's, then its own
+    size_t begin;             // of its own
+    double loss;              // summed over its own
+};
+
+static std::vector<Ending> read_questions(const std::string& path, int V) {
+    const char* name = path.c_str();
+    const std::string content = read_whole(open_file(path));
+    Header h = {};
+    memcpy(h.data(), content.data(), std::min(content.size(), HEADER_BYTES));
+    if (h[0] != EVAL_MAGIC || h[1] != 1)
+        die("%s: holds no questions: it begins with %d and %d, not with %d and 1", name, h[0], h[1], EVAL_MAGIC);
+    std::vector<Ending> endings;
+    size_t at = HEADER_BYTES, end = content.size(), question = 0;
+    auto next = [&](int low, int high, const char* what) {
+        uint16_t value = 0;
+        if (at + 2 <= end) memcpy(&value, &content[at], 2);
+        if (at + 2 > end || value < low || value > high)
+            die("%s: damaged, or another tokenizer's: question %zu, byte %zu: %s must be from %d to %d, but %s", name,
+                question, at, what, low, high, at + 2 > end ? "the file ends" : format("is %d", value).c_str());
+        at += 2;
+        return (int)value;
+    };
+    auto append = [&](std::vector<int>& tokens) {
+        for (int n = next(1, 65534, "a number of tokens"); n > 0; n--) tokens.push_back(next(0, V - 1, "a token"));
+    };
+    for (; question < (size_t)std::max(h[2], 0) || at < end; question++) {
+        next(65535, 65535, "a question's first number");
+        at += 4;  // its length and index follow from the rest
+        const int right = next(0, 65535, "a label"), n = next(right + 1, 65535, "a number of endings");
+        std::vector<int> context;
+        append(context);
+        for (int i = 0; i < n; i++) {
+            endings.push_back({question, i == right, context, context.size(), 0});
+            append(endings.back().tokens);
+        }
+    }
+    if (h[2] < 1 || question != (size_t)h[2])
+        die("%s: damaged: %s, but its header says %d", name, plural(question, "question").c_str(), h[2]);
+    return endings;
+}
+
+// Share of the questions whose right ending has the lowest loss, as a sum over its tokens or as a mean
+static double accuracy(const std::vector<Ending>& endings, bool mean) {
+    size_t questions = 0, right = 0;
+    auto loss = [&](const Ending& e) { return mean ? e.loss / (e.tokens.size() - e.begin) : e.loss; };
+    for (size_t i = 0; i < endings.size(); questions++) {
+        size_t best = i;
+        for (const size_t question = endings[i].question; i < endings.size() && endings[i].question == question; i++)
+            if (loss(endings[i]) < loss(endings[best])) best = i;
+        right += endings[best].right;
+    }
+    return (double)right / questions;
+}
+
+// Sets the losses of the endings.
+static void evaluate_endings(Model* model, std::vector<Ending>& endings, size_t B, size_t T) {
+    std::vector<float> losses(B * T);
+    for (size_t first = 0; first < endings.size(); first += B) {
+        const size_t n = std::min(B, endings.size() - first);
+        std::vector<int> x(B * T), y(B * T);
+        for (size_t b = 0; b < n; b++) {
+            const std::vector<int>& tokens = endings[first + b].tokens;
+            std::copy(tokens.begin(), tokens.end() - 1, &x[b * T]);
+            std::copy(tokens.begin() + 1, tokens.end(), &y[b * T]);
+        }
+        model_set_inputs(model, x.data(), y.data());
+        model_forward(model, false, 1);
+        model_token_losses(model, losses.data());
+        for (size_t b = 0; b < n; b++) {
+            Ending& e = endings[first + b];
+            for (size_t t = e.begin; t < e.tokens.size(); t++) e.loss += losses[b * T + t - 1];
+        }
+        if (on_terminal()) show_line(format("endings: %zu of %zu", first + n, endings.size()), false);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
 // Generation
 //
 // Each token is sampled from the model's distribution given all tokens before it, whose keys and values are cached. A
@@ -2423,6 +2632,17 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 static int tokens_to_read(int maxT, int cached, int n) {
     const int room = maxT - cached, half = std::max(1, maxT / 2), round = maxT - half + 1;
     return n <= room ? n : half + (n - room - 1) % round;
+}
+
+// Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become l/penalty
+// where l > 0, else l·penalty.
+static void penalize_repetition(std::vector<float>& logits, const std::vector<int>& tokens, double penalty) {
+    if (penalty == 1) return;
+    std::vector<bool> seen(logits.size());
+    for (int token : tokens) {
+        if (!seen[token]) logits[token] *= logits[token] > 0 ? 1 / penalty : penalty;
+        seen[token] = true;
+    }
 }
 
 // Samples a token from softmax(logits/temperature), restricted to the top_k likeliest, and of these to the likeliest
@@ -2480,17 +2700,23 @@ static size_t before_stop(const std::string& text, const std::vector<std::string
 // Prints the prompt and --tokens more, or fewer if the text ends; returns a line on its speed. The model has one cache.
 static std::string generate_text(Model* model, const Config& c, const Options& o, const Tokenizer& tokenizer,
                                  const std::vector<int>& prompt, Random r) {
-    Utf8Writer writer = {.terminal = on_terminal()};
+    Utf8Stream stream;
     std::string held;  // bytes that may become a --stop text
     bool first = true, stopped = false;
-    auto print = [&](int token, bool generated) {
+    auto print = [&](const std::string& bytes) {
+        stream.put(bytes);
+        const std::string text = std::exchange(stream.ready, "");
+        const std::string shown = on_terminal() ? escaped(text, "\n\t") : text;
+        fwrite(shown.data(), 1, shown.size(), stdout);
+        fflush(stdout);
+    };
+    auto print_token = [&](int token, bool generated) {
         if (!tokenizer.known()) printf(first ? "%d" : " %d", token);
-        else if (token != tokenizer.end_of_text) held += tokenizer.tokens[token];
+        else if (generated || token != tokenizer.end_of_text) held += tokenizer.tokens[token];
         const size_t n = generated ? before_stop(held, o.stop, stopped) : held.size();
-        for (char byte : held.substr(0, n)) writer.put(byte);
+        print(held.substr(0, n));
         held.erase(0, n);
         first = false;
-        fflush(stdout);
     };
     std::vector<int> tokens;         // all so far
     std::vector<float> logits(c.V);  // of the next token
@@ -2501,23 +2727,24 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
         model_prefill(model, tokens.data() + tokens.size() - n, n, logits.data());
     };
 
-    for (int token : prompt) print(token, false);
+    for (int token : prompt) print_token(token, false);
     model_reset_cache(model);
     const double start = seconds();
     read(prompt);
     const double middle = seconds();
     int made = 0;
     while (made < o.tokens && !stopped && interrupts == 0) {
+        penalize_repetition(logits, tokens, o.repetition_penalty);
         int token = choose_token(logits, o, r);
         made++;
-        if (token == tokenizer.end_of_text) break;
-        print(token, true);
+        if (token == tokenizer.end_of_text && o.stop_at_end) break;
+        print_token(token, true);
         if (made < o.tokens && !stopped) read({token});
     }
     const double end = seconds();
-    for (char byte : stopped ? "" : held) writer.put(byte);
-    writer.finish();
-    printf("\n");
+    if (!stopped) stream.put(held);
+    stream.finish();
+    print("\n");
     fflush(stdout);
     return format("prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s", plural(prompt.size(), "token").c_str(),
                   middle - start, plural(made, "token").c_str(), end - middle, made / std::max(end - middle, 1e-9));
@@ -2534,12 +2761,24 @@ static std::vector<int> parse_tokens(const std::string& list, int V) {
     return tokens;
 }
 
-// What a text begins with: --prompt-tokens, or --prompt; or a newline, since a small model has seen few ends of texts,
-// but GPT-2's end-of-text in its vocabulary; or -1 if there is none of these.
+// The text of --prompt-file
+static std::string read_prompt(const std::string& path) {
+    if (path != "-") return read_whole(open_file(path));
+    std::string text;
+    char buffer[1 << 16];
+    while (size_t n = fread(buffer, 1, sizeof buffer, stdin)) text.append(buffer, n);
+    if (ferror(stdin)) die("--prompt-file -: standard input: %s", strerror(errno));
+    return text;
+}
+
+// What a text begins with: --prompt-tokens, --prompt or --prompt-file; or a newline, since a small model has seen few
+// ends of texts, but GPT-2's end-of-text in its vocabulary; or -1 if there is none of these.
 static std::vector<int> prompt_of(const Options& o, const Tokenizer& t, int V) {
-    if (!o.prompt_tokens.empty() && !o.prompt.empty()) die("give --prompt or --prompt-tokens, not both");
+    if (!o.prompt.empty() + !o.prompt_file.empty() + !o.prompt_tokens.empty() > 1)
+        die("give one of --prompt, --prompt-file and --prompt-tokens");
     if (!o.prompt_tokens.empty()) return parse_tokens(o.prompt_tokens, V);
-    if (!o.prompt.empty()) return encode(t, o.prompt);
+    const std::string text = o.prompt_file.empty() ? o.prompt : read_prompt(o.prompt_file);
+    if (!text.empty()) return encode(t, text);
     if (!t.known()) return {V == 50257 ? 50256 : -1};
     auto newline = std::find(t.tokens.begin(), t.tokens.end(), "\n");
     return {V == 50257 || newline == t.tokens.end() ? t.end_of_text : (int)(newline - t.tokens.begin())};
@@ -2999,6 +3238,7 @@ static void print_end(const Run& run, double run_seconds) {
 static void train(Options& o, OptionTable& table) {
     if (o.out.empty()) die("train needs --out DIR, a folder for its checkpoint");
     if (o.resume && o.overwrite) die("--resume continues a run and --overwrite replaces it: give one of them");
+    o.stop_at_end = true;  // a sample is one text
     while (o.out.size() > 1 && o.out.back() == '/') o.out.pop_back();
     Run run = {.o = o, .table = table};
     check_folder(run);
@@ -3034,23 +3274,45 @@ static void train(Options& o, OptionTable& table) {
 // --------------------------------------------------------------------------------------------------------------------
 // The other commands
 
+static void eval_questions(const Options& o, const ModelFile& file, const Config& c) {
+    std::vector<Ending> endings = read_questions(o.hellaswag, c.V);
+    size_t longest = 0;
+    for (const Ending& e : endings) longest = std::max(longest, e.tokens.size());
+    if (longest - 1 > (size_t)c.maxT)
+        die("%s: a question has %zu tokens, more than the model's context, %d", o.hellaswag.c_str(), longest, c.maxT);
+    const Workload work = {.B = o.batch, .T = (int)longest - 1};
+    Model* model = load_model(file, c, o, work);
+    evaluate_endings(model, endings, work.B, work.T);
+    show_line(format("data       %s with %s", plural(endings.back().question + 1, "question").c_str(),
+                     plural(endings.size(), "ending").c_str()), true);
+    printf("accuracy   %.4f\nnormalized %.4f: by the mean over an ending's tokens instead of their sum\n",
+           accuracy(endings, false), accuracy(endings, true));
+    model_free(model);
+}
+
 static void eval(Options& o, OptionTable&) {
     ModelFile file = open_weights(o, "eval");
-    if (o.val.empty()) die("eval needs --val GLOB, the shards to measure the loss on");
-    std::vector<std::string> paths = expand_glob("val", o.val);
+    if (o.val.empty() == o.hellaswag.empty())
+        die("eval needs --val GLOB, the shards to measure the loss on, or --hellaswag FILE");
+    std::vector<std::string> paths = o.val.empty() ? std::vector<std::string>{} : expand_glob("val", o.val);
     Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, paths);
     Config c = configure(o, &file, tokenizer);
+    FILE* out = o.by_position ? stderr : stdout;  // keeps the CSV apart
+    fprintf(out, "model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
+    fprintf(out, "attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
+    if (!o.hellaswag.empty()) return eval_questions(o, file, c);
     std::vector<Shard> shards = open_shards("val", paths, o.sequence);
     Model* model = load_model(file, c, o, {.B = o.batch, .T = o.sequence});
-    printf("model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
-    printf("attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
     Evaluation e = evaluate(model, c, shards, o, tokenizer);
     if (!std::isfinite(e.loss)) die("%s: the loss is not finite: its training failed", o.model.c_str());
-    show_line(format("data       %s tokens in windows of %d; their frequencies alone would give a loss of %.6f",
-                     commas(e.tokens).c_str(), o.sequence, e.entropy), true);
-    printf("loss       %.6f nats per token\nperplexity %.4f\n", e.loss, exp(e.loss));
-    if (e.bytes > 0) printf("bits/byte  %.6f\n", e.loss / log(2) * e.tokens / e.bytes);
-    else printf("bits/byte  unknown without a tokenizer\n");
+    if (on_terminal()) show_line("", false);  // clears the progress
+    fprintf(out, "data       %s tokens in windows of %d; their frequencies alone would give a loss of %.6f\n",
+            commas(e.tokens).c_str(), o.sequence, e.entropy);
+    fprintf(out, "loss       %.6f nats per token\nperplexity %.4f\n", e.loss, exp(e.loss));
+    if (e.bytes > 0) fprintf(out, "bits/byte  %.6f\n", e.loss / log(2) * e.tokens / e.bytes);
+    else fprintf(out, "bits/byte  unknown without a tokenizer\n");
+    if (o.by_position) printf("position,loss\n");
+    for (int t = 0; o.by_position && t < o.sequence; t++) printf("%d,%.6f\n", t, e.by_position[t]);
     model_free(model);
 }
 
@@ -3149,11 +3411,12 @@ static const Command commands[] = {
      "stops at once. --resume takes options from the checkpoint. With it, you may\n"
      "change --steps, the paths of the shards, and what and how often it logs,\n"
      "validates, samples and saves; nothing else that the result depends on."},
-    {"eval", EVAL, eval, "measures a model's loss on text", "Needs --model FILE and --val GLOB."},
+    {"eval", EVAL, eval, "measures a model's loss on text",
+     "Needs --model FILE, and --val GLOB or --hellaswag FILE. With --by-position, all\n"
+     "but the CSV goes to standard error."},
     {"generate", GENERATE, generate, "continues a prompt",
-     "Needs --model FILE. Generation stops after --tokens, at end-of-text, or before a\n"
-     "--stop text. Without a tokenizer it prints token numbers. When the context is\n"
-     "full, its second half is processed again from position 0."},
+     "Needs --model FILE. Without a tokenizer it prints token numbers. When the\n"
+     "context is full, its second half is processed again from position 0."},
     {"describe", DESCRIBE, describe, "shows a model's tensors, FLOPs and memory",
      "It compares the attention variants. Memory is for training with --batch and\n"
      "--sequence, and for generating one text."},

@@ -8,7 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")
 from helpers import (
-    ATTENTIONS, BYTES_AND_END_OF_TEXT, END_OF_TEXT, Program, made_up_tokens, training, weights_only,
+    ATTENTIONS, BYTES_AND_END_OF_TEXT, END_OF_TEXT, Parts, Program, made_up_tokens, training, weights_only,
     write_shard, write_tokenizer,
 )
 
@@ -70,6 +70,11 @@ def program():
 def each_build(request):
     """For quick tests: the program, and the one that watches its own memory and arithmetic, where that is built."""
     return find_program(request.param)
+
+
+@pytest.fixture(scope="session")
+def parts():
+    return Parts(find_program("dev/test/parts").path)
 
 
 @pytest.fixture(scope="session")

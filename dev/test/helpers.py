@@ -22,6 +22,7 @@ TRAILER_BYTES = 20
 MODEL_MAGIC = 20240326
 TOKENIZER_MAGIC = 20240328
 SHARD_MAGIC = 20240520
+EVAL_MAGIC = 20240522
 HAS_TRAILER = 4 * 255  # where in a model's header it says so
 
 # The model that the tests train.
@@ -92,6 +93,28 @@ class Program:
             read_to_step(process, after)
             process.send_signal(by)
             return ended(process)
+
+
+class Parts(Program):
+    """parts.cpp"""
+
+    def encode(self, tokenizer, texts):
+        """The tokens of each text, which is bytes."""
+        said = subprocess.run([self.path, "encode", tokenizer], stdout=subprocess.PIPE, check=True, timeout=TIMEOUT,
+                              input=b"".join(struct.pack("<I", len(text)) + text for text in texts)).stdout
+        tokens, at = [], 0
+        while at < len(said):
+            n, = struct.unpack_from("<I", said, at)
+            tokens.append(list(struct.unpack_from(f"<{n}H", said, at + 4)))
+            at += 4 + 2 * n
+        return tokens
+
+    def choose(self, draws, seen, logits, *options):
+        """How often each token is sampled."""
+        command = self.command(["choose", draws, ",".join(map(str, seen)), *options])
+        said = subprocess.run(command, input=struct.pack(f"<{len(logits)}f", *logits), stdout=subprocess.PIPE,
+                              check=True, timeout=TIMEOUT).stdout
+        return [int(n) for n in said.split()]
 
 
 class Emulated(Program):

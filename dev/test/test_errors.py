@@ -148,7 +148,7 @@ def test_prompt_of_samples_is_checked_first(each_build, data, tmp_path):
     write_tokenizer(tmp_path / "tokenizer.bin", [bytes([i]) for i in range(97, 97 + 26)])
     write_shard(tmp_path / "train_0.bin", [i % 26 for i in range(200)])
     each_build.fails(*training(tmp_path, out, "--val", tmp_path / "train_0.bin", "--prompt", "Oh"),
-                     says="--prompt: 'O' at byte 0")
+                     says="the prompt's 'O' at byte 0")
     assert not out.exists()
 
 
@@ -812,14 +812,14 @@ def test_prompt_tokens_are_malformed(each_build, model, tokens):
 
 def test_two_prompts(each_build, model):
     each_build.fails("generate", "--model", model, "--prompt-tokens", "", says="--prompt-tokens : is empty")
-    each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1", says="not both")
+    each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1", says="give one of --prompt, --prompt-file and --prompt-tokens")
 
 
 def test_prompt_without_tokenizer(each_build, model, tmp_path):
     alone = tmp_path / "model.bin"
     shutil.copy(model, alone)
     each_build.fails("generate", "--model", alone, says="no tokenizer.bin beside it: use --tokenizer")
-    each_build.fails("generate", "--model", alone, "--prompt", "x", says="--prompt needs a tokenizer")
+    each_build.fails("generate", "--model", alone, "--prompt", "x", says="a prompt needs a tokenizer")
 
 
 def test_prompt_that_needs_merges(each_build, without_state, tmp_path):

@@ -14,8 +14,9 @@ from collections import Counter
 import pytest
 
 from helpers import (
-    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, HEADER_BYTES, PARAMETERS, SEQUENCE,
-    VOCABULARY, changed, metrics, on_terminal, read_shard, weights_only, write_tokenizer,
+    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, EVAL_MAGIC, HEADER_BYTES, PARAMETERS, SEQUENCE,
+    VOCABULARY, changed, header, metrics, on_terminal, read_shard, tokens_bytes, weights_only, write_shard,
+    write_tokenizer,
 )
 
 
@@ -201,6 +202,38 @@ def test_terminal_gets_no_control_characters(each_build, model):
     assert not [c for c in "".join(sent) if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 
+def test_prompt_from_a_file(each_build, model, tmp_path):
+    text = "from a file: é\n"
+    (tmp_path / "prompt.txt").write_text(text)
+    args = ["generate", "--model", model, "--tokens", 5]
+    said = each_build.run(*args, "--prompt", text)
+    assert said.startswith(text) and each_build.run(*args, "--prompt-file", tmp_path / "prompt.txt") == said
+    piped = subprocess.run(each_build.command([*args, "--prompt-file", "-"]), input=text.encode(), capture_output=True)
+    assert piped.stdout.decode() == said
+    each_build.fails(*args, "--prompt-file", tmp_path / "none", says="none: No such file")
+    each_build.fails(*args, "--prompt-file", tmp_path, says="is a folder")
+    each_build.fails(*args, "--prompt-file", "-", "--prompt", "x", says="give one of --prompt, --prompt-file and")
+
+
+def test_end_of_text_ends_the_text_if_asked(program, model):
+    """At this temperature all tokens are equally likely."""
+    args = ["generate", "--model", model, "--prompt", "abc", "--temperature", 100, "--top-p", 1]
+    end = "<|endoftext|>"
+    for seed in range(5):
+        text = program.run(*args, "--tokens", 1000, "--seed", seed)
+        stopped = program.run(*args, "--tokens", 1000, "--seed", seed, "--stop-at-end")
+        assert stopped == program.run(*args, "--tokens", 1000, "--seed", seed, "--stop", end)
+        assert len(text) > len(stopped) or end not in text
+        assert text.startswith(stopped[:-2]) and end not in stopped  # the last character may have been cut off
+
+
+def test_penalty_avoids_repetition(program, no_tokenizer):
+    args = ["generate", "--model", no_tokenizer, "--prompt-tokens", 97, "--tokens", CONTEXT - 1, "--temperature", 0]
+    tokens = program.run(*args).split()
+    assert program.run(*args, "--repetition-penalty", 1).split() == tokens
+    assert len(set(program.run(*args, "--repetition-penalty", 100).split())) > len(set(tokens))
+
+
 # eval
 
 
@@ -236,6 +269,93 @@ def test_eval_figures_agree(each_build, model, data):
 def test_eval_under_another_attention(each_build, model, data):
     said = each_build.run("eval", "--model", model, "--val", data / "val_0.bin", "--attention", "vanilla")
     assert "attention  vanilla" in said
+
+
+def test_eval_by_position(each_build, model, data, tmp_path):
+    """The losses' mean is the loss; those of the first positions are what shorter windows give."""
+    args = ["eval", "--model", model, "--val", tmp_path / "val.bin", "--sequence"]
+    write_shard(tmp_path / "val.bin", read_shard(data / "val_0.bin")[:SEQUENCE + 1])
+    rows = each_build.run(*args, SEQUENCE, "--by-position").splitlines()
+    losses = [float(row.split(",")[1]) for row in rows[1:]]
+    assert rows[0] == "position,loss" and [row.split(",")[0] for row in rows[1:]] == [*map(str, range(SEQUENCE))]
+    for n in 1, 7, SEQUENCE:
+        write_shard(tmp_path / "val.bin", read_shard(data / "val_0.bin")[:n + 1])
+        assert number(r"loss +([\d.]+)", each_build.run(*args, n)) == pytest.approx(sum(losses[:n]) / n, abs=2e-6)
+
+
+# Questions
+
+
+def questions_bytes(questions):
+    """llm.c's eval format, of (context, endings, index of the right ending)."""
+    def counted(tokens):
+        return tokens_bytes([len(tokens), *tokens])
+
+    bodies = [counted(context) + b"".join(map(counted, endings)) for context, endings, _ in questions]
+    return header(EVAL_MAGIC, 1, len(questions), 10 + max(map(len, bodies))) + b"".join(
+        tokens_bytes([65535, 10 + len(body), i, right, len(endings)]) + body
+        for i, (body, (_, endings, right)) in enumerate(zip(bodies, questions)))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    r = random.Random(4)
+
+    def some_tokens(least, most):
+        return r.choices(range(97, 123), k=r.randint(least, most))
+
+    asked = [(some_tokens(1, 9), [some_tokens(1, 12) for _ in range(n)], r.randrange(n)) for n in (4, 2, 4, 7, 1, 4)]
+    (tmp_path / "questions.bin").write_bytes(questions_bytes(asked))
+    return tmp_path / "questions.bin", asked
+
+
+def test_questions(each_build, model, questions, tmp_path):
+    """Accuracies from the losses that eval gives for context and ending, less those for the context."""
+    path, asked = questions
+
+    def total_loss(tokens):
+        if len(tokens) < 2:
+            return 0
+        write_shard(tmp_path / "one.bin", tokens)
+        n = len(tokens) - 1
+        return n * number(r"loss +([\d.]+)",
+                          each_build.run("eval", "--model", model, "--val", tmp_path / "one.bin", "--sequence", n))
+
+    by_sum = by_mean = 0
+    for context, endings, right in asked:
+        losses = [total_loss(context + ending) - total_loss(context) for ending in endings]
+        means = [loss / len(ending) for loss, ending in zip(losses, endings)]
+        by_sum += losses.index(min(losses)) == right
+        by_mean += means.index(min(means)) == right
+    for batch in 1, 3, 50:
+        said = each_build.run("eval", "--model", model, "--hellaswag", path, "--batch", batch)
+        assert f"accuracy   {by_sum / len(asked):.4f}\nnormalized {by_mean / len(asked):.4f}" in said
+        assert "6 questions with 22 endings" in said
+
+
+def test_damaged_questions(each_build, model, questions, tmp_path):
+    path, asked = questions
+    good = path.read_bytes()
+    args = ["eval", "--model", model, "--hellaswag", tmp_path / "bad.bin"]
+
+    def refuses(data, says):
+        (tmp_path / "bad.bin").write_bytes(data)
+        each_build.fails(*args, says=says)
+
+    refuses(b"", "holds no questions: it begins with 0 and 0")
+    refuses(changed(good, 0, "<i", 20240520), "holds no questions")
+    refuses(changed(good, 4, "<i", 2), "begins with 20240522 and 2")
+    refuses(good[:HEADER_BYTES], "damaged.*question 0, byte 1024: a question's first number .* but the file ends")
+    refuses(good[:-1], "question 5, .* but the file ends")
+    refuses(good + b"\0\0", "question 6, .* but is 0")
+    for n in 5, 7, 0, -1, 2**31 - 1:
+        refuses(changed(good, 8, "<i", n), "damaged")
+    refuses(changed(good, HEADER_BYTES + 6, "<H", 4), "a number of endings must be from 5 to 65535, but is 4")
+    refuses(changed(good, HEADER_BYTES + 10, "<H", 0), "a number of tokens must be from 1")
+    refuses(changed(good, HEADER_BYTES + 12, "<H", 257), "a token must be from 0 to 256, but is 257")
+    (tmp_path / "bad.bin").write_bytes(questions_bytes([([97] * CONTEXT, [[98], [98, 99]], 0)]))
+    each_build.fails(*args, says="a question has 34 tokens, more than the model's context, 32")
+    each_build.fails(*args, "--val", path, says="eval needs --val GLOB, .*or --hellaswag FILE")
 
 
 # describe
