@@ -8,7 +8,7 @@
     bytes   one token for each of the 256 bytes; takes any file
     chars   one token for each distinct character of the text
     gpt2    GPT-2's byte pair encoding, 50,257 tokens; needs tiktoken
-    FILE    the vocabulary of a tokenizer.bin, llm.c's too, if its tokens are bytes, characters or GPT-2's
+    FILE    the vocabulary of a tokenizer.bin, llm.c's too: of bytes, of characters, or byte-level BPE (needs tiktoken)
 
 Each file is a document, and a document begins with the token <|endoftext|>; those letters in a text are only text.
 
@@ -25,6 +25,7 @@ import argparse
 import bisect
 import contextlib
 import fcntl
+import importlib
 import itertools
 import os
 import re
@@ -41,6 +42,8 @@ END_OF_TEXT = b"<|endoftext|>"  # the last token of bytes, chars and gpt2
 SHARD, TOKENIZER = 20240520, 20240328  # magic numbers
 HEADER_BYTES = 1024
 MOST_SHARD_TOKENS = (2**31 - 1 - HEADER_BYTES) // 2  # llm.c seeks in shards with an int
+# GPT-2 merges bytes within these words only.
+GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 CHECKED_BYTES = 1 << 16  # at each end of a file, for the manifest
 outcome = "nothing was written"  # what to say if a signal ends the program
 
@@ -87,16 +90,26 @@ class Tokenizer:
         self.index = {tokens[i]: i for i in reversed(range(len(tokens))) if i != end_of_text}
         self.values = {}  # tokens of a character as a string, each token a code unit of UTF-16
         self.bpe, self.decoding = None, ("utf-8", "strict")
-        if len(self.index) == 256 and all(len(token) == 1 for token in self.index):
+        if name == "gpt2":
+            self.use_merges()
+        elif len(self.index) == 256 and all(len(token) == 1 for token in self.index):
             self.decoding = "latin-1", "strict"
             self.values = {b: chr(self.index[bytes([b])]) for b in range(256)}
         elif any(len(token.decode("utf-8", "surrogateescape")) != 1 for token in self.index):
-            self.bpe = gpt2_encoding() if len(tokens) == 50257 else None
-            if not self.bpe or tokens != self.bpe.decode_tokens_bytes(range(50257)) or end_of_text not in (-1, 50256):
-                fail(f"--tokenizer {name}: its tokens are neither bytes, nor characters, nor GPT-2's; "
-                     "it holds no merges to encode text with")
+            if not all(bytes([b]) in self.index for b in range(256)):
+                fail(f"--tokenizer {name}: its tokens are neither bytes, nor characters, "
+                     "nor all bytes and merges of them")
+            self.use_merges()
         elif any(len(token) == 1 and token >= b"\x80" for token in self.index):  # characters and bytes
             self.decoding = "utf-8", "surrogateescape"
+
+    def use_merges(self):
+        """Byte-level BPE: a word that is a token is that token. In others, the two neighbors that together are the
+        lowest token merge, until no two are a token."""
+        self.bpe = encoding(GPT2_WORDS, self.index)
+        appendix = b"".join(map(ranges_of, (r"\p{L}", r"\p{N}", r"\s")))
+        table = b"".join(bytes([len(token)]) + token for token in self.tokens)
+        self.content = header(TOKENIZER, 2, len(self.tokens), self.end_of_text, len(appendix)) + table + appendix
 
     def learn(self, path, text):
         """Finds the tokens of each character: its own, or those of its bytes."""
@@ -139,13 +152,34 @@ def chars_tokenizer(characters):
     return tokenizer
 
 
-def gpt2_encoding():
+def package(name):
+    """An optional one."""
     try:
-        import tiktoken
+        return importlib.import_module(name)
     except ImportError:
-        fail("GPT-2's tokenizer needs tiktoken: python3 -m pip install tiktoken")
+        fail(f"this needs {name}: python3 -m pip install {name}")
+
+
+def encoding(pattern, ranks):
+    return package("tiktoken").Encoding("prepare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def ranges_of(pattern):
+    """The characters that a pattern matches, as the encoder sees them: the number of ranges, then each one's ends."""
+    every_character = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    matched = bytes(encoding(pattern, {bytes([b]): b for b in range(256)}).encode_ordinary(every_character)).decode()
+    ranges = []
+    for c in map(ord, matched):
+        if ranges and ranges[-1] == c - 1:
+            ranges[-1] = c
+        else:
+            ranges += c, c
+    return struct.pack(f"<{1 + len(ranges)}I", len(ranges) // 2, *ranges)
+
+
+def gpt2_tokens():
     try:
-        return tiktoken.get_encoding("gpt2")
+        return package("tiktoken").get_encoding("gpt2").decode_tokens_bytes(range(50257))
     except Exception as e:  # whatever a download can raise
         reason = " ".join(str(e).split())[:200]
         fail(f"tiktoken could not get GPT-2's vocabulary, from the network or from TIKTOKEN_CACHE_DIR: {reason}")
@@ -193,7 +227,7 @@ def find_tokenizer(name):
     if name == "bytes":
         return Tokenizer(name, [bytes([i]) for i in range(256)] + [END_OF_TEXT], 256)
     if name == "gpt2":
-        return Tokenizer(name, gpt2_encoding().decode_tokens_bytes(range(50257)), 50256)
+        return Tokenizer(name, gpt2_tokens(), 50256)
     return None if name == "chars" else read_tokenizer(name)
 
 
