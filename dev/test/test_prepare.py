@@ -249,6 +249,7 @@ def test_refuses(prepare, tmp_path):
     good = write(tmp_path / "good", "good text, " * 10)
     out = tmp_path / "out"
     chars = "--tokenizer", "chars", "--out", out
+    bpe = "--out", out, "--tokenizer", "bpe", "--vocab-size"
     refused(prepare(*chars, tmp_path / "missing"), "missing: No such file")
     refused(prepare(*chars, tmp_path), f"{tmp_path}: is a folder; name files in it")
     refused(prepare(*chars, good, write(tmp_path / "latin", b"12345 caf\xe9")), "latin: not UTF-8 at byte 9")
@@ -265,8 +266,13 @@ def test_refuses(prepare, tmp_path):
     refused(prepare(*chars, good, "--shard-tokens", "0"), "--shard-tokens")
     refused(prepare(*chars, good, "--shard-tokens", 2**30), "2 GiB")
     refused(prepare("--tokenizer", "words", "--out", out, good),
-            "--tokenizer words: must be bytes, chars, gpt2 or an existing tokenizer.bin")
+            "--tokenizer words: must be bytes, chars, bpe, gpt2 or an existing tokenizer.bin")
     refused(prepare("--out", out, good), "--tokenizer")
+    refused(prepare("--tokenizer", "bpe", "--out", out, good), "--vocab-size N")
+    refused(prepare(*chars, good, "--vocab-size", 300), "--vocab-size N")
+    for size in 256, 65537, -1:
+        refused(prepare(*bpe, size, good), f"--vocab-size {size}: must be")
+    refused(prepare(*bpe, 300, good), "pip install tokenizers")
     assert not out.exists()
     refused(prepare("--tokenizer", "bytes", "--out", good, good), "cannot be written")
     refused(prepare("--tokenizer", "bytes", "--out", good / "below", good), "cannot be written")
@@ -500,7 +506,7 @@ def test_a_tokenizer_is_a_regular_file(prepare, tmp_path):
     text = write(tmp_path / "a", "text" * 10)
     os.mkfifo(tmp_path / "pipe")
     for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "is a folder"),
-                        ("/dev/zero", "not a regular file"), (text / "below", "must be bytes, chars, gpt2 or")):
+                        ("/dev/zero", "not a regular file"), (text / "below", "must be bytes, chars, bpe, gpt2 or")):
         refused(prepare("--tokenizer", path, "--out", tmp_path / "out", text), str(path), words)
     if os.geteuid() != 0:
         text.chmod(0)
