@@ -7,8 +7,10 @@
 
     bytes   one token for each of the 256 bytes; takes any file
     chars   one token for each distinct character of the text
+    bpe     byte pair encoding, learned from the training text: the 256 bytes, then merges in the order they were
+            learned, --vocab-size tokens in all; needs tokenizers and tiktoken
     gpt2    GPT-2's byte pair encoding, 50,257 tokens; needs tiktoken
-    FILE    the vocabulary of a tokenizer.bin, llm.c's too, if its tokens are bytes, characters or GPT-2's
+    FILE    the vocabulary of a tokenizer.bin, llm.c's too: of bytes, of characters, or byte-level BPE (needs tiktoken)
 
 Each file is a document, and a document begins with the token <|endoftext|>; those letters in a text are only text.
 
@@ -25,6 +27,7 @@ import argparse
 import bisect
 import contextlib
 import fcntl
+import importlib
 import itertools
 import os
 import re
@@ -41,6 +44,8 @@ END_OF_TEXT = b"<|endoftext|>"  # the last token of bytes, chars and gpt2
 SHARD, TOKENIZER = 20240520, 20240328  # magic numbers
 HEADER_BYTES = 1024
 MOST_SHARD_TOKENS = (2**31 - 1 - HEADER_BYTES) // 2  # llm.c seeks in shards with an int
+# GPT-2 merges bytes within these words only.
+GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 CHECKED_BYTES = 1 << 16  # at each end of a file, for the manifest
 outcome = "nothing was written"  # what to say if a signal ends the program
 
@@ -87,16 +92,26 @@ class Tokenizer:
         self.index = {tokens[i]: i for i in reversed(range(len(tokens))) if i != end_of_text}
         self.values = {}  # tokens of a character as a string, each token a code unit of UTF-16
         self.bpe, self.decoding = None, ("utf-8", "strict")
-        if len(self.index) == 256 and all(len(token) == 1 for token in self.index):
+        if name in ("bpe", "gpt2"):
+            self.use_merges()
+        elif len(self.index) == 256 and all(len(token) == 1 for token in self.index):
             self.decoding = "latin-1", "strict"
             self.values = {b: chr(self.index[bytes([b])]) for b in range(256)}
         elif any(len(token.decode("utf-8", "surrogateescape")) != 1 for token in self.index):
-            self.bpe = gpt2_encoding() if len(tokens) == 50257 else None
-            if not self.bpe or tokens != self.bpe.decode_tokens_bytes(range(50257)) or end_of_text not in (-1, 50256):
-                fail(f"--tokenizer {name}: its tokens are neither bytes, nor characters, nor GPT-2's; "
-                     "it holds no merges to encode text with")
+            if not all(bytes([b]) in self.index for b in range(256)):
+                fail(f"--tokenizer {name}: its tokens are neither bytes, nor characters, "
+                     "nor all bytes and merges of them")
+            self.use_merges()
         elif any(len(token) == 1 and token >= b"\x80" for token in self.index):  # characters and bytes
             self.decoding = "utf-8", "surrogateescape"
+
+    def use_merges(self):
+        """Byte-level BPE: a word that is a token is that token. In others, the two neighbors that together are the
+        lowest token merge, until no two are a token."""
+        self.bpe = encoding(GPT2_WORDS, self.index)
+        appendix = b"".join(map(ranges_of, (r"\p{L}", r"\p{N}", r"\s")))
+        table = b"".join(bytes([len(token)]) + token for token in self.tokens)
+        self.content = header(TOKENIZER, 2, len(self.tokens), self.end_of_text, len(appendix)) + table + appendix
 
     def learn(self, path, text):
         """Finds the tokens of each character: its own, or those of its bytes."""
@@ -139,30 +154,70 @@ def chars_tokenizer(characters):
     return tokenizer
 
 
-def gpt2_encoding():
+def package(name):
+    """An optional one."""
     try:
-        import tiktoken
+        return importlib.import_module(name)
     except ImportError:
-        fail("GPT-2's tokenizer needs tiktoken: python3 -m pip install tiktoken")
+        fail(f"this needs {name}: python3 -m pip install {name}")
+
+
+def encoding(pattern, ranks):
+    return package("tiktoken").Encoding("prepare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def ranges_of(pattern):
+    """The characters that a pattern matches, as the encoder sees them: the number of ranges, then each one's ends."""
+    every_character = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    matched = bytes(encoding(pattern, {bytes([b]): b for b in range(256)}).encode_ordinary(every_character)).decode()
+    ranges = []
+    for c in map(ord, matched):
+        if ranges and ranges[-1] == c - 1:
+            ranges[-1] = c
+        else:
+            ranges += c, c
+    return struct.pack(f"<{1 + len(ranges)}I", len(ranges) // 2, *ranges)
+
+
+def learn_bpe(texts, size):
+    """A vocabulary of these texts with size tokens. Words are GPT-2's; the pair of neighbors that is most frequent
+    becomes a token, then the next."""
+    tokenizers = package("tokenizers")
+    bytelevel = tokenizers.pre_tokenizers.ByteLevel
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = bytelevel(add_prefix_space=False)
+    model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=size - 1, initial_alphabet=bytelevel.alphabet(), max_token_length=255, show_progress=False))
+    # Each byte is written as a letter: a visible one as itself, the others, in their order, from U+0100 on.
+    visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+    others = [b for b in range(256) if b not in visible]
+    byte_of = {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    learned = sorted(model.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])[256:]
+    tokens = [bytes([b]) for b in range(256)] + [bytes(map(byte_of.get, letters)) for letters, _ in learned]
+    return Tokenizer("bpe", tokens + [END_OF_TEXT], len(tokens))
+
+
+def gpt2_tokens():
     try:
-        return tiktoken.get_encoding("gpt2")
+        return package("tiktoken").get_encoding("gpt2").decode_tokens_bytes(range(50257))
     except Exception as e:  # whatever a download can raise
         reason = " ".join(str(e).split())[:200]
         fail(f"tiktoken could not get GPT-2's vocabulary, from the network or from TIKTOKEN_CACHE_DIR: {reason}")
 
 
-def encode_gpt2(bpe, text):
-    def pieces():
-        # Some 64k characters each, so that threads share the work and only a batch is held as Python integers. A
-        # newline after a visible character always begins a new word of GPT-2's pattern: no token would span the cut.
-        begin = 0
-        while begin < len(text):
-            newline = re.compile(r"(?<=\S)\n").search(text, begin + (1 << 16))
-            end = newline.start() if newline else len(text)
-            yield text[begin:end]
-            begin = end
+def pieces(text):
+    """Some 64k characters each, so that threads share the work and only a batch is held as Python integers. A newline
+    after a visible character always begins a new word of GPT-2's pattern: no token would span the cut."""
+    begin = 0
+    while begin < len(text):
+        newline = re.compile(r"(?<=\S)\n").search(text, begin + (1 << 16))
+        end = newline.start() if newline else len(text)
+        yield text[begin:end]
+        begin = end
 
-    rest = pieces()
+
+def encode_gpt2(bpe, text):
+    rest = pieces(text)
     for batch in iter(lambda: list(itertools.islice(rest, 256)), []):
         yield from map(uint16, bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1))
 
@@ -172,7 +227,7 @@ def read_tokenizer(path):
     try:
         data = read_file(path, most + 1)
     except (FileNotFoundError, NotADirectoryError):
-        fail(f"--tokenizer {path}: must be bytes, chars, gpt2 or an existing tokenizer.bin")
+        fail(f"--tokenizer {path}: must be bytes, chars, bpe, gpt2 or an existing tokenizer.bin")
     magic, version, n, end_of_text, appendix = struct.unpack_from("<5i", data.ljust(HEADER_BYTES, b"\0"))
     if magic != TOKENIZER or version not in (1, 2):
         fail(f"{path}: not a tokenizer: it begins with {magic} and {version}, not with {TOKENIZER} and 1 or 2")
@@ -189,12 +244,12 @@ def read_tokenizer(path):
 
 
 def find_tokenizer(name):
-    """The tokenizer; None for chars, which are found in the text."""
+    """The tokenizer; None for chars and bpe, which are found in the text."""
     if name == "bytes":
         return Tokenizer(name, [bytes([i]) for i in range(256)] + [END_OF_TEXT], 256)
     if name == "gpt2":
-        return Tokenizer(name, gpt2_encoding().decode_tokens_bytes(range(50257)), 50256)
-    return None if name == "chars" else read_tokenizer(name)
+        return Tokenizer(name, gpt2_tokens(), 50256)
+    return None if name in ("chars", "bpe") else read_tokenizer(name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,21 +313,27 @@ def nearest_beginning(text, at, reach):
     return at
 
 
-def token_values(documents, split, tokenizer, val_tail):
-    """The tokens of a split, part by part."""
+def parts(documents, split, decoding):
+    """The texts of a split, and whether each is the beginning of its document."""
     for d in documents:
         if split == "train" and d.cuts == [0] or split == "val" and not d.cuts:
             continue
-        text, stamp = read(d.path, tokenizer.decoding)  # anew: at no time is more than one document held
+        text, stamp = read(d.path, decoding)  # anew: at no time is more than one document held
         if stamp != d.stamp:
             fail(f"{d.path}: changed between two readings; it has to be a file that stays as it is")
         edges = [0, *(nearest_beginning(text, at, d.reach) for at in d.cuts), d.length]
         d.parts = [(begin, end) for begin, end in zip(edges, edges[1:])][split == "val"::2]
         for begin, end in d.parts:
             if begin < end:
-                if tokenizer.end_of_text >= 0 and (begin == 0 or not val_tail):
-                    yield uint16([tokenizer.end_of_text])
-                yield from tokenizer.encode(text[begin:end])
+                yield text[begin:end], begin == 0
+
+
+def token_values(documents, split, tokenizer, val_tail):
+    """The tokens of a split, part by part."""
+    for text, is_beginning in parts(documents, split, tokenizer.decoding):
+        if tokenizer.end_of_text >= 0 and (is_beginning or not val_tail):
+            yield uint16([tokenizer.end_of_text])
+        yield from tokenizer.encode(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,7 +445,8 @@ def options():
                                 allow_abbrev=False)
     p.error = fail
     p.add_argument("files", metavar="FILE", nargs="+", help="the text, UTF-8 unless for bytes")
-    p.add_argument("--tokenizer", metavar="NAME", required=True, help="bytes, chars, gpt2 or a file (see above)")
+    p.add_argument("--tokenizer", metavar="NAME", required=True, help="bytes, chars, bpe, gpt2 or a file (see above)")
+    p.add_argument("--vocab-size", metavar="N", type=int, help="tokens of bpe, bytes and <|endoftext|> included")
     p.add_argument("--out", metavar="DIR", required=True, help="where to write; made if need be")
     split = p.add_mutually_exclusive_group()
     split.add_argument("--val", metavar="FILE", nargs="+", default=[], help="validation text (give it after the FILEs)")
@@ -399,6 +461,10 @@ def options():
 
     if not 0 <= o.val_fraction < 1:
         fail(f"--val-fraction {o.val_fraction}: must be at least 0 and less than 1")
+    if (o.tokenizer == "bpe") != (o.vocab_size is not None):
+        fail("--tokenizer bpe and --vocab-size N (8192, say) take each other")
+    if o.vocab_size is not None and not 257 <= o.vocab_size <= 1 << 16:
+        fail(f"--vocab-size {o.vocab_size}: must be from 257 to 65,536: 256 bytes, merges, and <|endoftext|>")
     if o.val and o.val_tail:
         fail("--val-tail: not with --val, which names the validation text")
     if not 1 <= o.shard_tokens <= MOST_SHARD_TOKENS:
@@ -424,13 +490,12 @@ def prepare(o):
         text, stamp = read(path, tokenizer.decoding if tokenizer else ("utf-8", "strict"))
         if tokenizer:
             tokenizer.learn(path, text)
-        else:
+        elif o.tokenizer == "chars":
             characters.update(text)
         text_bytes += stamp[0]
         documents.append(SimpleNamespace(path=path, length=len(text), stamp=stamp))
     train = [d for d in documents[:len(o.files)] if d.length]
     val = [d for d in documents[len(o.files):] if d.length]
-    tokenizer = tokenizer or chars_tokenizer(characters)
     cut(val, [0])
     cut(train, [])
     if o.val_tail:
@@ -441,6 +506,12 @@ def prepare(o):
     if no_training or no_validation and (o.val or o.val_fraction > 0):
         fail(f"there is no text for {'training' if no_training else 'validation'}: what was given has "
              f"{count(text_bytes, 'byte')} in all")
+
+    if o.tokenizer == "bpe":
+        texts = parts(train, "train", ("utf-8", "strict"))
+        tokenizer = learn_bpe((piece for text, _ in texts for piece in pieces(text)), o.vocab_size)
+    elif o.tokenizer == "chars":
+        tokenizer = chars_tokenizer(characters)
 
     # Later readings. All is written aside and moved into place at the end, so DIR never mixes two texts.
     output, counts = Output(o), {}
@@ -457,6 +528,8 @@ def prepare(o):
              for split, numbers in counts.items() for i, n in enumerate(numbers)]
     lines.append(f"{os.path.join(o.out, 'tokenizer.bin')}: a vocabulary of {count(len(tokenizer.tokens), 'token')}, "
                  f"{text_bytes / sum(map(sum, counts.values())):.2f} bytes of text per token")
+    if o.vocab_size and len(tokenizer.tokens) < o.vocab_size:
+        lines.append(f"fewer than --vocab-size {o.vocab_size:,}: the training text has no more pairs to merge")
     if counts["val"] and not o.val:
         lines.append("validation: " + summary(train, o.val_tail))
     lines += [f"left out: {d.path} is empty" for d in documents if not d.length]

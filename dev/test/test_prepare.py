@@ -90,19 +90,48 @@ def read_shards(folder, split):
     return list(tokens), counts
 
 
-def read_tokenizer(folder):
-    """The bytes of every token."""
+def read_tokenizer(folder, with_appendix=False):
+    """The bytes of every token, and what may follow them."""
     data = (folder / "tokenizer.bin").read_bytes()
     header = struct.unpack("<256i", data[:1024])
-    n, end_of_text = header[2:4]
-    assert header[:2] == (20240328, 2) and not any(header[4:])
+    n, end_of_text, appendix = header[2:5]
+    assert header[:2] == (20240328, 2) and not any(header[5:])
     tokens, at = [], 1024
     for _ in range(n):
         tokens.append(data[at + 1:at + 1 + data[at]])
         at += 1 + data[at]
-    assert at == len(data)
+    assert at == len(data) - appendix
     assert end_of_text == n - 1 and tokens[end_of_text] == EOT
-    return tokens
+    return (tokens, data[at:]) if with_appendix else tokens
+
+
+def encode_by_file(folder, text):
+    """Byte-level BPE with nothing but tokenizer.bin: words by the appendix's letters, numbers and white space; in each
+    word that is no token, merges by the lowest token."""
+    tokens, appendix = read_tokenizer(folder, with_appendix=True)
+    classes, at = [], 0
+    for _ in range(3):
+        n, = struct.unpack_from("<I", appendix, at)
+        ends = struct.unpack_from(f"<{2 * n}I", appendix, at + 4)
+        assert list(ends) == sorted(ends) and all(a + 1 < b for a, b in zip(ends[1::2], ends[2::2]))
+        classes.append("".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(ends[::2], ends[1::2])))
+        at += 4 + 8 * n
+    assert at == len(appendix)
+    L, N, S = classes
+    words = re.findall(f"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+", text)
+    assert "".join(words) == text
+    ranks = {token: i for i, token in enumerate(tokens[:-1])}
+    encoded = []
+    for word in words:
+        word = [word.encode()] if word.encode() in ranks else [bytes([b]) for b in word.encode()]
+        while True:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(word, word[1:])]
+            if min(pairs, default=len(ranks)) == len(ranks):
+                break
+            i = pairs.index(min(pairs))
+            word[i:i + 2] = [word[i] + word[i + 1]]
+        encoded += map(ranks.get, word)
+    return encoded
 
 
 def decode(folder, split):
@@ -220,6 +249,7 @@ def test_refuses(prepare, tmp_path):
     good = write(tmp_path / "good", "good text, " * 10)
     out = tmp_path / "out"
     chars = "--tokenizer", "chars", "--out", out
+    bpe = "--out", out, "--tokenizer", "bpe", "--vocab-size"
     refused(prepare(*chars, tmp_path / "missing"), "missing: No such file")
     refused(prepare(*chars, tmp_path), f"{tmp_path}: is a folder; name files in it")
     refused(prepare(*chars, good, write(tmp_path / "latin", b"12345 caf\xe9")), "latin: not UTF-8 at byte 9")
@@ -236,8 +266,13 @@ def test_refuses(prepare, tmp_path):
     refused(prepare(*chars, good, "--shard-tokens", "0"), "--shard-tokens")
     refused(prepare(*chars, good, "--shard-tokens", 2**30), "2 GiB")
     refused(prepare("--tokenizer", "words", "--out", out, good),
-            "--tokenizer words: must be bytes, chars, gpt2 or an existing tokenizer.bin")
+            "--tokenizer words: must be bytes, chars, bpe, gpt2 or an existing tokenizer.bin")
     refused(prepare("--out", out, good), "--tokenizer")
+    refused(prepare("--tokenizer", "bpe", "--out", out, good), "--vocab-size N")
+    refused(prepare(*chars, good, "--vocab-size", 300), "--vocab-size N")
+    for size in 256, 65537, -1:
+        refused(prepare(*bpe, size, good), f"--vocab-size {size}: must be")
+    refused(prepare(*bpe, 300, good), "pip install tokenizers")
     assert not out.exists()
     refused(prepare("--tokenizer", "bytes", "--out", good, good), "cannot be written")
     refused(prepare("--tokenizer", "bytes", "--out", good / "below", good), "cannot be written")
@@ -272,6 +307,18 @@ def test_gpt2(prepare, tmp_path, gpt2_bpe):
     assert 50256 not in train[1:]  # <|endoftext|> in a text is text
     assert decode(out, "train") == [b"", SAMPLE[:cut].encode()]
     assert decode(out, "val") == [SAMPLE[cut:].encode()]
+
+
+def test_tokenizer_file_says_how_to_encode(prepare, tmp_path, gpt2_bpe):
+    """Its tokens and its appendix are all that train_gpt2 knows about a vocabulary of byte-level BPE."""
+    r = random.Random(1)
+    characters = [chr(c) for c in r.sample([*range(0xD800), *range(0xE000, 0x110000)], 20_000)]
+    near = [chr(c) for c in range(0x3000)]
+    text = SAMPLE + "".join(characters) + "".join(r.choice([r.choice(near), " ", "'", "s", "7", "\n", "e"])
+                                                  for _ in range(20_000))
+    out = tmp_path / "out"
+    prepared(prepare("--tokenizer", "gpt2", "--out", out, "--val-fraction", 0, write(tmp_path / "a", text), bare=False))
+    assert encode_by_file(out, text) == read_shards(out, "train")[0][1:] == gpt2_bpe.encode_ordinary(text)
 
 
 def test_gpt2_long_text(prepare, tmp_path, test_data, gpt2_bpe):
@@ -395,18 +442,29 @@ def test_characters_without_a_token_are_bytes(prepare, tmp_path, vocabulary):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_gpt2_of_a_file(prepare, tmp_path, vocabulary, gpt2_bpe, version):
-    """llm.c's, too."""
-    text = write(tmp_path / "a", SAMPLE)
-    tokens = [gpt2_bpe.decode_single_token_bytes(i) for i in range(50257)]
-    file = vocabulary(tokens, 50256 if version == 2 else 0, version=version)
-    prepared(prepare("--tokenizer", file, "--out", tmp_path / "out", text, "--val-fraction", 0, bare=False))
-    assert read_shard(tmp_path / "out" / "train_000.bin") == [50256] + gpt2_bpe.encode_ordinary(SAMPLE)
-    assert (tmp_path / "out" / "tokenizer.bin").read_bytes() == file.read_bytes()
+    """llm.c's, too. It is written with the appendix that encoding needs."""
+    text, out = write(tmp_path / "a", SAMPLE), tmp_path / "out"
+    prepared(prepare("--tokenizer", "gpt2", "--out", tmp_path / "gpt2", text, "--val-fraction", 0, bare=False))
+    file = vocabulary(gpt2_bpe.decode_tokens_bytes(range(50257)), 50256 if version == 2 else 0, version=version)
+    prepared(prepare("--tokenizer", file, "--out", out, text, "--val-fraction", 0, bare=False))
+    assert contents(out) == contents(tmp_path / "gpt2")
+    prepared(prepare("--tokenizer", out / "tokenizer.bin", "--out", out, text, "--val-fraction", 0, "--overwrite",
+                     bare=False))
+    assert contents(out) == contents(tmp_path / "gpt2")
     refused(prepare("--tokenizer", file, "--out", tmp_path / "bare", text), "pip install tiktoken")
-    file = vocabulary(tokens[::-1], 0)
-    refused(prepare("--tokenizer", file, "--out", tmp_path / "bare", text, bare=False), "nor GPT-2's")
-    file = vocabulary(tokens[:-1])
-    refused(prepare("--tokenizer", file, "--out", tmp_path / "bare", text), "nor GPT-2's")
+
+
+def test_merges_of_a_file(prepare, tmp_path, vocabulary):
+    """In any order, with bytes anywhere, without <|endoftext|>; but all bytes must be there."""
+    pytest.importorskip("tiktoken")
+    text, out = write(tmp_path / "a", "ababab ab abb\r\nba"), tmp_path / "out"
+    tokens = [b"abab", b"\r\n", *(bytes([b]) for b in reversed(range(256))), b" a", b"ab", b"ab", b" ab"]
+    prepared(prepare("--tokenizer", vocabulary(tokens), "--out", out, text, "--val-fraction", 0, bare=False))
+    assert [tokens[token] for token in read_shard(out / "train_000.bin")] == [
+        b"abab", b"ab", b" ab",  # a word that is a token is not merged
+        b" ab", b"b", b"\r", b"\n", b"b", b"a"]
+    file = vocabulary(tokens[:2] + tokens[3:])
+    refused(prepare("--tokenizer", file, "--out", tmp_path / "no", text, bare=False), str(file), "nor all bytes and")
 
 
 def test_damaged_tokenizers(prepare, tmp_path, vocabulary):
@@ -448,7 +506,7 @@ def test_a_tokenizer_is_a_regular_file(prepare, tmp_path):
     text = write(tmp_path / "a", "text" * 10)
     os.mkfifo(tmp_path / "pipe")
     for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "is a folder"),
-                        ("/dev/zero", "not a regular file"), (text / "below", "must be bytes, chars, gpt2 or")):
+                        ("/dev/zero", "not a regular file"), (text / "below", "must be bytes, chars, bpe, gpt2 or")):
         refused(prepare("--tokenizer", path, "--out", tmp_path / "out", text), str(path), words)
     if os.geteuid() != 0:
         text.chmod(0)
