@@ -64,6 +64,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <tuple>
 #include <unordered_map>
 #include <utility>
+#include <variant>
 #include <vector>
 #include <fcntl.h>
 #include <glob.h>
@@ -1212,8 +1213,7 @@ static const Setting config_settings[] = {
      [](const Config&) { return 0; }, "depth: and also the N layers just below [0]"},
 };
 
-enum Schedule { COSINE, LINEAR, CONSTANT, WSD };
-static const char* const schedule_names[] = {"cosine", "linear", "constant", "wsd"};
+enum Schedule { COSINE, LINEAR, CONSTANT, WSD };  // in the order of the choices of --schedule
 
 // A number below its option's range means "not set"; a default that depends on the model or the data replaces it.
 struct Options {
@@ -1245,103 +1245,86 @@ enum Persistence { TRANSIENT, FIXED, CHANGEABLE };
 
 struct Option {
     const char* name;
+    std::variant<std::string*, std::vector<std::string>*, bool*, int*, double*> place;  // of its value
     std::string form;  // of its value, as --help shows it: N and X are numbers, a|b|c are choices, "" makes it a flag
     int commands;
     Persistence persistence;
     const char* help;
-    bool given = false;        // on the command line
-    std::string initial = "";  // its default, as text
+    double low = 0, high = INT_MAX;  // range of a number; a choice is stored as its index
+    bool given = false;              // on the command line
+    std::string initial = "";        // its default, as text
 
-    // Where its value goes: exactly one of these is set. A choice is stored as its index.
-    std::string* text = nullptr;
-    std::vector<std::string>* texts = nullptr;  // of an option that may be given several times
-    bool* flag = nullptr;
-    int* integer = nullptr;
-    double* real = nullptr;
-    double low = 0, high = 0;  // range of a number
-    std::vector<std::string> choices = {};
-
-    Option(const char* name, std::string& value, const char* form, int commands, Persistence p, const char* help)
-        : name(name), form(form), commands(commands), persistence(p), help(help), text(&value) {}
-    Option(const char* name, std::vector<std::string>& values, const char* form, int commands, const char* help)
-        : name(name), form(form), commands(commands), persistence(TRANSIENT), help(help), texts(&values) {}
-    Option(const char* name, bool& value, int commands, Persistence p, const char* help)
-        : name(name), form(""), commands(commands), persistence(p), help(help), flag(&value) {}
-    Option(const char* name, int& value, int low, int high, int commands, Persistence p, const char* help)
-        : name(name), form("N"), commands(commands), persistence(p), help(help), integer(&value), low(low), high(high)
-    {}
-    Option(const char* name, double& value, double low, double high, int commands, Persistence p, const char* help)
-        : name(name), form("X"), commands(commands), persistence(p), help(help), real(&value), low(low), high(high) {}
-    template <size_t N>
-    Option(const char* name, int& value, const char* const (&names)[N], int commands, Persistence p, const char* help)
-        : name(name), commands(commands), persistence(p), help(help), integer(&value), choices(names, names + N) {
-        for (const std::string& choice : choices) form += (form.empty() ? "" : "|") + choice;
+    template <class T> T* as() const {  // where its value goes, or null if that is no T
+        auto found = std::get_if<T*>(&place);
+        return found ? *found : nullptr;
     }
 };
 using OptionTable = std::vector<Option>;
 
 // The option's value as text, or "" if it is not set. A real number has the fewest digits that give it back exactly.
 static std::string value_text(const Option& o) {
-    if (o.text) return *o.text;
-    if (o.texts) return "";
-    if (o.flag) return *o.flag ? "yes" : "";
-    if (o.real ? *o.real < o.low : *o.integer < o.low) return "";
-    if (o.integer) return o.choices.empty() ? std::to_string(*o.integer) : o.choices[*o.integer];
+    if (auto text = o.as<std::string>()) return *text;
+    if (auto flag = o.as<bool>()) return *flag ? "yes" : "";
+    if (auto n = o.as<int>()) return *n < o.low ? "" : o.form == "N" ? std::to_string(*n) : split(o.form, '|')[*n];
+    auto x = o.as<double>();
+    if (!x || *x < o.low) return "";
     char digits[32];
-    return std::string(digits, std::to_chars(digits, digits + sizeof digits, *o.real).ptr);
+    return std::string(digits, std::to_chars(digits, digits + sizeof digits, *x).ptr);
 }
 
 [[maybe_unused]] static OptionTable option_table(Options& o) {
-    const int most = INT_MAX;
+    std::string attentions;
+    for (const char* name : attention_names) attentions += (attentions.empty() ? "" : "|") + std::string(name);
     OptionTable table = {
-        {"train", o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
-        {"val", o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
-        {"hellaswag", o.hellaswag, "FILE", EVAL, TRANSIENT, "instead: questions, in llm.c's format"},
-        {"by-position", o.by_position, EVAL, TRANSIENT, "also print the loss by position, as CSV"},
-        {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
-        {"resume", o.resume, TRAIN, TRANSIENT, "continue the run in DIR"},
-        {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
-        {"batch", o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE, FIXED, "sequences per forward pass"},
-        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [the model's context]"},
-        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]"},
-        {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
-        {"steps", o.steps, 1, most, TRAIN, CHANGEABLE, "updates in all [a pass over --train, at least 1000]"},
-        {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
-        {"min-lr", o.min_lr, 0, 10, TRAIN, FIXED, "final learning rate [1/10 of --lr]"},
-        {"warmup", o.warmup, 0, most, TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
-        {"schedule", o.schedule, schedule_names, TRAIN, FIXED, "decay after warmup; wsd: in the last fifth"},
-        {"weight-decay", o.weight_decay, 0, 10, TRAIN, FIXED, "weight decay of matrices and embeddings"},
-        {"beta1", o.beta1, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the gradient's mean"},
-        {"beta2", o.beta2, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the squared gradient's mean"},
-        {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
-        {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
-        {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "measure N tokens; 0: all [16384; eval: all]"},
-        {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
-        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each save, as DIR/model_STEP.bin"},
-        {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
-        {"prompt-file", o.prompt_file, "FILE", GENERATE, TRANSIENT, "the prompt is FILE's text; -: standard input's"},
-        {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
-        {"stop", o.stop, "TEXT", GENERATE, "end before TEXT, like $'\\n'; may be given again"},
-        {"stop-at-end", o.stop_at_end, GENERATE, TRANSIENT, "end at end-of-text instead of beginning a new text"},
-        {"samples", o.samples, 1, most, GENERATE, TRANSIENT, "number of texts; each has the next seed"},
-        {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
-        {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
-        {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, CHANGEABLE, "sample from the N most likely tokens; 0: all"},
-        {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X"},
-        {"repetition-penalty", o.repetition_penalty, 0.01, 100, GENERATE, TRANSIENT,
-         "above 1: avoid tokens that the text has"},
-        {"model", o.model, "NAME|FILE", EVERY, FIXED, "file, or shape like gpt2-medium or gpt2-xl [gpt2]"},
-        {"attention", o.attention, attention_names, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
-        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
-        {"precision", o.precision, precision_names, EVERY, FIXED, "format of weights and activations"},
-        {"seed", o.seed, 0, most, EVERY, FIXED, "random seed: weights, data order, samples"},
+        {"train", &o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
+        {"val", &o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
+        {"hellaswag", &o.hellaswag, "FILE", EVAL, TRANSIENT, "instead: questions, in llm.c's format"},
+        {"by-position", &o.by_position, "", EVAL, TRANSIENT, "also print the loss by position, as CSV"},
+        {"out", &o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
+        {"resume", &o.resume, "", TRAIN, TRANSIENT, "continue the run in DIR"},
+        {"overwrite", &o.overwrite, "", TRAIN, TRANSIENT, "replace the run in DIR"},
+        {"batch", &o.batch, "N", TRAIN | EVAL | DESCRIBE, FIXED, "sequences per forward pass", 1, 65535},
+        {"sequence", &o.sequence, "N", TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [the model's context]", 1},
+        {"total-batch", &o.total_batch, "N", TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]", 1},
+        {"recompute", &o.recompute, "", TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
+        {"steps", &o.steps, "N", TRAIN, CHANGEABLE, "updates in all [a pass over --train, at least 1000]", 1},
+        {"lr", &o.lr, "X", TRAIN, FIXED, "peak learning rate", 0, 10},
+        {"min-lr", &o.min_lr, "X", TRAIN, FIXED, "final learning rate [1/10 of --lr]", 0, 10},
+        {"warmup", &o.warmup, "N", TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
+        {"schedule", &o.schedule, "cosine|linear|constant|wsd", TRAIN, FIXED,
+         "decay after warmup; wsd: in the last fifth"},
+        {"weight-decay", &o.weight_decay, "X", TRAIN, FIXED, "weight decay of matrices and embeddings", 0, 10},
+        {"beta1", &o.beta1, "X", TRAIN, FIXED, "AdamW: decay of the gradient's mean", 0, 0.9999999},
+        {"beta2", &o.beta2, "X", TRAIN, FIXED, "AdamW: decay of the squared gradient's mean", 0, 0.9999999},
+        {"clip", &o.clip, "X", TRAIN, FIXED, "maximum norm of the gradient; 0: no limit", 0, 1e6},
+        {"log-every", &o.log_every, "N", TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
+        {"val-every", &o.val_every, "N", TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
+        {"val-tokens", &o.val_tokens, "N", TRAIN | EVAL, CHANGEABLE, "measure N tokens; 0: all [16384; eval: all]"},
+        {"sample-every", &o.sample_every, "N", TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
+        {"save-every", &o.save_every, "N", TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
+        {"keep", &o.keep, "", TRAIN, CHANGEABLE, "also keep each save, as DIR/model_STEP.bin"},
+        {"prompt", &o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
+        {"prompt-file", &o.prompt_file, "FILE", GENERATE, TRANSIENT, "the prompt is FILE's text; -: standard input's"},
+        {"prompt-tokens", &o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers: 1,2,3"},
+        {"stop", &o.stop, "TEXT", GENERATE, TRANSIENT, "end before TEXT, like $'\\n'; may be given again"},
+        {"stop-at-end", &o.stop_at_end, "", GENERATE, TRANSIENT, "end at end-of-text instead of beginning a new text"},
+        {"samples", &o.samples, "N", GENERATE, TRANSIENT, "number of texts; each has the next seed", 1},
+        {"tokens", &o.tokens, "N", TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
+        {"temperature", &o.temperature, "X", TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy", 0, 100},
+        {"top-k", &o.top_k, "N", TRAIN | GENERATE, CHANGEABLE, "sample from the N likeliest tokens; 0: all", 0, 65536},
+        {"top-p", &o.top_p, "X", TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X", 0, 1},
+        {"repetition-penalty", &o.repetition_penalty, "X", GENERATE, TRANSIENT,
+         "above 1: avoid tokens that the text has", 0.01, 100},
+        {"model", &o.model, "NAME|FILE", EVERY, FIXED, "file, or shape like gpt2-medium or gpt2-xl [gpt2]"},
+        {"attention", &o.attention, attentions, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
+        {"tokenizer", &o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
+        {"precision", &o.precision, "fp32|bf16", EVERY, FIXED, "format of weights and activations"},
+        {"seed", &o.seed, "N", EVERY, FIXED, "random seed: weights, data order, samples"},
     };
     for (const Setting& s : config_settings) {
         o.wanted.*s.field = -1;  // not set
         const int commands = s.attention == SHAPE ? SHAPES : (int)EVERY;
-        table.emplace_back(s.name, o.wanted.*s.field, s.low, s.high, commands, FIXED, s.help);
+        table.push_back({s.name, &(o.wanted.*s.field), "N", commands, FIXED, s.help, (double)s.low, (double)s.high});
     }
     for (Option& option : table) option.initial = value_text(option);
     return table;
@@ -1357,28 +1340,29 @@ static bool is_given(OptionTable& table, const char* name) { return find_option(
 
 // Sets the option. Returns what is wrong with the text, or "".
 static std::string set_value(Option& o, const std::string& text) {
-    if (o.text) {
-        if (text.empty() && o.form == "LIST") return "is empty";
-        *o.text = text;
-    } else if (o.texts) {
-        if (text.empty()) return "is empty";
-        o.texts->push_back(text);
-    } else if (o.flag) {
-        *o.flag = true;
-    } else if (!o.choices.empty()) {
-        auto found = std::find(o.choices.begin(), o.choices.end(), text);
-        if (found == o.choices.end()) return "must be one of " + o.form;
-        *o.integer = found - o.choices.begin();
+    auto n = o.as<int>();
+    auto texts = o.as<std::vector<std::string>>();
+    if (text.empty() && (texts || o.form == "LIST")) return "is empty";
+    if (texts) {
+        texts->push_back(text);
+    } else if (auto only = o.as<std::string>()) {
+        *only = text;
+    } else if (auto flag = o.as<bool>()) {
+        *flag = true;
+    } else if (n && o.form != "N") {
+        const std::vector<std::string> choices = split(o.form, '|');
+        const auto found = std::find(choices.begin(), choices.end(), text);
+        if (found == choices.end()) return "must be one of " + o.form;
+        *n = found - choices.begin();
     } else {
         // strtod also accepts spaces, hexadecimal numbers and "nan"; the letters allowed here exclude those.
         char* end;
-        double x = strtod(text.c_str(), &end);
-        const char* allowed = o.integer ? "-0123456789" : "+-.0123456789eE";
-        if (text.empty() || text.find_first_not_of(allowed) != text.npos || *end)
-            return o.integer ? "must be a whole number" : "must be a number";
+        const double x = strtod(text.c_str(), &end);
+        if (text.empty() || text.find_first_not_of(n ? "-0123456789" : "+-.0123456789eE") != text.npos || *end)
+            return n ? "must be a whole number" : "must be a number";
         if (!(o.low <= x && x <= o.high)) return format("must be from %.10g to %.10g", o.low, o.high);
-        if (o.integer) *o.integer = x;
-        else *o.real = x;
+        if (n) *n = x;
+        else *o.as<double>() = x;
     }
     return "";
 }
@@ -1433,10 +1417,10 @@ static bool parse_options(OptionTable& table, const std::vector<std::string>& wo
         if (!o) die("%s has no option --%s; %s", command, name.c_str(), suggestion(table, word, help).c_str());
         const char* form = o->form.c_str();
         if (word.find('=') != word.npos) die("%s: use a space instead of '=': --%s %s", word.c_str(), o->name, form);
-        if (o->given && !o->texts) die("--%s is given twice", o->name);
+        if (o->given && !o->as<std::vector<std::string>>()) die("--%s is given twice", o->name);
         o->given = true;
-        if (o->flag) {
-            *o->flag = true;
+        if (o->form.empty()) {
+            set_value(*o, "");
             continue;
         }
         // A word that begins with -- is the next option rather than a value, but a TEXT may begin so.
@@ -1766,7 +1750,7 @@ static size_t word_end(const CharacterClasses& classes, const std::string& text,
 static void encode_word(std::vector<int>& tokens, const TokenNumbers& token_of, std::string_view word) {
     if (auto whole = token_of.find(word); whole != token_of.end()) return tokens.push_back(whole->second);
     const size_t n = word.size();
-    std::vector<size_t> next(n), previous(n + 1);  // where the neighbors of the part at a byte begin; 0: none begins here
+    std::vector<size_t> next(n), previous(n + 1);  // where the neighbors of the part at a byte begin; 0: no part there
     using Merge = std::tuple<int, size_t, size_t>;  // a token, where its first part begins, where its second ends
     std::priority_queue<Merge, std::vector<Merge>, std::greater<>> merges;
     auto consider = [&](size_t begin) {  // the part there and the one after it
@@ -2982,7 +2966,7 @@ static void print_start(const Run& run, size_t memory_needed) {
     for (const Option& option : run.table) {
         std::string value = value_text(option);
         const bool of_model = option.commands == EVERY || option.commands == SHAPES;
-        if (option.text || value.empty() || of_model || option.persistence == TRANSIENT) continue;
+        if (option.as<std::string>() || value.empty() || of_model || option.persistence == TRANSIENT) continue;
         const std::string word = format(" %s %s", option.name, value.c_str());
         if (line.size() + word.size() > 80) printf("%s\n", line.c_str()), line = format("%10s", "");
         line += word;

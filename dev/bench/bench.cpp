@@ -302,7 +302,7 @@ static OptionTable bench_options(Options& o, bool& profile) {
     };
     take("steps", "training steps to time, after one to warm up [5]");
     take("tokens", "tokens to generate; 0: only train [1/16 of the context]");
-    table.push_back({"profile", profile, DESCRIBE, TRANSIENT, "also show where the time of a training step goes"});
+    table.push_back({"profile", &profile, "", DESCRIBE, TRANSIENT, "also show where the time of a training step goes"});
     std::erase_if(table, [](const Option& option) { return !(option.commands & DESCRIBE); });
     return table;
 }
