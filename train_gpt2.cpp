@@ -1670,8 +1670,7 @@ static size_t utf8_length(uint8_t first) {
 }
 
 // Makes a stream of bytes valid UTF-8, a character once it is complete, as Python's errors="replace" does: each longest
-// run of bytes that begins a character without completing it becomes one U+FFFD, and so does each byte that cannot begin
-// a character.
+// run of bytes that begins a character without completing it becomes one U+FFFD, and so does each byte that begins none.
 struct Utf8Stream {
     std::string ready = "", held = "";  // complete characters, for the caller to take; an incomplete one
 
@@ -1787,8 +1786,8 @@ static std::vector<int> encode_pairs(const Tokenizer& t, const TokenNumbers& tok
     const std::string& text = stream.ready;
     const bool ascii = std::all_of(text.begin(), text.end(), [](char c) { return (uint8_t)c < 0x80; });
     if (!ascii && t.appendix == t.content.size())
-        die("%s: does not say which characters beyond ASCII are letters; prepare.py --tokenizer %s writes one that does",
-            t.path.c_str(), shell_word(t.path).c_str());
+        die("%s: does not say which characters beyond ASCII are letters; prepare.py --tokenizer %s writes a file that "
+            "does", t.path.c_str(), shell_word(t.path).c_str());
     const CharacterClasses classes = character_classes(t);
     std::vector<int> tokens;
     for (size_t at = 0, end; at < text.size(); at = end) {
@@ -2468,6 +2467,27 @@ static void show_line(const std::string& text, bool stays) {
     fflush(stdout);
 }
 
+// Computes the losses of windows 0 ... n-1, of T tokens and targets, B at a time: read(i, x, y) sets those of window i,
+// take(i, y, losses) gets their losses.
+static void for_each_window(Model* model, size_t n, const char* name, auto read, auto take) {
+    const size_t B = model->work.B, T = model->work.T;
+    std::vector<int> x(B * T), y(B * T);
+    std::vector<float> losses(B * T);
+    double shown = seconds();
+    for (size_t first = 0; first < n; first += B) {
+        const size_t count = std::min(B, n - first);  // of the last batch, other rows do not count
+        for (size_t b = 0; b < count; b++) read(first + b, &x[b * T], &y[b * T]);
+        model_set_inputs(model, x.data(), y.data());
+        model_forward(model, false, 1);
+        model_token_losses(model, losses.data());
+        for (size_t b = 0; b < count; b++) take(first + b, &y[b * T], &losses[b * T]);
+        if (!on_terminal() || seconds() < shown + 0.1) continue;
+        show_line(format("%s: %zu of %zu", name, first + count, n), false);
+        shown = seconds();
+    }
+    model_loss(model);  // so that these forwards do not count in the next training loss
+}
+
 struct Evaluation {
     double loss = 0;     // mean cross-entropy, nats per token
     double entropy = 0;  // of the tokens' frequencies: the loss of the best prediction without context
@@ -2478,36 +2498,23 @@ struct Evaluation {
 // The loss over all windows, or over as many as have --val-tokens, spread evenly.
 static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shard>& shards, const Options& o,
                            const Tokenizer& tokenizer) {
-    const size_t B = o.batch, T = o.sequence;
-    const size_t all = window_count(shards, T);
+    const size_t T = o.sequence, all = window_count(shards, T);
     const size_t total = o.val_tokens > 0 ? std::clamp<size_t>(o.val_tokens / T, 1, all) : all;
     for (const Shard& s : shards) {
         InputFile f = open_file(s.path);
         if (fingerprint(f) != s.fingerprint) die("%s: has changed since the program started", s.path.c_str());
         close(f.fd);
     }
-    std::vector<int> x(B * T), y(B * T);
-    std::vector<float> losses(B * T);
+    Evaluation e = {.tokens = total * T, .by_position = std::vector<double>(T)};
     std::vector<size_t> counts(c.V);
-    Evaluation e = {.by_position = std::vector<double>(T)};
-    double shown = seconds();
-    for (size_t first = 0; first < total; first += B) {
-        size_t n = std::min(B, total - first);  // the last batch may have fewer windows; its other rows do not count
-        for (size_t b = 0; b < n; b++) read_window(shards, (first + b) * all / total, &x[b * T], &y[b * T], T, c.V);
-        model_set_inputs(model, x.data(), y.data());
-        model_forward(model, false, 1);
-        model_token_losses(model, losses.data());
-        for (size_t i = 0; i < n * T; i++) {
-            e.loss += losses[i];
-            e.by_position[i % T] += losses[i] / total;
-            counts[y[i]]++;
+    auto read = [&](size_t i, int* x, int* y) { read_window(shards, i * all / total, x, y, T, c.V); };
+    for_each_window(model, total, "validation windows", read, [&](size_t, const int* y, const float* losses) {
+        for (size_t t = 0; t < T; t++) {
+            e.loss += losses[t];
+            e.by_position[t] += losses[t] / total;
+            counts[y[t]]++;
         }
-        e.tokens += n * T;
-        if (!on_terminal() || seconds() < shown + 0.1) continue;
-        show_line(format("validation: %zu of %zu windows", first + n, total), false);
-        shown = seconds();
-    }
-    model_loss(model);  // so that these forwards do not count in the next training loss
+    });
     e.loss /= e.tokens;
     for (int i = 0; i < c.V; i++) {
         double p = (double)counts[i] / e.tokens;
@@ -2520,16 +2527,16 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 // --------------------------------------------------------------------------------------------------------------------
 // HellaSwag and its like: which of several endings continues a text? (Zellers et al. 2019)
 //
-// The file is llm.c's: the header, [0] magic, [1] version 1, [2] number of questions; then each question, uint16: 65535,
-// its length in bytes, its index, index of the right ending, number of endings; n and the n tokens of the context; n and
-// the n tokens of each ending.
+// The file is llm.c's: the header, [0] magic, [1] version 1, [2] number of questions; then each question, in uint16:
+// 65535, its length in bytes, its index, index of the right ending, number of endings; n and the n tokens of the
+// context; n and the n tokens of each ending.
 
 struct Ending {
     size_t question;
     bool right;
-    std::vector<int> tokens;  // the context's, then its own
-    size_t begin;             // of its own
-    double loss;              // summed over its own
+    std::vector<int> tokens;    // the context's, then its own
+    size_t begin;               // of its own
+    double loss = 0, mean = 0;  // of its own: their sum, their mean
 };
 
 static std::vector<Ending> read_questions(const std::string& path, int V) {
@@ -2553,55 +2560,28 @@ static std::vector<Ending> read_questions(const std::string& path, int V) {
     auto append = [&](std::vector<int>& tokens) {
         for (int n = next(1, 65534, "a number of tokens"); n > 0; n--) tokens.push_back(next(0, V - 1, "a token"));
     };
-    for (; question < (size_t)std::max(h[2], 0) || at < end; question++) {
+    for (; at < end; question++) {
         next(65535, 65535, "a question's first number");
         at += 4;  // its length and index follow from the rest
         const int right = next(0, 65535, "a label"), n = next(right + 1, 65535, "a number of endings");
         std::vector<int> context;
         append(context);
         for (int i = 0; i < n; i++) {
-            endings.push_back({question, i == right, context, context.size(), 0});
+            endings.push_back({question, i == right, context, context.size()});
             append(endings.back().tokens);
         }
     }
-    if (h[2] < 1 || question != (size_t)h[2])
+    if (question == 0 || question != (size_t)h[2])
         die("%s: damaged: %s, but its header says %d", name, plural(question, "question").c_str(), h[2]);
     return endings;
 }
 
-// Share of the questions whose right ending has the lowest loss, as a sum over its tokens or as a mean
-static double accuracy(const std::vector<Ending>& endings, bool mean) {
-    size_t questions = 0, right = 0;
-    auto loss = [&](const Ending& e) { return mean ? e.loss / (e.tokens.size() - e.begin) : e.loss; };
-    for (size_t i = 0; i < endings.size(); questions++) {
-        size_t best = i;
-        for (const size_t question = endings[i].question; i < endings.size() && endings[i].question == question; i++)
-            if (loss(endings[i]) < loss(endings[best])) best = i;
-        right += endings[best].right;
-    }
-    return (double)right / questions;
-}
-
-// Sets the losses of the endings.
-static void evaluate_endings(Model* model, std::vector<Ending>& endings, size_t B, size_t T) {
-    std::vector<float> losses(B * T);
-    for (size_t first = 0; first < endings.size(); first += B) {
-        const size_t n = std::min(B, endings.size() - first);
-        std::vector<int> x(B * T), y(B * T);
-        for (size_t b = 0; b < n; b++) {
-            const std::vector<int>& tokens = endings[first + b].tokens;
-            std::copy(tokens.begin(), tokens.end() - 1, &x[b * T]);
-            std::copy(tokens.begin() + 1, tokens.end(), &y[b * T]);
-        }
-        model_set_inputs(model, x.data(), y.data());
-        model_forward(model, false, 1);
-        model_token_losses(model, losses.data());
-        for (size_t b = 0; b < n; b++) {
-            Ending& e = endings[first + b];
-            for (size_t t = e.begin; t < e.tokens.size(); t++) e.loss += losses[b * T + t - 1];
-        }
-        if (on_terminal()) show_line(format("endings: %zu of %zu", first + n, endings.size()), false);
-    }
+// Share of the questions whose right ending has the lowest loss
+static double accuracy(const std::vector<Ending>& endings, double Ending::*loss) {
+    std::vector<const Ending*> best(endings.back().question + 1);
+    for (const Ending& e : endings)
+        if (const Ending*& so_far = best[e.question]; !so_far || e.*loss < so_far->*loss) so_far = &e;
+    return (double)std::ranges::count(best, true, &Ending::right) / best.size();
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -2618,8 +2598,8 @@ static int tokens_to_read(int maxT, int cached, int n) {
     return n <= room ? n : half + (n - room - 1) % round;
 }
 
-// Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become l/penalty
-// where l > 0, else l·penalty.
+// Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become
+// l/penalty where l > 0, else l·penalty.
 static void penalize_repetition(std::vector<float>& logits, const std::vector<int>& tokens, double penalty) {
     if (penalty == 1) return;
     std::vector<bool> seen(logits.size());
@@ -3264,13 +3244,21 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
     for (const Ending& e : endings) longest = std::max(longest, e.tokens.size());
     if (longest - 1 > (size_t)c.maxT)
         die("%s: a question has %zu tokens, more than the model's context, %d", o.hellaswag.c_str(), longest, c.maxT);
-    const Workload work = {.B = o.batch, .T = (int)longest - 1};
-    Model* model = load_model(file, c, o, work);
-    evaluate_endings(model, endings, work.B, work.T);
+    Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)longest - 1});
+    auto read = [&](size_t i, int* x, int* y) {
+        const std::vector<int>& tokens = endings[i].tokens;
+        std::copy(tokens.begin(), tokens.end() - 1, x);
+        std::copy(tokens.begin() + 1, tokens.end(), y);
+    };
+    for_each_window(model, endings.size(), "endings", read, [&](size_t i, const int*, const float* losses) {
+        Ending& e = endings[i];
+        for (size_t t = e.begin; t < e.tokens.size(); t++) e.loss += losses[t - 1];
+        e.mean = e.loss / (e.tokens.size() - e.begin);
+    });
     show_line(format("data       %s with %s", plural(endings.back().question + 1, "question").c_str(),
                      plural(endings.size(), "ending").c_str()), true);
     printf("accuracy   %.4f\nnormalized %.4f: by the mean over an ending's tokens instead of their sum\n",
-           accuracy(endings, false), accuracy(endings, true));
+           accuracy(endings, &Ending::loss), accuracy(endings, &Ending::mean));
     model_free(model);
 }
 
