@@ -3041,18 +3041,25 @@ static bool is_due(int every, const Run& run) {
 
 // Gives DIR/model.bin its second names: best.bin, and a numbered one with --keep. They cost no space.
 static void name_checkpoint(const Run& run) {
+    const std::string model = run.path("model.bin");
     std::vector<std::string> names;
     if (run.best_step == run.step) names.push_back("best.bin");
-    const bool keep = run.o.keep && run.step > 0 && is_due(run.o.save_every, run);
-    if (keep) names.push_back(format("model_%06d.bin", run.step));
+    if (run.o.keep && run.step > 0 && is_due(run.o.save_every, run))
+        names.push_back(format("model_%06d.bin", run.step));
     for (const std::string& name : names) {
         const std::string path = run.path(name), temporary = path + ".tmp";
         std::error_code error;
         unlink(temporary.c_str());
-        std::filesystem::create_hard_link(run.path("model.bin"), temporary, error);
-        if (!error) std::filesystem::rename(temporary, path);
-        else if (run.model) write_checkpoint(path, run.model, run.c, run_state(run));  // a file system without links
-        unlink(temporary.c_str());  // rename leaves it if both are already names of the same file
+        std::filesystem::create_hard_link(model, temporary, error);
+        if (!error) {
+            std::filesystem::rename(temporary, path);
+            unlink(temporary.c_str());  // rename leaves it if both are already names of the same file
+        } else {  // a file system without links
+            OutputFile copy = create_file(path);
+            std::filesystem::copy_file(model, temporary, std::filesystem::copy_options::overwrite_existing, error);
+            if (error) die_writing(copy, error.message().c_str());
+            commit_file(copy);
+        }
     }
 }
 
