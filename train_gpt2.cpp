@@ -1670,7 +1670,7 @@ static size_t utf8_length(uint8_t first) {
 }
 
 // Makes a stream of bytes valid UTF-8, a character once it is complete, as Python's errors="replace" does: each longest
-// run of bytes that begins a character without completing it becomes one U+FFFD, and so does each byte that begins none.
+// run of bytes that begins a character without completing it becomes one U+FFFD, as does each byte that begins none.
 struct Utf8Stream {
     std::string ready = "", held = "";  // complete characters, for the caller to take; an incomplete one
 
@@ -2007,60 +2007,48 @@ struct Loader {
     int T = 0, V = 0;
     uint64_t seed = 0;
     uint64_t epoch = 0, position = 0;  // position: windows taken in this epoch
-    std::vector<uint32_t> order = {};  // of the shards, in this epoch
-    size_t rank = 0, taken = 0;        // the current shard is order[rank]; windows taken from it
+    size_t shard = 0, taken = 0;       // the current shard; windows taken from it
     LoadedShard current = {};
     std::future<LoadedShard> next = {};
 };
 
-static std::vector<uint32_t> shard_order(const Loader& l, uint64_t epoch) {
-    Random r = random_stream(l.seed, SHARD_ORDER, epoch);
-    return permutation(l.shards.size(), r);
-}
-
-static void use_shard(Loader& l, LoadedShard shard) {
-    l.current = std::move(shard);
-    if (!l.current.error.empty()) die("%s: %s", l.shards[l.order[l.rank]].path.c_str(), l.current.error.c_str());
-    bool last = l.rank + 1 == l.order.size();
-    uint64_t epoch = l.epoch + last;  // of the shard after this one, which is read ahead
-    size_t index = last ? shard_order(l, epoch)[0] : l.order[l.rank + 1];
-    const auto policy = std::launch::async | std::launch::deferred;  // deferred, to get(), if no thread can be started
-    l.next = std::async(policy, load_shard, l.shards[index], index, l.T, l.seed, epoch);
-}
-
-// Starts after `position` windows of the epoch.
-static void loader_start(Loader& l, uint64_t epoch, uint64_t position) {
-    l.epoch = epoch;
-    l.position = l.taken = position;
-    l.order = shard_order(l, epoch);
-    for (l.rank = 0; l.rank < l.order.size(); l.rank++) {
-        const Shard& s = l.shards[l.order[l.rank]];
-        Random r = random_stream(l.seed, WINDOW_ORDER, epoch, l.order[l.rank]);
-        size_t windows = window_count(s, l.T, window_phase(s, l.T, r));
-        if (l.taken < windows) break;
-        l.taken -= windows;
+// The shard that window `position` of an epoch belongs to, and which of its windows this is; nothing past the end
+static std::optional<std::pair<size_t, size_t>> find_window(const Loader& l, uint64_t epoch, uint64_t position) {
+    Random shard_order = random_stream(l.seed, SHARD_ORDER, epoch);
+    for (size_t shard : permutation(l.shards.size(), shard_order)) {
+        const Shard& s = l.shards[shard];
+        Random r = random_stream(l.seed, WINDOW_ORDER, epoch, shard);
+        const size_t windows = window_count(s, l.T, window_phase(s, l.T, r));
+        if (position < windows) return {{shard, position}};
+        position -= windows;
     }
-    if (l.rank == l.order.size()) die("the checkpoint's position is past the end of the data: these are other shards");
-    size_t index = l.order[l.rank];
-    use_shard(l, load_shard(l.shards[index], index, l.T, l.seed, epoch));
+    return {};
+}
+
+// Makes the shard current that the next window belongs to, and begins to read the one after it.
+static void use_shard(Loader& l) {
+    const auto place = find_window(l, l.epoch, l.position);
+    if (!place) die("the checkpoint's position is past the end of the data: these are other shards");
+    std::tie(l.shard, l.taken) = *place;
+    l.current = l.next.valid() ? l.next.get() : load_shard(l.shards[l.shard], l.shard, l.T, l.seed, l.epoch);
+    if (!l.current.error.empty()) die("%s: %s", l.shards[l.shard].path.c_str(), l.current.error.c_str());
+    uint64_t epoch = l.epoch;
+    auto after = find_window(l, epoch, l.position + l.current.order.size() - l.taken);
+    if (!after) after = find_window(l, ++epoch, 0);
+    const auto policy = std::launch::async | std::launch::deferred;  // deferred, to get(), if no thread can be started
+    l.next = std::async(policy, load_shard, l.shards[after->first], after->first, l.T, l.seed, epoch);
 }
 
 // Takes the next B windows: x, y (B, T).
 static void loader_batch(Loader& l, int* x, int* y, int B) {
     for (int b = 0; b < B; b++, x += l.T, y += l.T) {
         size_t at = l.current.phase + (size_t)l.current.order[l.taken] * l.T;
-        split_window(x, y, &l.current.tokens[at], l.T, l.V, l.shards[l.order[l.rank]], at);
+        split_window(x, y, &l.current.tokens[at], l.T, l.V, l.shards[l.shard], at);
         l.position++;
         l.taken++;
         if (l.taken < l.current.order.size()) continue;
-        l.taken = 0;
-        l.rank++;
-        if (l.rank == l.order.size()) {
-            l.epoch++;
-            l.position = l.rank = 0;
-            l.order = shard_order(l, l.epoch);
-        }
-        use_shard(l, l.next.get());
+        if (!find_window(l, l.epoch, l.position)) l.epoch++, l.position = 0;
+        use_shard(l);
     }
 }
 
@@ -2096,7 +2084,10 @@ static void read_window(const std::vector<Shard>& shards, size_t i, int* x, int*
 // Weights and state share one file, so they cannot disagree. Values are copied chunk by chunk.
 
 static size_t chunk_values = 1 << 20;  // values copied at a time; the tests set it lower
-constexpr size_t TRAILER_BYTES = 20;
+struct [[gnu::packed]] Trailer {
+    uint32_t magic = TRAILER_MAGIC, weights_crc = 0, state_crc = 0;
+    uint64_t length = 0;
+};
 
 static std::string config_text(const Config& c) {
     return format("%s, %s, %d channels, context %d, vocabulary %d (padded to %d)", plural(c.L, "layer").c_str(),
@@ -2113,7 +2104,6 @@ static std::string attention_text(const Config& c) {  // "NAME SETTINGS: what it
     if (c.attention == DEPTH) {
         const std::string name = format("depth %d/%d: ", c.depth_stride, c.depth_window);
         if (c.L == 1) return name + "one layer has none below it, so this is vanilla";
-        if (c.depth_stride == 1) return name + "each layer mixes in the values of all layers below it";
         std::string window = c.depth_window > 0 ? format(", and of the last %d", c.depth_window) : "";
         return name + format("each layer mixes in the values of layers 0, %d, ... below it", c.depth_stride) + window;
     }
@@ -2145,12 +2135,32 @@ struct ModelFile {
     size_t value_bytes = 0;  // 4, or 2 for bf16
     size_t values = 0;
     size_t state_bytes = 0;  // 0: weights only
-    bool trailer = false;
 };
 
 static size_t state_begin(const ModelFile& m) { return HEADER_BYTES + m.values * m.value_bytes; }
 
-// Opens a model or a checkpoint, and checks its header against its length.
+// Dies if the file is not what was once written.
+static void verify_model(const ModelFile& m) {
+    const char* name = m.file.path.c_str();
+    auto part_crc = [&](size_t begin, size_t end) {
+        std::vector<uint8_t> buffer(chunk_values);
+        uint32_t crc = 0;
+        for (size_t n; begin < end; begin += n) {
+            n = std::min(end - begin, buffer.size());
+            must_read_at(m.file, begin, buffer.data(), n);
+            crc = crc32(crc, buffer.data(), n);
+        }
+        return crc;
+    };
+    Trailer t;
+    const size_t end = m.file.size - sizeof t;
+    must_read_at(m.file, end, &t, sizeof t);
+    if (t.magic != TRAILER_MAGIC || t.length != m.file.size) die("%s: truncated: it has no trailer at its end", name);
+    if (part_crc(0, state_begin(m)) != t.weights_crc) die("%s: damaged: wrong checksum of the weights", name);
+    if (part_crc(state_begin(m), end) != t.state_crc) die("%s: damaged: wrong checksum of the training state", name);
+}
+
+// Opens a model or a checkpoint, and checks its header and, if there is a trailer, its content.
 static ModelFile open_model(const std::string& path) {
     const char* name = path.c_str();
     ModelFile m = {.file = open_file(path)};
@@ -2163,7 +2173,6 @@ static ModelFile open_model(const std::string& path) {
     if (!vanilla && m.version != 1003 && m.version != 1005)
         die("%s: model version %d is unknown; 3, 5, 1003 and 1005 are supported", name, m.version);
     if (h[255] != 0 && h[255] != 1) die("%s: damaged header: it ends in %d, not 0 or 1", name, h[255]);
-    m.trailer = h[255] == 1;
     m.value_bytes = m.version % 1000 == 5 ? 2 : 4;
     m.config.Vp = h[7];
     m.config.attention = h[8];
@@ -2174,35 +2183,13 @@ static ModelFile open_model(const std::string& path) {
     if (!error.empty()) die("%s: damaged header: %s", name, error.c_str());
 
     m.values = parameter_count(m.config);
-    size_t least = state_begin(m) + (m.trailer ? TRAILER_BYTES : 0);
-    if (m.file.size < least || (!m.trailer && m.file.size != least))
+    const bool trailer = h[255] == 1;  // llm.c's files have none
+    size_t least = state_begin(m) + (trailer ? sizeof(Trailer) : 0);
+    if (m.file.size < least || (!trailer && m.file.size != least))
         die("%s: truncated or damaged: %zu bytes, but its header says %zu", name, m.file.size, least);
+    if (trailer) verify_model(m);
     m.state_bytes = m.file.size - least;
     return m;
-}
-
-// Dies if the file is not what was once written. Without a trailer, as in llm.c's files, this cannot be told.
-static void verify_model(const ModelFile& m) {
-    if (!m.trailer) return;
-    const char* name = m.file.path.c_str();
-    auto part_crc = [&](size_t begin, size_t end) {
-        std::vector<uint8_t> buffer(chunk_values);
-        uint32_t crc = 0;
-        for (size_t n; begin < end; begin += n) {
-            n = std::min(end - begin, buffer.size());
-            must_read_at(m.file, begin, buffer.data(), n);
-            crc = crc32(crc, buffer.data(), n);
-        }
-        return crc;
-    };
-    uint32_t trailer[5];
-    uint64_t length;
-    const size_t end = m.file.size - TRAILER_BYTES;
-    must_read_at(m.file, end, trailer, TRAILER_BYTES);
-    memcpy(&length, trailer + 3, 8);
-    if (trailer[0] != TRAILER_MAGIC || length != m.file.size) die("%s: truncated: it has no trailer at its end", name);
-    if (part_crc(0, state_begin(m)) != trailer[1]) die("%s: damaged: wrong checksum of the weights", name);
-    if (part_crc(state_begin(m), end) != trailer[2]) die("%s: damaged: wrong checksum of the training state", name);
 }
 
 static bool finite(const std::vector<float>& values, size_t n) {
@@ -2279,7 +2266,7 @@ static void write_checkpoint(const std::string& path, const Model* model, const 
     write_file(f, h.data(), HEADER_BYTES);
     const size_t total = parameter_count(c);
     write_quantity(f, model, PARAMETERS, total);
-    uint32_t trailer[5] = {TRAILER_MAGIC, f.crc};
+    Trailer trailer = {.weights_crc = f.crc};
 
     f.crc = 0;
     std::string text;
@@ -2289,10 +2276,9 @@ static void write_checkpoint(const std::string& path, const Model* model, const 
     write_file(f, text.data(), n);
     write_quantity(f, model, MOMENT1, total);
     write_quantity(f, model, MOMENT2, total);
-    trailer[2] = f.crc;
-    uint64_t length = f.size + TRAILER_BYTES;
-    memcpy(trailer + 3, &length, 8);
-    write_file(f, trailer, TRAILER_BYTES);
+    trailer.state_crc = f.crc;
+    trailer.length = f.size + sizeof trailer;
+    write_file(f, &trailer, sizeof trailer);
     commit_file(f);
 }
 
@@ -2313,7 +2299,7 @@ static State read_state(const ModelFile& m) {
 
 // The tokenizer that was named, or lies beside the model, or beside the shards. All that are found must be equal, and
 // equal to the one that the model was trained with.
-static Tokenizer find_tokenizer(const std::string& named, const ModelFile* model,
+static Tokenizer find_tokenizer(const std::string& named, const std::optional<ModelFile>& model,
                                 const std::vector<std::string>& shard_paths) {
     const std::vector<std::string> shards = with_targets(shard_paths);
     State state = model ? read_state(*model) : State{};
@@ -2357,14 +2343,12 @@ static ModelFile open_weights(const Options& o, const char* command) {
     if (o.model.empty()) die("%s needs --model FILE, a model that train wrote", command);
     if (shapes.contains(o.model)) die("--model %s is a shape without weights; %s needs a model file", name, command);
     if (!exists(o.model) && errno == ENOENT) die("--model %s: no such file, nor a shape like gpt2 or gpt2-xl", name);
-    ModelFile m = open_model(o.model);
-    verify_model(m);
-    return m;
+    return open_model(o.model);
 }
 
 // c with an attention, whose settings come from the options, else from the file if it has that attention, else from the
 // defaults for c's shape.
-static Config with_attention(Config c, int attention, const Options& o, const ModelFile* file) {
+static Config with_attention(Config c, int attention, const Options& o, const std::optional<ModelFile>& file) {
     bool same = file && file->config.attention == attention;
     c.attention = attention;
     for (const Setting& s : config_settings) {
@@ -2379,7 +2363,8 @@ static Config with_attention(Config c, int attention, const Options& o, const Mo
 
 // The Config on which file, options and tokenizer agree. Sets the options that were not given. Settings of attentions
 // other than the chosen one are refused, unless the command compares all attentions.
-static Config configure(Options& o, const ModelFile* file, const Tokenizer& tokenizer, bool all_attentions = false) {
+static Config configure(Options& o, const std::optional<ModelFile>& file, const Tokenizer& tokenizer,
+                        bool all_attentions = false) {
     Config c;
     if (file) c = file->config;
     else if (shapes.contains(o.model)) std::tie(c.L, c.NH, c.C) = shapes.at(o.model);
@@ -2831,7 +2816,6 @@ static bool open_checkpoint(Run& run) {
     const std::string path = run.path("model.bin");
     const char* name = path.c_str();
     run.start = open_model(path);
-    verify_model(*run.start);
     run.state = read_state(*run.start);
     if (run.state.empty())
         die("%s has weights without training state; start a new run with --model %s", name, shell_word(path).c_str());
@@ -2879,9 +2863,8 @@ static void open_data(Run& run) {
     std::vector<std::string> train_paths = expand_glob("train", o.train), val_paths, paths = train_paths;
     if (!o.val.empty()) val_paths = expand_glob("val", o.val);
     paths.insert(paths.end(), val_paths.begin(), val_paths.end());
-    const ModelFile* start = run.start ? &*run.start : nullptr;
-    run.tokenizer = find_tokenizer(o.tokenizer, start, paths);
-    run.c = configure(o, start, run.tokenizer);
+    run.tokenizer = find_tokenizer(o.tokenizer, run.start, paths);
+    run.c = configure(o, run.start, run.tokenizer);
     run.train = open_run_shards(run, "train", train_paths);
     if (!o.val.empty()) run.val = open_run_shards(run, "val", val_paths);
 }
@@ -2959,7 +2942,8 @@ static void print_start(const Run& run, size_t memory_needed) {
 static void create_run_model(Run& run) {
     const Options& o = run.o;
     const int B = o.batch, T = o.sequence;
-    run.loader = {.shards = split_shards(run.train), .T = T, .V = run.c.V, .seed = (uint64_t)o.seed};
+    run.loader = {.shards = split_shards(run.train), .T = T, .V = run.c.V, .seed = (uint64_t)o.seed,
+                  .epoch = run.epoch, .position = run.position};
     const Workload work = {.B = B, .T = T, .train = true, .sequences = can_sample(run), .recompute = o.recompute};
     const size_t loading = device_is_host() ? loader_bytes(run.loader.shards, T) : 0;
     const int sequences = is_given(run.table, "total-batch") ? o.total_batch / T : 0;
@@ -2968,7 +2952,7 @@ static void create_run_model(Run& run) {
     run.y.resize((size_t)B * T);
     for (size_t i = 0; i < std::min<size_t>(B, window_count(run.val, T)); i++)  // wrong tokens are found now
         read_window(run.val, i, run.x.data(), run.y.data(), T, run.c.V);
-    loader_start(run.loader, run.epoch, run.position);
+    use_shard(run.loader);
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
@@ -2976,7 +2960,7 @@ static void create_run_model(Run& run) {
     if (run.start) read_parameters(*run.start, run.model);
     else initialize_parameters(run.model, run.c, o.seed);
     if (o.resume) {
-        const size_t size = 4 * run.start->values, moments = run.start->file.size - TRAILER_BYTES - 2 * size;
+        const size_t size = 4 * run.start->values, moments = run.start->file.size - sizeof(Trailer) - 2 * size;
         read_quantity(*run.start, run.model, MOMENT1, moments, 4);
         read_quantity(*run.start, run.model, MOMENT2, moments + size, 4);
     }
@@ -3274,8 +3258,8 @@ static void eval(Options& o, OptionTable&) {
     if (o.val.empty() == o.hellaswag.empty())
         die("eval needs --val GLOB, the shards to measure the loss on, or --hellaswag FILE");
     std::vector<std::string> paths = o.val.empty() ? std::vector<std::string>{} : expand_glob("val", o.val);
-    Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, paths);
-    Config c = configure(o, &file, tokenizer);
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, file, paths);
+    Config c = configure(o, file, tokenizer);
     FILE* out = o.by_position ? stderr : stdout;  // keeps the CSV apart
     fprintf(out, "model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
     fprintf(out, "attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
@@ -3297,8 +3281,8 @@ static void eval(Options& o, OptionTable&) {
 
 static void generate(Options& o, OptionTable&) {
     ModelFile file = open_weights(o, "generate");
-    Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, {});
-    Config c = configure(o, &file, tokenizer);
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, file, {});
+    Config c = configure(o, file, tokenizer);
     const std::vector<int> prompt = prompt_of(o, tokenizer, c.V);
     if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
@@ -3331,13 +3315,12 @@ static void print_tensors(const Config& c) {
 static void describe(Options& o, OptionTable&) {
     std::optional<ModelFile> file;
     if (is_file(o.model)) file = open_weights(o, "describe");
-    const ModelFile* from = file ? &*file : nullptr;
-    const Config c = configure(o, from, find_tokenizer(o.tokenizer, nullptr, {}), true);
+    const Config c = configure(o, file, find_tokenizer(o.tokenizer, {}, {}), true);
     const Workload training = {.B = o.batch, .T = o.sequence, .train = true, .recompute = o.recompute};
     std::vector<Config> configs;  // one per attention
     std::vector<Memory> memory, decoding;
     for (size_t a = 0; a < std::size(attention_names); a++) {
-        configs.push_back(with_attention(c, a, o, from));
+        configs.push_back(with_attention(c, a, o, file));
         memory.push_back(model_memory(configs[a], o.precision, training));  // dies if the backend cannot compute it
         decoding.push_back(model_memory(configs[a], o.precision, {.sequences = 1}));
     }
