@@ -149,9 +149,8 @@ struct Random {
 // ====================================================================================================================
 // 2 · The model
 //
-// It is written once for both backends, as templates over X, the type of weights and activations: float or bf16. A
-// template may call functions that are defined further down; so forward and backward come first, and what they call
-// follows.
+// Written once for both backends, as templates over X, the type of weights and activations: float or bf16. Templates
+// may call functions that are defined further down; so forward and backward come first, and what they call follows.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Config and tensors
@@ -321,8 +320,7 @@ struct KeysValues {
 
     constexpr Heads<X> keys(int h) const { return h < skipping ? k_below : k; }
     constexpr Heads<X> values(int h) const { return h < skipping ? v_below : v; }
-    template <std::same_as<const X> Y>
-    constexpr operator KeysValues<Y>() const {
+    template <std::same_as<const X> Y> constexpr operator KeysValues<Y>() const {
         return {k, v, k_below, v_below, skipping};
     }
 };
@@ -377,13 +375,11 @@ template <class X, class DKV> static void attention_backward(const Workspace&, H
                                                              Heads<const X> dout, Heads<const X> o, const float* lse,
                                                              Heads<const X> q, const KeysValues<const X>& kv,
                                                              const AttentionShape&);
-// dk, dv of layer l in dqkv (rows, 3C) = the sum of the shares of two layers, float (rows, 2C) each. own: layer l's, in
-// the heads that do not skip in layer l. above: layer l + n_l's, in heads h < n_h, or null. Heads without a share are
-// not written.
+// dk, dv of layer l in dqkv (rows, 3C) = the sum of two layers' shares, float (rows, 2C). own: layer l's, in heads that
+// do not skip in layer l. above: layer l + n_l's, in heads h < n_h, or null. Heads without a share are not written.
 template <class X> static void skip_backward(X* dqkv, const float* own, const float* above, const Config&, int l,
                                              size_t rows);
-// v = ṽ, in place; a (B, queries, |S|+1, NH): float =. v and k are layer l's; those of layer j lie (j - l)·layer_stride
-// elements from them. l ≥ 1.
+// v = ṽ, in place; a (B, queries, |S|+1, NH): float =. Layer j's v and k lie (j - l)·layer_stride from layer l's. l ≥ 1
 template <class X> static void depth_forward(const Workspace&, Heads<X> v, float* a, Heads<const X> q,
                                              Heads<const X> k, ptrdiff_t layer_stride, const Config&, int l,
                                              const AttentionShape&);
@@ -620,8 +616,7 @@ static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
 // the target. The vocabulary's padding, columns V to Vp, gets no probability, and its rows of wte get no gradient.
 
 static size_t classifier_rows_least = 512, classifier_logits_most = CLASSIFIER_LOGITS;  // (the tests make them small)
-// How many tokens at a time: enough that reading wte costs little beside the arithmetic, few enough that the logits
-// take little memory. The chunks are equally long, except the last.
+// Tokens at a time: enough that reading wte costs little beside the arithmetic, few enough to keep the logits small
 static size_t classifier_rows(size_t rows, size_t Vp) {
     size_t most = std::max(classifier_rows_least, classifier_logits_most / Vp);
     return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
@@ -1100,8 +1095,7 @@ static void model_token_losses(const Model* m, float* out) {  // (B, T), of the 
     copy_to_host(out, m->losses, m->work.tokens() * sizeof(float));
 }
 
-// Appends n tokens to each sequence; tokens (sequences, n). Gives the logits (sequences, V) that follow. The caller
-// keeps the length within maxT.
+// Appends tokens (sequences, n) to the sequences, up to maxT in all. Gives the logits (sequences, V) that follow.
 static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
     with_type(m, [=](auto& model) { decode(model, tokens, n, logits); });
 }
@@ -1111,8 +1105,7 @@ static int model_cache_length(const Model* m) { return m->cache_length; }  // to
 // ====================================================================================================================
 // 3 · The program
 //
-// All but the model itself, in the order in which a training run needs it. It calls the model through the interface of
-// section 2, so it is the same for every backend.
+// In the order in which a training run needs it. It calls the model through section 2's interface, for any backend.
 
 static_assert(std::endian::native == std::endian::little, "files are little endian, and are read without conversion");
 #if __FAST_MATH__ || __FINITE_MATH_ONLY__ || __ASSOCIATIVE_MATH__
@@ -2346,8 +2339,7 @@ static ModelFile open_weights(const Options& o, const char* command) {
     return open_model(o.model);
 }
 
-// c with an attention, whose settings come from the options, else from the file if it has that attention, else from the
-// defaults for c's shape.
+// c with an attention. Its settings come from the options, else from the file if it has that attention, else defaults.
 static Config with_attention(Config c, int attention, const Options& o, const std::optional<ModelFile>& file) {
     bool same = file && file->config.attention == attention;
     c.attention = attention;
@@ -2412,9 +2404,9 @@ static double flops_per_token(const Config& c, int T) {
 // Memory that the model will allocate. If that and `others` bytes are not free, dies and names the largest batch that
 // fits, which divides `sequences` unless that is 0.
 static Memory check_memory(const Config& c, int precision, Workload work, size_t others = 0, int sequences = 0) {
-    auto needed = [&] { return model_memory(c, (Precision)precision, work).total() + others; };
+    auto needed = [&] { return model_memory(c, precision, work).total() + others; };
     const size_t free = device_free_memory();
-    if (needed() <= free) return model_memory(c, (Precision)precision, work);
+    if (needed() <= free) return model_memory(c, precision, work);
     std::string line = format("this needs %s of memory, but only %s are free", mebibytes(needed()).c_str(),
                               mebibytes(free).c_str());
     if (work.B == 0) die("%s: use a smaller model", line.c_str());
@@ -2575,9 +2567,8 @@ static double accuracy(const std::vector<Ending>& endings, double Ending::*loss)
 // Each token is sampled from the model's distribution given all tokens before it, whose keys and values are cached. A
 // full cache is emptied, and the last ⌊maxT/2⌋ tokens are read again from position 0.
 
-// How many of the last tokens are read when n follow `cached` others. More than there is room for would, one by one,
-// fill the cache and then, in each round, empty it, read the last `half` tokens again, and fill it. Only the last round
-// matters.
+// How many of the last tokens are read when n follow `cached` others. If there is no room for them, they would, one by
+// one, fill the cache and then, in each round, empty it, read the last `half` again and fill it. The last round counts.
 static int tokens_to_read(int maxT, int cached, int n) {
     const int room = maxT - cached, half = std::max(1, maxT / 2), round = maxT - half + 1;
     return n <= room ? n : half + (n - room - 1) % round;
@@ -2694,7 +2685,6 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
     if (!stopped) stream.put(held);
     stream.finish();
     print("\n");
-    fflush(stdout);
     return format("prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s", plural(prompt.size(), "token").c_str(),
                   middle - start, plural(made, "token").c_str(), end - middle, made / std::max(end - middle, 1e-9));
 }
@@ -2702,9 +2692,10 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
 static std::vector<int> parse_tokens(const std::string& list, int V) {
     std::vector<int> tokens;
     for (const std::string& word : split(list, ',')) {
-        bool digits = !word.empty() && word.size() < 10 && word.find_first_not_of("0123456789") == word.npos;
-        int token = digits ? atoi(word.c_str()) : V;
-        if (token >= V) die("--prompt-tokens: '%s' is not a number from 0 to %d, as in 1,2,3", word.c_str(), V - 1);
+        unsigned token = V;
+        const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), token);
+        if (*end || error != std::errc() || token >= (unsigned)V)
+            die("--prompt-tokens: '%s' is not a number from 0 to %d, as in 1,2,3", word.c_str(), V - 1);
         tokens.push_back(token);
     }
     return tokens;
@@ -3781,11 +3772,10 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
     }
 }
 
-// Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd (δ_ij: 1 if i =
-// j, else 0):
+// Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd. With δ_ij = 1
+// if i = j, else 0,
 //     ∂n_j/∂x_i = rstd (δ_ij - 1/C - n_i n_j/C),
-// since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (variance + eps)^-½). Summed over j with
-// g_j:
+// since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate (variance + eps)^-½). Summed over j with g_j:
 //     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
 // dw = Σ dy n and db = Σ dy over rows: first over chunks of rows, then over chunks in order.
 constexpr size_t LAYERNORM_CHUNK = 32;
@@ -4107,8 +4097,7 @@ static void sum_losses(Results& results, const float* losses, size_t n, bool add
 
 constexpr size_t UPDATE_CHUNK = 1 << 12;  // elements that a thread goes through at a time
 
-// Σ g², over chunks, then over the chunks in order. As this ends a step's gradients, the number of threads may change
-// here.
+// Σ g² over chunks, then over the chunks in order. Gradients end here, so the number of threads may change.
 static void global_norm(const Workspace& ws, Results& results, const float* g, size_t n, float clip) {
     const size_t chunks = ceil_div(n, UPDATE_CHUNK);
 #pragma omp parallel for schedule(static)
@@ -4287,8 +4276,7 @@ struct Panels {
     Panels from_n(size_t n) const { return {data + n, step_stride, panel_stride}; }  // within the first panel
 };
 
-// n columns of B where they lie if they can be read there, else packed into `buffer`, of steps(K) · round_up(n, NR)
-// cells.
+// n columns of B: where they lie, if possible, else packed into `buffer`, of steps(K) · round_up(n, NR) cells
 template <class X>
 static Panels<X> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, bool in_place = true) {
     if constexpr (std::is_same_v<X, float>)
@@ -4362,19 +4350,14 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Each thread configures its tiles once.
-static inline void shape_tiles() {
-    static constexpr TileShapes shapes;
-    static thread_local bool shaped = false;
-    if (!shaped) _tile_loadconfig(&shapes), shaped = true;
-}
-
 // c (32, 32) = or += Σ over steps, a multiple of 16, of a[., step] ⊗ b[step, .]; a along k. It writes all of c.
 static inline void multiply_tile(float* c, size_t ldc, Operand<Pair> a, size_t, const Pair* b, size_t ldb, size_t,
                                  size_t steps, bool add) {
     const size_t c_row = ldc * sizeof *c, a_row = a.stride * sizeof *b, b_row = ldb * sizeof *b;
     for (size_t i = 0; !add && i < MR<bf16>; i++) std::fill_n(c + i * ldc, NR, 0.0f);
-    shape_tiles();
+    static constexpr TileShapes shapes;
+    static thread_local bool shaped = false;  // each thread configures its tiles once
+    if (!shaped) _tile_loadconfig(&shapes), shaped = true;
     asm volatile("" : : : "memory");  // the tile loads below read memory, which the compiler does not know
     _tile_loadd(0, c, c_row);
     _tile_loadd(1, c + LANES, c_row);
@@ -4407,8 +4390,7 @@ static inline vec add_up(vec (&sums)[LANES]) {
 
 // Few rows of A, as in decoding (GEMV): nothing is used often enough to be worth packing, and the time goes into
 // reading B, the weights, whose contiguous index is k. A thread has one range of columns and reads it as eight streams
-// side by side: these keep enough cache misses in flight. Prefetching at the end of a column reaches into the next one
-// of its stream.
+// side by side: these keep enough cache misses in flight. Prefetching past a column's end reaches the stream's next.
 constexpr size_t FEW_ROWS = 4;
 
 template <class X>
@@ -4449,9 +4431,8 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
 }
 
 // A thread computes one block of C at a time, at most NC columns wide, in chunks of KC steps. Blocks are up to
-// NC_PACKED wide where A is packed, since every block packs it again. (KC is a variable, since the tests make it
-// small.)
-static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1
+// NC_PACKED wide where A is packed, since every block packs it again.
+static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1. (The tests make it small.)
 constexpr size_t NC = 128 / NR * NR, NC_PACKED = 3 * NC;  // KC x NC of B are 197 KB, of 1 MB of L2
 constexpr size_t SUMS = 1 << 17;         // a block's sums, if they have to wait for another chunk: 512 KB, half of L2
 constexpr size_t SHORT_CHUNK = 1 << 16;  // a chunk of B that is read in place spans up to 256 KB of L2, gaps included
@@ -4605,8 +4586,7 @@ static void scores_tile(float* s, Operand<Cell<X>> k, Panels<X> q, size_t keys, 
         for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
 
-// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i. `local` is
-// a thread's scratch.
+// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
 template <class X>
 static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
                                    Rows<const X> v, size_t queries, size_t before, size_t HS) {
@@ -4775,8 +4755,7 @@ struct ThreadTrials {
 
 static ThreadTrials thread_trials = {.most = 0};  // of the newest model
 
-// Called once in each step, after its last backward. Trials compare the passes of a step's last batch, and the
-// reading of the next.
+// Called after each step's last backward. Trials time the passes of the step's last batch and the reading of the next.
 static void choose_threads() {
     if (thread_count() == thread_trials.threads) set_thread_count(thread_trials.next(seconds() - pass_start));
 }
@@ -4834,12 +4813,6 @@ static void host_parallel_for(size_t n, auto f) {
 
 static std::string system_root = "";  // the tests set it
 
-// Reads up to two numbers from the start of a system file. A word ("max": no limit) makes the first 0; without the
-// file, nothing changes.
-static void read_numbers(const std::string& path, double& first, double& second) {
-    std::ifstream(path) >> first >> second;
-}
-
 // The number after `word` at the start of a line of a file, or `otherwise` if there is none
 static double number_after(const std::string& path, const std::string& word, double otherwise) {
     std::ifstream file(path);
@@ -4849,7 +4822,8 @@ static double number_after(const std::string& path, const std::string& word, dou
 }
 
 // Calls f with the folder of each control group that limits this process: its own, and those above it. In version 1,
-// each controller has a tree of its own.
+// each controller has a tree of its own. f reads numbers from files there: one that is missing changes nothing, and a
+// word ("max": no limit) makes the first number 0.
 static void for_control_groups(const std::string& controller, auto f) {
     std::ifstream file(system_root + "/proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {  // number:controllers:path; version 2 names none
@@ -4908,10 +4882,10 @@ static const char* const instruction_set =
 [[maybe_unused]] static int allowed_threads() {  // by quotas of processor time
     double allowed = INT_MAX;
     for_control_groups("cpu", [&](const std::string& group) {
-        double quota = 0, period = 100000, unused;
-        read_numbers(group + "cpu.max", quota, period);
-        read_numbers(group + "cpu.cfs_quota_us", quota, unused);  // version 1
-        read_numbers(group + "cpu.cfs_period_us", period, unused);
+        double quota = 0, period = 100000;
+        std::ifstream(group + "cpu.max") >> quota >> period;
+        std::ifstream(group + "cpu.cfs_quota_us") >> quota;  // version 1
+        std::ifstream(group + "cpu.cfs_period_us") >> period;
         if (quota > 0) allowed = std::min(allowed, std::max(1.0, ceil(quota / period)));
     });
     return allowed;
@@ -4941,23 +4915,20 @@ static void device_init([[maybe_unused]] char** argv, bool) {
 #endif
 }
 
-static std::string device_name() {
-    return std::to_string(thread_count()) + (thread_count() == 1 ? " thread, " : " threads, ") + instruction_set;
-}
+static std::string device_name() { return plural(thread_count(), "thread") + ", " + instruction_set; }
 
 static Precision device_precision() { return FP32; }
 static std::string device_build() { return instruction_set + std::string(", ") + threading; }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
-// Memory available without swapping, or what is left of the container's limit if that is less. File caches count as
-// free.
+// Memory available without swapping, or what is left of the container's limit. File caches count as free.
 static size_t device_free_memory() {
     const double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);  // if there is no /proc, as on macOS
     double free_bytes = 1024 * number_after(system_root + "/proc/meminfo", "MemAvailable:", all / 1024);
     for_control_groups("memory", [&](const std::string& group) {
-        double limit = 0, used = 0, unused;
-        for (const char* name : {"memory.max", "memory.limit_in_bytes"}) read_numbers(group + name, limit, unused);
-        for (const char* name : {"memory.current", "memory.usage_in_bytes"}) read_numbers(group + name, used, unused);
+        double limit = 0, used = 0;
+        for (const char* name : {"memory.max", "memory.limit_in_bytes"}) std::ifstream(group + name) >> limit;
+        for (const char* name : {"memory.current", "memory.usage_in_bytes"}) std::ifstream(group + name) >> used;
         for (const std::string caches : {"inactive_file ", "active_file "})  // version 1: total_, with groups below
             used -= std::max(number_after(group + "memory.stat", caches, 0),
                              number_after(group + "memory.stat", "total_" + caches, 0));
