@@ -1099,6 +1099,13 @@ static void model_token_losses(const Model* m, float* out) {  // (B, T), of the 
     copy_to_host(out, m->losses, m->work.tokens() * sizeof(float));
 }
 
+// The weights a (B, T, |S_l|+1, NH) with which layer l mixed values in the last forward; empty if it does not mix.
+static std::vector<float> model_depth_weights(const Model* m, int l) {
+    std::vector<float> a(depth_place(*m, l + 1, 1) - depth_place(*m, l, 1));
+    if (!a.empty()) copy_to_host(a.data(), m->a + depth_place(*m, l, 1), a.size() * sizeof(float));
+    return a;
+}
+
 // Appends n tokens to each sequence; tokens (sequences, n). Gives the logits (sequences, V) that follow. The caller
 // keeps the length within maxT.
 static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
@@ -1230,7 +1237,7 @@ struct Options {
     int warmup = -1, schedule = COSINE;
     int log_every = 0, val_every = 100, val_tokens = -1, sample_every = 0, save_every = 100;
 
-    std::string hellaswag;
+    std::string hellaswag, depth_weights;
     bool by_position = false;
 
     std::string prompt, prompt_file, prompt_tokens;
@@ -1298,6 +1305,7 @@ static std::string value_text(const Option& o) {
         {"val", o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
         {"hellaswag", o.hellaswag, "FILE", EVAL, TRANSIENT, "instead: questions, in llm.c's format"},
         {"by-position", o.by_position, EVAL, TRANSIENT, "also print the loss by position, as CSV"},
+        {"depth-weights", o.depth_weights, "FILE", EVAL, TRANSIENT, "depth: CSV of each source's mean weight"},
         {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
         {"resume", o.resume, TRAIN, TRANSIENT, "continue the run in DIR"},
         {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
@@ -2489,6 +2497,7 @@ struct Evaluation {
     double entropy = 0;  // of the tokens' frequencies: the loss of the best prediction without context
     size_t tokens = 0, bytes = 0;
     std::vector<double> by_position = {};  // (T) mean loss of the tokens predicted from 1, 2, ... T tokens
+    std::vector<std::vector<double>> depth_weights = {};  // (L, |S_l|+1, NH) mean weights, if they were asked for
 };
 
 // The loss over all windows, or over as many as have --val-tokens, spread evenly.
@@ -2505,7 +2514,9 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
     std::vector<int> x(B * T), y(B * T);
     std::vector<float> losses(B * T);
     std::vector<size_t> counts(c.V);
-    Evaluation e = {.by_position = std::vector<double>(T)};
+    Evaluation e = {.by_position = std::vector<double>(T), .depth_weights = {}};
+    if (!o.depth_weights.empty())
+        for (int l = 0; l < c.L; l++) e.depth_weights.emplace_back((depth_source_count(c, l) + 1) * c.NH);
     double shown = seconds();
     for (size_t first = 0; first < total; first += B) {
         size_t n = std::min(B, total - first);  // the last batch may have fewer windows; its other rows do not count
@@ -2517,6 +2528,12 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
             e.loss += losses[i];
             e.by_position[i % T] += losses[i] / total;
             counts[y[i]]++;
+        }
+        for (size_t l = 0; l < e.depth_weights.size(); l++) {
+            const std::vector<float> a = model_depth_weights(model, l);
+            const size_t weights = e.depth_weights[l].size();  // of a token
+            for (size_t i = 0; !a.empty() && i < n * T * weights; i++)
+                e.depth_weights[l][i % weights] += a[i] / (total * T);
         }
         e.tokens += n * T;
         if (!on_terminal() || seconds() < shown + 0.1) continue;
@@ -3274,6 +3291,20 @@ static void train(Options& o, OptionTable& table) {
 // --------------------------------------------------------------------------------------------------------------------
 // The other commands
 
+// Writes the weights as CSV. Layers are numbered from 0; a layer's last source is itself.
+static void write_depth_weights(const std::string& path, const Config& c, const Evaluation& e) {
+    std::string rows = "layer,head,source,weight\n";
+    for (int l = 1; l < c.L; l++) {
+        const DepthSources sources = depth_sources(c, l);
+        for (int h = 0; h < c.NH; h++)
+            for (int i = 0; i <= sources.count(); i++)
+                rows += format("%d,%d,%d,%.6f\n", l, h, i < sources.count() ? sources[i] : l,
+                               e.depth_weights[l][i * c.NH + h]);
+    }
+    OutputFile f = create_file(path, rows);
+    commit_file(f);
+}
+
 static void eval_questions(const Options& o, const ModelFile& file, const Config& c) {
     std::vector<Ending> endings = read_questions(o.hellaswag, c.V);
     size_t longest = 0;
@@ -3297,6 +3328,7 @@ static void eval(Options& o, OptionTable&) {
     std::vector<std::string> paths = o.val.empty() ? std::vector<std::string>{} : expand_glob("val", o.val);
     Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, paths);
     Config c = configure(o, &file, tokenizer);
+    if (!o.depth_weights.empty() && c.attention != DEPTH) die("--depth-weights needs --attention depth");
     FILE* out = o.by_position ? stderr : stdout;  // keeps the CSV apart
     fprintf(out, "model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
     fprintf(out, "attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
@@ -3311,6 +3343,7 @@ static void eval(Options& o, OptionTable&) {
     fprintf(out, "loss       %.6f nats per token\nperplexity %.4f\n", e.loss, exp(e.loss));
     if (e.bytes > 0) fprintf(out, "bits/byte  %.6f\n", e.loss / log(2) * e.tokens / e.bytes);
     else fprintf(out, "bits/byte  unknown without a tokenizer\n");
+    if (!o.depth_weights.empty()) write_depth_weights(o.depth_weights, c, e);
     if (o.by_position) printf("position,loss\n");
     for (int t = 0; o.by_position && t < o.sequence; t++) printf("%d,%.6f\n", t, e.by_position[t]);
     model_free(model);
