@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 PROGRAMS = ["./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx"]  # on all cores
 EMULATED = ["./test_gpt2cu_emulated", "dev/emulator/test.py"]  # each on one
 EMULATED_TESTS = ["dev/test/test_gpu.py", "dev/test/test_emulator.py"]
-PEERS = ["dev/test/test_reference.py", "dev/test/test_prepare_peers.py"]
+PEERS = ["dev/test/test_reference.py", "dev/test/test_prepare_peers.py", "dev/test/test_convert_peers.py"]
 
 
 def run_program(program, out):
