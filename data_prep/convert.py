@@ -35,8 +35,8 @@ import zlib
 from types import SimpleNamespace
 
 import prepare
-from prepare import HEADER_BYTES, Tokenizer, count, fail, header, package, read_vocabulary
-from texts import read_file
+from prepare import HEADER_BYTES, Tokenizer, header, read_vocabulary
+from texts import count, fail, open_file, package, reason
 
 MODEL, TRAILER = 20240326, 20240329  # magic numbers
 CODE = "modeling_gpt2x3.py"  # Transformers' GPT-2 with skip and depth
@@ -155,6 +155,11 @@ def with_our_names(path, tensors, transposed):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is read: train_gpt2's and llm.c's models
+
+
+def read_file(path, most=-1):
+    with open_file(path) as f:
+        return f.read(most)
 
 
 def read_model(path):
@@ -317,11 +322,7 @@ def read_torch(path):
     except Exception as e:  # whatever a damaged file leads to
         if "weights_only" in str(e):
             fail(f"{path}: holds more than tensors and plain values, or is damaged; this program runs no code of files")
-        fail(f"{path}: damaged, or not of torch.save: {first_line(e)}")
-
-
-def first_line(e):
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+        fail(f"{path}: damaged, or not of torch.save: {reason(e)}")
 
 
 def torch_tensors(path, state):
@@ -332,7 +333,7 @@ def torch_tensors(path, state):
         try:
             return state[name].detach().float().numpy()
         except (RuntimeError, TypeError) as e:
-            fail(f"{path}: {name} is no plain tensor: {first_line(e)}")
+            fail(f"{path}: {name} is no plain tensor: {reason(e)}")
     return {name: (tuple(t.shape), lambda name=name: read(name)) for name, t in state.items()}
 
 
@@ -373,7 +374,7 @@ def read_nanogpt_characters(path):
         itos = meta["itos"]
         tokens = [itos[i].encode() for i in range(len(itos))]
     except Exception as e:  # whatever a damaged file leads to
-        fail(f"{path}: is not nanoGPT's meta.pkl, which numbers characters: {first_line(e)}")
+        fail(f"{path}: is not nanoGPT's meta.pkl, which numbers characters: {reason(e)}")
     if not 1 <= len(tokens) <= 65536 or not all(1 <= len(token) <= 255 for token in tokens):
         fail(f"{path}: must hold from 1 to 65,536 tokens of 1 to 255 bytes")
     return tokens, -1, Tokenizer(path, tokens, -1).content
@@ -424,7 +425,7 @@ def read_hugging_face_tokenizer(folder, V, end_of_text):
     except NoTokenizer as e:
         return None, f"{folder}: {e}"
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        return None, f"{folder}: it is damaged ({type(e).__name__}: {first_line(e)})"
+        return None, f"{folder}: it is damaged ({type(e).__name__}: {reason(e)})"
     if len(tokens) > V:
         return None, f"{folder}: it has {count(len(tokens), 'token')}, but the model's vocabulary is {V:,}"
     if type(end_of_text) is not int or not 0 <= end_of_text < len(tokens):

@@ -14,9 +14,9 @@ import json
 import os
 
 import prepare
-from convert import write
-from prepare import count, fail, header, uint16
-from texts import read_file
+from convert import read_file, write
+from prepare import header, uint16
+from texts import count, fail
 
 QUESTIONS = 20240522  # magic number
 BEGIN = 65535  # the first number of a question, so no token may be it
@@ -35,7 +35,7 @@ def question(where, line, tokenizer, index):
     for text in texts:
         if not tokenizer.encodes_any_text():
             tokenizer.learn(where, text)
-        _, tokens = tokenizer.encode((None, [(text, False)]))
+        _, tokens = tokenizer.encode(("", [(text, False)]))
         if not tokens or uint16([BEGIN]) in (tokens[i:i + 2] for i in range(0, len(tokens), 2)):
             fail(f"{where}: {text!r} is empty, or has the token {BEGIN}, which the format cannot hold")
         encoded.append(tokens)

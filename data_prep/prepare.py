@@ -206,7 +206,8 @@ def read_vocabulary(path):
     """The tokens of a tokenizer.bin, the number of the one that ends a text or -1, and the file's content."""
     most = 1 << 26  # bytes: 65,536 tokens take at most 2^24; the rest is for what may follow them
     try:
-        data = texts.read_file(path, most + 1)
+        with texts.open_file(path) as f:
+            data = f.read(most + 1)
     except IsADirectoryError:
         fail(f"--tokenizer {path}: is a folder; name a file in it")
     except (FileNotFoundError, NotADirectoryError):

@@ -64,11 +64,6 @@ def open_file(path):
     return file
 
 
-def read_file(path, most=-1):
-    with open_file(path) as f:
-        return f.read(most)
-
-
 def split(blocks, separator):
     """What stands between the separators."""
     waiting = bytearray()

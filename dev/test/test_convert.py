@@ -30,8 +30,7 @@ def run_script(root, name, *arguments, code=None, instant=0, bare=False, before=
     script = root / "data_prep" / name
     words = [script] if code is None else ["-c", AT_CHANGE, script, code, instant]
     command = [sys.executable, *(["-S"] if bare else []), *words, *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=before, timeout=300,
-                          env=dict(os.environ, PYTHONPATH=str(root / "data_prep")))
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, preexec_fn=before, timeout=300)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np  # noqa: E402
 import transformers  # noqa: E402
 from helpers import contents, write_tokenizer  # noqa: E402
-from test_convert import convert, run_script  # noqa: E402, F401
 from prepare_helpers import prepared, refused  # noqa: E402
+from test_convert import convert, run_script  # noqa: E402, F401
 from test_reference import reference, run  # noqa: E402
 from tokenizers import ByteLevelBPETokenizer, Tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline  # noqa: E402

@@ -812,7 +812,8 @@ def test_prompt_tokens_are_malformed(each_build, model, tokens):
 
 def test_two_prompts(each_build, model):
     each_build.fails("generate", "--model", model, "--prompt-tokens", "", says="--prompt-tokens : is empty")
-    each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1", says="give one of --prompt, --prompt-file and --prompt-tokens")
+    each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1",
+                     says="give one of --prompt, --prompt-file and --prompt-tokens")
 
 
 def test_prompt_without_tokenizer(each_build, model, tmp_path):
