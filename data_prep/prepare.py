@@ -252,7 +252,7 @@ class Processes:
         """Calls function(pipe, *arguments) in another process."""
         def main():
             for s in SIGNALS:
-                signal.signal(s, signal.SIG_IGN if s == signal.SIGINT else signal.SIG_DFL)  # Ctrl-C is for the parent
+                signal.signal(s, signal.SIG_DFL)  # only the parent says why all end
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             for pipe in *self.pipes, ours:  # so that theirs ends where the parent does
                 pipe.close()

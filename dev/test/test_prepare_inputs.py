@@ -338,10 +338,13 @@ def test_processes_end_with_one_that_is_killed(encoding):
     process, encoders = encoding
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
-    assert process.stderr.read() == ""  # which ends when no process can write there any more
-    for pid in encoders:
-        while is_running(pid):
-            time.sleep(0.01)
+    end = time.monotonic() + 60
+    while any(map(is_running, encoders)) and time.monotonic() < end:
+        time.sleep(0.01)
+    for pid in filter(is_running, encoders):
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("a process lives on without its parent")
+    assert process.stderr.read() == ""
 
 
 def test_a_process_that_is_killed_ends_all(encoding, tmp_path):
