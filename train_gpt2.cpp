@@ -1631,8 +1631,12 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
 
 // The paths, and where those of them that are links lead.
 static std::vector<std::string> with_targets(std::vector<std::string> paths) {
-    for (size_t i = 0, n = paths.size(); i < n; i++)
-        if (std::filesystem::is_symlink(paths[i])) paths.push_back(std::filesystem::canonical(paths[i]));
+    std::error_code error;  // for which opening the file gives the reason
+    for (size_t i = 0, n = paths.size(); i < n; i++) {
+        if (!std::filesystem::is_symlink(paths[i], error)) continue;
+        const std::string target = std::filesystem::canonical(paths[i], error);
+        if (!error) paths.push_back(target);
+    }
     return paths;
 }
 
@@ -2560,19 +2564,23 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 struct Ending {
     size_t question;
     bool right;
-    std::vector<int> tokens;  // the context's, then its own
-    size_t begin;             // of its own
-    double loss;              // summed over its own
+    std::vector<int> tokens;
+    double loss;  // summed over the tokens
 };
 
-static std::vector<Ending> read_questions(const std::string& path, int V) {
+struct Questions {
+    std::vector<std::vector<int>> contexts = {};  // tokens, by question
+    std::vector<Ending> endings = {};             // in the order of their questions
+};
+
+static Questions read_questions(const std::string& path, int V) {
     const char* name = path.c_str();
     const std::string content = read_whole(open_file(path));
     Header h = {};
     memcpy(h.data(), content.data(), std::min(content.size(), HEADER_BYTES));
     if (h[0] != EVAL_MAGIC || h[1] != 1)
         die("%s: holds no questions: it begins with %d and %d, not with %d and 1", name, h[0], h[1], EVAL_MAGIC);
-    std::vector<Ending> endings;
+    Questions all;
     size_t at = HEADER_BYTES, end = content.size(), question = 0;
     auto next = [&](int low, int high, const char* what) {
         uint16_t value = 0;
@@ -2590,22 +2598,21 @@ static std::vector<Ending> read_questions(const std::string& path, int V) {
         next(65535, 65535, "a question's first number");
         at += 4;  // its length and index follow from the rest
         const int right = next(0, 65535, "a label"), n = next(right + 1, 65535, "a number of endings");
-        std::vector<int> context;
-        append(context);
+        append(all.contexts.emplace_back());
         for (int i = 0; i < n; i++) {
-            endings.push_back({question, i == right, context, context.size(), 0});
-            append(endings.back().tokens);
+            all.endings.push_back({question, i == right, {}, 0});
+            append(all.endings.back().tokens);
         }
     }
     if (h[2] < 1 || question != (size_t)h[2])
         die("%s: damaged: %s, but its header says %d", name, plural(question, "question").c_str(), h[2]);
-    return endings;
+    return all;
 }
 
 // Share of the questions whose right ending has the lowest loss, as a sum over its tokens or as a mean
 static double accuracy(const std::vector<Ending>& endings, bool mean) {
     size_t questions = 0, right = 0;
-    auto loss = [&](const Ending& e) { return mean ? e.loss / (e.tokens.size() - e.begin) : e.loss; };
+    auto loss = [&](const Ending& e) { return mean ? e.loss / e.tokens.size() : e.loss; };
     for (size_t i = 0; i < endings.size(); questions++) {
         size_t best = i;
         for (const size_t question = endings[i].question; i < endings.size() && endings[i].question == question; i++)
@@ -2616,13 +2623,15 @@ static double accuracy(const std::vector<Ending>& endings, bool mean) {
 }
 
 // Sets the losses of the endings.
-static void evaluate_endings(Model* model, std::vector<Ending>& endings, size_t B, size_t T) {
+static void evaluate_endings(Model* model, Questions& all, size_t B, size_t T) {
+    std::vector<Ending>& endings = all.endings;
     std::vector<float> losses(B * T);
     for (size_t first = 0; first < endings.size(); first += B) {
         const size_t n = std::min(B, endings.size() - first);
         std::vector<int> x(B * T), y(B * T);
         for (size_t b = 0; b < n; b++) {
-            const std::vector<int>& tokens = endings[first + b].tokens;
+            std::vector<int> tokens = all.contexts[endings[first + b].question];
+            tokens.insert(tokens.end(), endings[first + b].tokens.begin(), endings[first + b].tokens.end());
             std::copy(tokens.begin(), tokens.end() - 1, &x[b * T]);
             std::copy(tokens.begin() + 1, tokens.end(), &y[b * T]);
         }
@@ -2631,7 +2640,8 @@ static void evaluate_endings(Model* model, std::vector<Ending>& endings, size_t 
         model_token_losses(model, losses.data());
         for (size_t b = 0; b < n; b++) {
             Ending& e = endings[first + b];
-            for (size_t t = e.begin; t < e.tokens.size(); t++) e.loss += losses[b * T + t - 1];
+            const float* own = &losses[b * T + all.contexts[e.question].size() - 1];
+            for (size_t t = 0; t < e.tokens.size(); t++) e.loss += own[t];
         }
         if (on_terminal()) show_line(format("endings: %zu of %zu", first + n, endings.size()), false);
     }
@@ -3306,14 +3316,15 @@ static void write_depth_weights(const std::string& path, const Config& c, const 
 }
 
 static void eval_questions(const Options& o, const ModelFile& file, const Config& c) {
-    std::vector<Ending> endings = read_questions(o.hellaswag, c.V);
+    Questions all = read_questions(o.hellaswag, c.V);
+    const std::vector<Ending>& endings = all.endings;
     size_t longest = 0;
-    for (const Ending& e : endings) longest = std::max(longest, e.tokens.size());
+    for (const Ending& e : endings) longest = std::max(longest, all.contexts[e.question].size() + e.tokens.size());
     if (longest - 1 > (size_t)c.maxT)
         die("%s: a question has %zu tokens, more than the model's context, %d", o.hellaswag.c_str(), longest, c.maxT);
     const Workload work = {.B = o.batch, .T = (int)longest - 1};
     Model* model = load_model(file, c, o, work);
-    evaluate_endings(model, endings, work.B, work.T);
+    evaluate_endings(model, all, work.B, work.T);
     show_line(format("data       %s with %s", plural(endings.back().question + 1, "question").c_str(),
                      plural(endings.size(), "ending").c_str()), true);
     printf("accuracy   %.4f\nnormalized %.4f: by the mean over an ending's tokens instead of their sum\n",

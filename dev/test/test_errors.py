@@ -163,7 +163,9 @@ def test_glob_that_matches_nothing(each_build, data, tmp_path, option):
 
 
 @pytest.mark.parametrize("option", ["--train", "--val"])
-@pytest.mark.parametrize("path, says", [("/tmp", "is a folder"), ("/dev/null", "not a regular file")])
+@pytest.mark.parametrize("path, says", [("/tmp", "is a folder"), ("/dev/null", "not a regular file"),
+                                        ("1" * 300, "^error: 1+: File name too long")],
+                         ids=["folder", "device", "long"])
 def test_glob_that_matches_no_file(each_build, data, tmp_path, option, path, says):
     each_build.fails(*training(data, tmp_path / "out", option, path), says=says)
 
