@@ -76,7 +76,8 @@ test:
 bench: dev/bench/bench
 	./dev/bench/bench
 clean:
-	rm -f t*_gpt2 t*_gpt2cu t*_gpt2_* t*_gpt2cu_* .flags* dev/bench/bench dev/bench/benchcu* dev/bench/ladder
+	rm -f t*_gpt2 t*_gpt2cu t*_gpt2_* t*_gpt2cu_* .flags* dev/bench/bench dev/bench/benchcu* dev/bench/ladder \
+	    dev/test/parts dev/fuzz/fuzz dev/fuzz/libfuzzer
 help:
 	@sed -n '/^#/!q;s/^# //p' $(firstword $(MAKEFILE_LIST))
 .PHONY: all run test gpu bench clean help found always

@@ -1094,6 +1094,13 @@ static void model_token_losses(const Model* m, float* out) {  // (B, T), of the 
     copy_to_host(out, m->losses, m->work.tokens() * sizeof(float));
 }
 
+// The weights a (B, T, |S_l|+1, NH) with which layer l mixed values in the last forward; empty if it does not mix.
+static std::vector<float> model_depth_weights(const Model* m, int l) {
+    std::vector<float> a(depth_place(*m, l + 1, 1) - depth_place(*m, l, 1));
+    if (!a.empty()) copy_to_host(a.data(), m->a + depth_place(*m, l, 1), a.size() * sizeof(float));
+    return a;
+}
+
 // Appends tokens (sequences, n) to the sequences, up to maxT in all. Gives the logits (sequences, V) that follow.
 static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
     with_type(m, [=](auto& model) { decode(model, tokens, n, logits); });
@@ -1221,7 +1228,7 @@ struct Options {
     int warmup = -1, schedule = COSINE;
     int log_every = 0, val_every = 100, val_tokens = -1, sample_every = 0, save_every = 100;
 
-    std::string hellaswag;
+    std::string hellaswag, depth_weights;
     bool by_position = false;
 
     std::string prompt, prompt_file, prompt_tokens;
@@ -1271,6 +1278,7 @@ static std::string value_text(const Option& o) {
         {"val", &o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
         {"hellaswag", &o.hellaswag, "FILE", EVAL, TRANSIENT, "instead: questions, in llm.c's format"},
         {"by-position", &o.by_position, "", EVAL, TRANSIENT, "also print the loss by position, as CSV"},
+        {"depth-weights", &o.depth_weights, "FILE", EVAL, TRANSIENT, "depth: CSV of each source's mean weight"},
         {"out", &o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
         {"resume", &o.resume, "", TRAIN, TRANSIENT, "continue the run in DIR"},
         {"overwrite", &o.overwrite, "", TRAIN, TRANSIENT, "replace the run in DIR"},
@@ -1598,8 +1606,12 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
 
 // The paths, and where those of them that are links lead.
 static std::vector<std::string> with_targets(std::vector<std::string> paths) {
-    for (size_t i = 0, n = paths.size(); i < n; i++)
-        if (std::filesystem::is_symlink(paths[i])) paths.push_back(std::filesystem::canonical(paths[i]));
+    std::error_code error;  // for which opening the file gives the reason
+    for (size_t i = 0, n = paths.size(); i < n; i++) {
+        if (!std::filesystem::is_symlink(paths[i], error)) continue;
+        const std::string target = std::filesystem::canonical(paths[i], error);
+        if (!error) paths.push_back(target);
+    }
     return paths;
 }
 
@@ -2438,9 +2450,9 @@ static void show_line(const std::string& text, bool stays) {
     fflush(stdout);
 }
 
-// Computes the losses of windows 0 ... n-1, of T tokens and targets, B at a time: read(i, x, y) sets those of window i,
-// take(i, y, losses) gets their losses.
-static void for_each_window(Model* model, size_t n, const char* name, auto read, auto take) {
+// Computes the losses of n windows of T tokens and targets, B at a time. read(i, x, y) sets those of window i.
+// take(first, count, y, losses) gets the targets and the losses (count, T) of windows from `first` on.
+static void for_each_batch(Model* model, size_t n, const char* name, auto read, auto take) {
     const size_t B = model->work.B, T = model->work.T;
     std::vector<int> x(B * T), y(B * T);
     std::vector<float> losses(B * T);
@@ -2451,7 +2463,7 @@ static void for_each_window(Model* model, size_t n, const char* name, auto read,
         model_set_inputs(model, x.data(), y.data());
         model_forward(model, false, 1);
         model_token_losses(model, losses.data());
-        for (size_t b = 0; b < count; b++) take(first + b, &y[b * T], &losses[b * T]);
+        take(first, count, y.data(), losses.data());
         if (!on_terminal() || seconds() < shown + 0.1) continue;
         show_line(format("%s: %zu of %zu", name, first + count, n), false);
         shown = seconds();
@@ -2464,6 +2476,7 @@ struct Evaluation {
     double entropy = 0;  // of the tokens' frequencies: the loss of the best prediction without context
     size_t tokens = 0, bytes = 0;
     std::vector<double> by_position = {};  // (T) mean loss of the tokens predicted from 1, 2, ... T tokens
+    std::vector<std::vector<double>> depth_weights = {};  // (L, |S_l|+1, NH) mean weights, if they were asked for
 };
 
 // The loss over all windows, or over as many as have --val-tokens, spread evenly.
@@ -2477,13 +2490,21 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
         close(f.fd);
     }
     Evaluation e = {.tokens = total * T, .by_position = std::vector<double>(T)};
+    for (int l = 0; l < c.L && !o.depth_weights.empty(); l++)
+        e.depth_weights.emplace_back((depth_source_count(c, l) + 1) * c.NH);
     std::vector<size_t> counts(c.V);
     auto read = [&](size_t i, int* x, int* y) { read_window(shards, i * all / total, x, y, T, c.V); };
-    for_each_window(model, total, "validation windows", read, [&](size_t, const int* y, const float* losses) {
-        for (size_t t = 0; t < T; t++) {
-            e.loss += losses[t];
-            e.by_position[t] += losses[t] / total;
-            counts[y[t]]++;
+    for_each_batch(model, total, "validation windows", read, [&](size_t, size_t n, const int* y, const float* losses) {
+        for (size_t i = 0; i < n * T; i++) {
+            e.loss += losses[i];
+            e.by_position[i % T] += losses[i] / total;
+            counts[y[i]]++;
+        }
+        for (size_t l = 0; l < e.depth_weights.size(); l++) {
+            const std::vector<float> a = model_depth_weights(model, l);
+            const size_t weights = e.depth_weights[l].size();  // of a token
+            for (size_t i = 0; !a.empty() && i < n * T * weights; i++)
+                e.depth_weights[l][i % weights] += a[i] / e.tokens;
         }
     });
     e.loss /= e.tokens;
@@ -2505,19 +2526,23 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 struct Ending {
     size_t question;
     bool right;
-    std::vector<int> tokens;    // the context's, then its own
-    size_t begin;               // of its own
-    double loss = 0, mean = 0;  // of its own: their sum, their mean
+    std::vector<int> tokens = {};
+    double loss = 0, mean = 0;  // of the tokens: their sum, their mean
 };
 
-static std::vector<Ending> read_questions(const std::string& path, int V) {
+struct Questions {
+    std::vector<std::vector<int>> contexts = {};  // tokens, by question
+    std::vector<Ending> endings = {};             // in the order of their questions
+};
+
+static Questions read_questions(const std::string& path, int V) {
     const char* name = path.c_str();
     const std::string content = read_whole(open_file(path));
     Header h = {};
     memcpy(h.data(), content.data(), std::min(content.size(), HEADER_BYTES));
     if (h[0] != EVAL_MAGIC || h[1] != 1)
         die("%s: holds no questions: it begins with %d and %d, not with %d and 1", name, h[0], h[1], EVAL_MAGIC);
-    std::vector<Ending> endings;
+    Questions all;
     size_t at = HEADER_BYTES, end = content.size(), question = 0;
     auto next = [&](int low, int high, const char* what) {
         uint16_t value = 0;
@@ -2535,22 +2560,21 @@ static std::vector<Ending> read_questions(const std::string& path, int V) {
         next(65535, 65535, "a question's first number");
         at += 4;  // its length and index follow from the rest
         const int right = next(0, 65535, "a label"), n = next(right + 1, 65535, "a number of endings");
-        std::vector<int> context;
-        append(context);
+        append(all.contexts.emplace_back());
         for (int i = 0; i < n; i++) {
-            endings.push_back({question, i == right, context, context.size()});
-            append(endings.back().tokens);
+            all.endings.push_back({question, i == right});
+            append(all.endings.back().tokens);
         }
     }
     if (question == 0 || question != (size_t)h[2])
         die("%s: damaged: %s, but its header says %d", name, plural(question, "question").c_str(), h[2]);
-    return endings;
+    return all;
 }
 
 // Share of the questions whose right ending has the lowest loss
-static double accuracy(const std::vector<Ending>& endings, double Ending::*loss) {
-    std::vector<const Ending*> best(endings.back().question + 1);
-    for (const Ending& e : endings)
+static double accuracy(const Questions& all, double Ending::*loss) {
+    std::vector<const Ending*> best(all.contexts.size());
+    for (const Ending& e : all.endings)
         if (const Ending*& so_far = best[e.question]; !so_far || e.*loss < so_far->*loss) so_far = &e;
     return (double)std::ranges::count(best, true, &Ending::right) / best.size();
 }
@@ -3214,27 +3238,47 @@ static void train(Options& o, OptionTable& table) {
 // --------------------------------------------------------------------------------------------------------------------
 // The other commands
 
+// Writes the weights as CSV. Layers are numbered from 0; a layer's last source is itself.
+static void write_depth_weights(const std::string& path, const Config& c, const Evaluation& e) {
+    std::string rows = "layer,head,source,weight\n";
+    for (int l = 1; l < c.L; l++) {
+        const DepthSources sources = depth_sources(c, l);
+        for (int h = 0; h < c.NH; h++)
+            for (int i = 0; i <= sources.count(); i++)
+                rows += format("%d,%d,%d,%.6f\n", l, h, i < sources.count() ? sources[i] : l,
+                               e.depth_weights[l][i * c.NH + h]);
+    }
+    OutputFile f = create_file(path, rows);
+    commit_file(f);
+}
+
 static void eval_questions(const Options& o, const ModelFile& file, const Config& c) {
-    std::vector<Ending> endings = read_questions(o.hellaswag, c.V);
+    Questions all = read_questions(o.hellaswag, c.V);
     size_t longest = 0;
-    for (const Ending& e : endings) longest = std::max(longest, e.tokens.size());
+    for (const Ending& e : all.endings) longest = std::max(longest, all.contexts[e.question].size() + e.tokens.size());
     if (longest - 1 > (size_t)c.maxT)
         die("%s: a question has %zu tokens, more than the model's context, %d", o.hellaswag.c_str(), longest, c.maxT);
-    Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)longest - 1});
+    const size_t T = longest - 1;
+    Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)T});
     auto read = [&](size_t i, int* x, int* y) {
-        const std::vector<int>& tokens = endings[i].tokens;
+        std::vector<int> tokens = all.contexts[all.endings[i].question];
+        tokens.insert(tokens.end(), all.endings[i].tokens.begin(), all.endings[i].tokens.end());
         std::copy(tokens.begin(), tokens.end() - 1, x);
         std::copy(tokens.begin() + 1, tokens.end(), y);
     };
-    for_each_window(model, endings.size(), "endings", read, [&](size_t i, const int*, const float* losses) {
-        Ending& e = endings[i];
-        for (size_t t = e.begin; t < e.tokens.size(); t++) e.loss += losses[t - 1];
-        e.mean = e.loss / (e.tokens.size() - e.begin);
-    });
-    show_line(format("data       %s with %s", plural(endings.back().question + 1, "question").c_str(),
-                     plural(endings.size(), "ending").c_str()), true);
+    auto take = [&](size_t first, size_t n, const int*, const float* losses) {
+        for (size_t b = 0; b < n; b++) {
+            Ending& e = all.endings[first + b];
+            const float* own = losses + b * T + all.contexts[e.question].size() - 1;
+            for (size_t t = 0; t < e.tokens.size(); t++) e.loss += own[t];
+            e.mean = e.loss / e.tokens.size();
+        }
+    };
+    for_each_batch(model, all.endings.size(), "endings", read, take);
+    show_line(format("data       %s with %s", plural(all.contexts.size(), "question").c_str(),
+                     plural(all.endings.size(), "ending").c_str()), true);
     printf("accuracy   %.4f\nnormalized %.4f: by the mean over an ending's tokens instead of their sum\n",
-           accuracy(endings, &Ending::loss), accuracy(endings, &Ending::mean));
+           accuracy(all, &Ending::loss), accuracy(all, &Ending::mean));
     model_free(model);
 }
 
@@ -3245,6 +3289,7 @@ static void eval(Options& o, OptionTable&) {
     std::vector<std::string> paths = o.val.empty() ? std::vector<std::string>{} : expand_glob("val", o.val);
     Tokenizer tokenizer = find_tokenizer(o.tokenizer, file, paths);
     Config c = configure(o, file, tokenizer);
+    if (!o.depth_weights.empty() && c.attention != DEPTH) die("--depth-weights needs --attention depth");
     FILE* out = o.by_position ? stderr : stdout;  // keeps the CSV apart
     fprintf(out, "model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
     fprintf(out, "attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
@@ -3259,6 +3304,7 @@ static void eval(Options& o, OptionTable&) {
     fprintf(out, "loss       %.6f nats per token\nperplexity %.4f\n", e.loss, exp(e.loss));
     if (e.bytes > 0) fprintf(out, "bits/byte  %.6f\n", e.loss / log(2) * e.tokens / e.bytes);
     else fprintf(out, "bits/byte  unknown without a tokenizer\n");
+    if (!o.depth_weights.empty()) write_depth_weights(o.depth_weights, c, e);
     if (o.by_position) printf("position,loss\n");
     for (int t = 0; o.by_position && t < o.sequence; t++) printf("%d,%.6f\n", t, e.by_position[t]);
     model_free(model);

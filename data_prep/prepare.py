@@ -1,44 +1,55 @@
 #!/usr/bin/env python3
 """Turns text into what train_gpt2 reads: DIR/train_000.bin ..., DIR/val_000.bin ... and DIR/tokenizer.bin.
 
-    prepare.py --tokenizer bytes --out data letters.txt
-    prepare.py --tokenizer gpt2 --out data novels/train/*.txt --val novels/val/*.txt
-    prepare.py --tokenizer data/tokenizer.bin --out more diary.txt
+    prepare.py --tokenizer bytes --out DIR letters.txt
+    prepare.py --tokenizer gpt2 --out DIR novels/train --val novels/val
+    prepare.py --tokenizer bpe --vocab-size 8192 --out DIR stories.txt.gz --separator '<|endoftext|>'
+    prepare.py --tokenizer gpt2 --out DIR --dataset HuggingFaceFW/fineweb-edu sample-10BT
+    bzcat more.jsonl.bz2 | prepare.py --tokenizer DIR/tokenizer.bin --out MORE --field text -
 
-    bytes   one token for each of the 256 bytes; takes any file
+    bytes   one token for each of the 256 bytes; takes any text
     chars   one token for each distinct character of the text
     bpe     byte pair encoding, learned from the training text: the 256 bytes, then merges in the order they were
             learned, --vocab-size tokens in all; needs tokenizers and tiktoken
     gpt2    GPT-2's byte pair encoding, 50,257 tokens; needs tiktoken
     FILE    the vocabulary of a tokenizer.bin, llm.c's too: of bytes, of characters, or byte-level BPE (needs tiktoken)
 
-Each file is a document, and a document begins with the token <|endoftext|>; those letters in a text are only text.
+A text is a file, all files in a folder, those that match a pattern in quotes, or - for standard input. In .jsonl files
+(JSON lines) each line is a document, in .parquet files (which need pyarrow) each row. Any other file is a document, or
+with --separator each part of it. All of them can be compressed, as .gz or .zst (which needs zstandard). --dataset needs
+datasets. On a terminal tqdm, if it is installed, shows how far it is.
 
-Without --val, about a tenth of the text becomes the validation set: whole files, spread over the list, small and large
-ones alike. Files too large for that, or a single file, are divided into up to 32 stretches, and the last tenth of each
-is taken; a part begins with a paragraph or line if one begins near. Parts that are neighbors in a shard come from
-different places, so each begins with <|endoftext|>, in both sets. With --val-tail, the validation set is the end of
-the text, as in nanoGPT, and continues the training set, without a new <|endoftext|>.
+A document begins with the token <|endoftext|>; those letters in a text are only text.
+
+Without --val, about a tenth of the text becomes the validation set. Of 1,000 documents or more, those are taken whose
+content has a low hash, so adding text moves none of them to the other set. Of fewer, whole documents are taken, spread
+over the list, small and large ones alike. Documents too long for that (of 1,000 or more, those of over a million bytes)
+are divided into up to 32 stretches, and the last tenth of each is taken; a part begins with a paragraph or line if one
+begins near. Parts that are neighbors in a shard come from different places, so each begins with <|endoftext|>, in both
+sets. With --val-tail, the validation set is the end of the text, as in nanoGPT, and continues the training set, without
+a new <|endoftext|>.
 
 DIR/gpt2x3_manifest.txt lists the other files with sizes and checksums; it says "incomplete" while they are replaced.
 """
 
 import argparse
-import bisect
+import array
 import contextlib
 import fcntl
-import importlib
-import itertools
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
 import signal
-import stat
 import struct
 import sys
 import tempfile
 import zlib
 from types import SimpleNamespace
+
+import texts
+from texts import MANY, SPLITS, Corpus, count, fail, package, reason
 
 END_OF_TEXT = b"<|endoftext|>"  # the last token of bytes, chars and gpt2
 SHARD, TOKENIZER = 20240520, 20240328  # magic numbers
@@ -46,31 +57,10 @@ HEADER_BYTES = 1024
 MOST_SHARD_TOKENS = (2**31 - 1 - HEADER_BYTES) // 2  # llm.c seeks in shards with an int
 # GPT-2 merges bytes within these words only.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+PIECE, BATCH = 1 << 16, 1 << 18  # characters that are encoded in one go; that a process is given at once
 CHECKED_BYTES = 1 << 16  # at each end of a file, for the manifest
+SIGNALS = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 outcome = "nothing was written"  # what to say if a signal ends the program
-
-
-def shown(text):
-    """The text with its control characters escaped: names may hold them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: repr(c[0])[1:-1], text)
-
-
-def fail(message):
-    sys.exit("error: " + shown(message))
-
-
-def count(n, noun):
-    return f"{n:,} {noun}{'s' * (n != 1)}"
-
-
-def read_file(path, most=-1):
-    if os.path.isdir(path):
-        fail(f"{path}: is a folder; name files in it")
-    # O_NONBLOCK: a pipe is refused, even one without a writer
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
-        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-            fail(f"{path}: not a regular file")
-        return f.read(most)
 
 
 def header(*fields):
@@ -113,10 +103,11 @@ class Tokenizer:
         table = b"".join(bytes([len(token)]) + token for token in self.tokens)
         self.content = header(TOKENIZER, 2, len(self.tokens), self.end_of_text, len(appendix)) + table + appendix
 
-    def learn(self, path, text):
+    def encodes_any_text(self):
+        return self.bpe or self.decoding[0] == "latin-1"
+
+    def learn(self, place, text):
         """Finds the tokens of each character: its own, or those of its bytes."""
-        if self.bpe or self.decoding[0] == "latin-1":  # these encode any text
-            return
         unknown = set()
         for c in set(text):
             data = c.encode(*self.decoding)
@@ -128,17 +119,32 @@ class Tokenizer:
         if unknown:
             at = next(i for i, c in enumerate(text) if c in unknown)
             line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-            fail(f"{path}: line {line:,}, column {column:,}: {text[at]!r} (U+{ord(text[at]):04X}) is not in the "
+            fail(f"{place}: line {line:,}, column {column:,}: {text[at]!r} (U+{ord(text[at]):04X}) is not in the "
                  f"vocabulary of {self.name}")
 
-    def encode(self, text):
-        if self.bpe:
-            yield from encode_gpt2(self.bpe, text)
-            return
-        for begin in range(0, len(text), 1 << 20):
-            chunk = text[begin:begin + (1 << 20)]
-            chunk = chunk if self.name == "bytes" else chunk.translate(self.values)
-            yield chunk.encode("utf-16-le", "surrogatepass")
+    def encode(self, batch):
+        """The tokens of a split's pieces, as uint16. Where a document begins, <|endoftext|> comes first."""
+        (split, some), tokens = batch, []
+        for text, begins_document in some:
+            if begins_document and self.end_of_text >= 0:
+                tokens.append(uint16([self.end_of_text]))
+            if self.bpe:
+                tokens.append(uint16(self.bpe.encode_ordinary(text)))
+            else:
+                text = text if self.name == "bytes" else text.translate(self.values)
+                tokens.append(text.encode("utf-16-le", "surrogatepass"))
+        return split, b"".join(tokens)
+
+
+def pieces(text, by_words):
+    """Cuts a text where no token spans the cut: in byte-level BPE, a word begins at white space after anything else."""
+    cut = re.compile(r"(?<=\S)[\n ]" if by_words else "")
+    begin = 0
+    while begin < len(text):
+        found = cut.search(text, begin + PIECE)
+        end = found.start() if found else len(text)
+        yield text[begin:end]
+        begin = end
 
 
 def uint16(tokens):
@@ -152,14 +158,6 @@ def chars_tokenizer(characters):
     tokenizer = Tokenizer("chars", [c.encode() for c in sorted(characters)] + [END_OF_TEXT], len(characters))
     tokenizer.learn("", "".join(characters))
     return tokenizer
-
-
-def package(name):
-    """An optional one."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        fail(f"this needs {name}: python3 -m pip install {name}")
 
 
 def encoding(pattern, ranks):
@@ -179,53 +177,39 @@ def ranges_of(pattern):
     return struct.pack(f"<{1 + len(ranges)}I", len(ranges) // 2, *ranges)
 
 
-def learn_bpe(texts, size):
-    """A vocabulary of these texts with size tokens. Words are GPT-2's; the pair of neighbors that is most frequent
-    becomes a token, then the next."""
+def learn_bpe(pipe, size, threads):
+    """Receives texts through the pipe, then None, and sends the tokens. Words are GPT-2's; the most frequent pair of
+    neighbors becomes a token, then the next."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
     tokenizers = package("tokenizers")
     bytelevel = tokenizers.pre_tokenizers.ByteLevel
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = bytelevel(add_prefix_space=False)
-    model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+    model.train_from_iterator(iter(pipe.recv, None), tokenizers.trainers.BpeTrainer(
         vocab_size=size - 1, initial_alphabet=bytelevel.alphabet(), max_token_length=255, show_progress=False))
     # Each byte is written as a letter: a visible one as itself, the others, in their order, from U+0100 on.
     visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
     others = [b for b in range(256) if b not in visible]
     byte_of = {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(others)}
     learned = sorted(model.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])[256:]
-    tokens = [bytes([b]) for b in range(256)] + [bytes(map(byte_of.get, letters)) for letters, _ in learned]
-    return Tokenizer("bpe", tokens + [END_OF_TEXT], len(tokens))
+    pipe.send([bytes([b]) for b in range(256)] + [bytes(map(byte_of.get, letters)) for letters, _ in learned])
 
 
 def gpt2_tokens():
     try:
         return package("tiktoken").get_encoding("gpt2").decode_tokens_bytes(range(50257))
     except Exception as e:  # whatever a download can raise
-        reason = " ".join(str(e).split())[:200]
-        fail(f"tiktoken could not get GPT-2's vocabulary, from the network or from TIKTOKEN_CACHE_DIR: {reason}")
+        fail(f"tiktoken could not get GPT-2's vocabulary, from the network or from TIKTOKEN_CACHE_DIR: {reason(e)}")
 
 
-def pieces(text):
-    """Some 64k characters each, so that threads share the work and only a batch is held as Python integers. A newline
-    after a visible character always begins a new word of GPT-2's pattern: no token would span the cut."""
-    begin = 0
-    while begin < len(text):
-        newline = re.compile(r"(?<=\S)\n").search(text, begin + (1 << 16))
-        end = newline.start() if newline else len(text)
-        yield text[begin:end]
-        begin = end
-
-
-def encode_gpt2(bpe, text):
-    rest = pieces(text)
-    for batch in iter(lambda: list(itertools.islice(rest, 256)), []):
-        yield from map(uint16, bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1))
-
-
-def read_tokenizer(path):
+def read_vocabulary(path):
+    """The tokens of a tokenizer.bin, the number of the one that ends a text or -1, and the file's content."""
     most = 1 << 26  # bytes: 65,536 tokens take at most 2^24; the rest is for what may follow them
     try:
-        data = read_file(path, most + 1)
+        with texts.open_file(path) as f:
+            data = f.read(most + 1)
+    except IsADirectoryError:
+        fail(f"--tokenizer {path}: is a folder; name a file in it")
     except (FileNotFoundError, NotADirectoryError):
         fail(f"--tokenizer {path}: must be bytes, chars, bpe, gpt2 or an existing tokenizer.bin")
     magic, version, n, end_of_text, appendix = struct.unpack_from("<5i", data.ljust(HEADER_BYTES, b"\0"))
@@ -240,7 +224,7 @@ def read_tokenizer(path):
              f"after them; but of {count(len(data), 'byte')}, {count(len(tokens), 'token')} end at byte {at:,}")
     if version == 1:
         end_of_text = 50256
-    return Tokenizer(path, tokens, end_of_text if 0 <= end_of_text < n else -1, data)
+    return tokens, end_of_text if 0 <= end_of_text < n else -1, data
 
 
 def find_tokenizer(name):
@@ -249,91 +233,93 @@ def find_tokenizer(name):
         return Tokenizer(name, [bytes([i]) for i in range(256)] + [END_OF_TEXT], 256)
     if name == "gpt2":
         return Tokenizer(name, gpt2_tokens(), 50256)
-    return None if name in ("chars", "bpe") else read_tokenizer(name)
+    if name == "bpe":
+        package("tokenizers"), package("tiktoken")
+    return None if name in ("chars", "bpe") else Tokenizer(name, *read_vocabulary(name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Texts
+# Processes
 
 
-def read(path, decoding):
-    """The text, and a stamp that tells whether it changes later."""
-    data = read_file(path)
-    try:
-        return data.decode(*decoding), (len(data), zlib.crc32(data))
-    except UnicodeDecodeError as e:
-        fail(f"{path}: not UTF-8 at byte {e.start:,}; convert it, or use --tokenizer bytes")
+class Processes:
+    """Processes that this one forks, each with a pipe. They end with it."""
+
+    def __init__(self):
+        self.pipes = {}
+
+    def start(self, function, *arguments):
+        """Calls function(pipe, *arguments) in another process."""
+        def main():
+            for s in SIGNALS:
+                signal.signal(s, signal.SIG_DFL)  # only the parent says why all end
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            for pipe in *self.pipes, ours:  # so that theirs ends where the parent does
+                pipe.close()
+            with contextlib.suppress(EOFError, ConnectionError, MemoryError):
+                function(theirs, *arguments)
+
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=main, daemon=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        process.start()
+        self.pipes[ours] = process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        theirs.close()
+        return ours
+
+    def map(self, items):
+        """What the processes send back for each item, in the order of the items."""
+        items, idle, busy, done, turn = enumerate(items), list(self.pipes), {}, {}, 0
+        number, item = next(items, (0, None))
+        while item or busy or done:
+            while item and idle and number < turn + 4 * len(self.pipes):
+                pipe = idle.pop()
+                pipe.send(item)
+                busy[pipe] = number
+                number, item = next(items, (0, None))
+            for pipe in multiprocessing.connection.wait(busy):
+                done[busy.pop(pipe)] = pipe.recv()
+                idle.append(pipe)
+            while turn in done:
+                yield done.pop(turn)
+                turn += 1
+
+    def stop(self):
+        for process in self.pipes.values():
+            process.kill()
+        for process in self.pipes.values():
+            process.join()
+        self.pipes = {}
 
 
-def cut(documents, bounds, reach=0):
-    """Divides documents, taken as one text, at these bounds into parts, in turn for training and for validation. A
-    document has its own cuts, the first at 0 if it begins with validation, and reach, how far each may still move."""
-    position = 0
-    for d in documents:
-        begins_with_validation = bisect.bisect_right(bounds, position) % 2 == 1
-        d.cuts = [0] * begins_with_validation + [b - position for b in bounds if position < b < position + d.length]
-        d.reach = reach
-        position += d.length
+def encode_batches(pipe, tokenizer):
+    while True:
+        pipe.send(tokenizer.encode(pipe.recv()))
 
 
-def cut_spread(documents, fraction):
-    """Takes whole documents for validation, and the ends of stretches of those that are too long for that."""
-    smaller_set = min(fraction, 1 - fraction) * sum(d.length for d in documents)
-    for most in 1.5 * smaller_set, 0.5 * smaller_set:  # the second always comes near enough
-        cut(documents, [])
-        due = 0
-        for d in sorted(documents, key=lambda d: d.length.bit_length()):  # some of each size, large or small
-            if d.length <= most:
-                due += fraction * d.length
-                if due >= d.length / 2:
-                    due -= d.length
-                    d.cuts = [0]
-        if abs(due) <= 0.4 * smaller_set:
-            break
-    long = [d for d in documents if d.length > most]
-    length = sum(d.length for d in long)
-    # Parts of 4096 characters or more, in up to 32 stretches; shorter ones where there would be fewer than 10.
-    smaller_part = int(min(fraction, 1 - fraction) * length)
-    n = max(1, min(32, max(smaller_part // 4096, min(10, smaller_part // 512))))
-    ends = [length * i // n for i in range(n + 1)]
-    bounds = [b for begin, end in zip(ends, ends[1:]) for b in (begin + int((end - begin) * (1 - fraction)), end)]
-    cut(long, bounds, reach=min(smaller_part // n // 8, 4096))
-
-
-def nearest_beginning(text, at, reach):
-    """That of a paragraph within reach, else of a line or word, else of a UTF-8 character."""
-    low, high = max(at - reach, 0), min(at + reach, len(text))
-    for mark in "\n\n", "\n", " ":
-        before, after = text.rfind(mark, low, at), text.find(mark, max(at - len(mark), 0), high)
-        found = [i + len(mark) for i in (before, after) if i >= 0] + [i for i in (0, len(text)) if low <= i <= high]
-        if found:
-            return min(found, key=lambda i: abs(i - at))
-    while at < high and "\x80" <= text[at] < "\xc0":  # in text of bytes, inside a character
-        at += 1
-    return at
-
-
-def parts(documents, split, decoding):
-    """The texts of a split, and whether each is the beginning of its document."""
-    for d in documents:
-        if split == "train" and d.cuts == [0] or split == "val" and not d.cuts:
-            continue
-        text, stamp = read(d.path, decoding)  # anew: at no time is more than one document held
-        if stamp != d.stamp:
-            fail(f"{d.path}: changed between two readings; it has to be a file that stays as it is")
-        edges = [0, *(nearest_beginning(text, at, d.reach) for at in d.cuts), d.length]
-        d.parts = [(begin, end) for begin, end in zip(edges, edges[1:])][split == "val"::2]
-        for begin, end in d.parts:
-            if begin < end:
-                yield text[begin:end], begin == 0
-
-
-def token_values(documents, split, tokenizer, val_tail):
-    """The tokens of a split, part by part."""
-    for text, is_beginning in parts(documents, split, tokenizer.decoding):
-        if tokenizer.end_of_text >= 0 and (is_beginning or not val_tail):
-            yield uint16([tokenizer.end_of_text])
-        yield from tokenizer.encode(text)
+def batches(parts, tokenizer, totals, val_tail):
+    """The text of each split, in pieces that say whether a document begins with them, some of them at a time."""
+    waiting = {split: ([], 0) for split in SPLITS}
+    for split, d, begin, end in parts:
+        text, total = d.text[begin:end], totals[split]
+        total.characters += len(text)
+        total.bytes += len(text.encode(*tokenizer.decoding))
+        if len(text) == len(d.text):
+            total.documents += 1
+        else:
+            total.parts += 1
+            total.divided.add(d.place)
+        begins_document = begin == 0 or not val_tail
+        for piece in pieces(text, by_words=tokenizer.bpe):
+            batch, length = waiting[split]
+            batch.append((piece, begins_document))
+            begins_document, length = False, length + len(piece)
+            if length >= BATCH:
+                yield split, batch
+                batch, length = [], 0
+            waiting[split] = batch, length
+    yield from ((split, batch) for split, (batch, _) in waiting.items() if batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,7 +330,7 @@ class Output:
     """Writes files into a hidden folder in DIR, and moves them to DIR together."""
 
     def __init__(self, o):
-        self.folder, self.manifest = o.out, {}
+        self.folder, self.manifest, self.is_new = o.out, {}, not os.path.isdir(o.out)
         try:
             os.makedirs(self.folder, exist_ok=True)
             self.lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -360,67 +346,99 @@ class Output:
         except OSError as e:
             fail(f"--out {self.folder}: cannot be written ({e.strerror})")
 
-    def write(self, name, head, body):
+    @contextlib.contextmanager
+    def writing(self, name):
         try:
-            with open(os.path.join(self.aside, name), "wb") as f:
-                f.write(head)
-                f.write(body)
-                f.flush()
-                os.fsync(f.fileno())
+            yield os.path.join(self.aside, name)
         except OSError as e:
             fail(f"{os.path.join(self.folder, name)} could not be written: {e.strerror}; "
                  f"nothing was changed in {self.folder}")
-        ends = head + (body if len(body) < 2 * CHECKED_BYTES else body[:CHECKED_BYTES] + body[-CHECKED_BYTES:])
-        check = zlib.crc32(ends[:CHECKED_BYTES] + ends[-CHECKED_BYTES:])
-        self.manifest[name] = f"{name} {len(head) + len(body)} {check:08x}\n"
 
-    def write_shards(self, split, values, shard_tokens):
-        """Writes split_000.bin and so on; returns their numbers of tokens."""
-        counts, size, waiting = [], 2 * shard_tokens, bytearray()
+    def write(self, name, content):
+        with self.writing(name) as path, open(path, "w+b", buffering=0) as f:
+            write_all(f, content)
+            self.finish(name, f)
 
-        def write_one():
-            body = waiting[:size]
-            del waiting[:size]
-            self.write(f"{split}_{len(counts):03d}.bin", header(SHARD, 1, len(body) // 2), body)
-            counts.append(len(body) // 2)
-
-        for some in values:
-            waiting += some
-            while len(waiting) >= size:
-                write_one()
-        if waiting:
-            write_one()
-        return counts
+    def finish(self, name, f):
+        """Puts a file on the disk and into the manifest."""
+        os.fsync(f.fileno())
+        size, ends = f.seek(0, os.SEEK_END), b""
+        for begin in 0, max(0, size - CHECKED_BYTES):
+            f.seek(begin)
+            ends += f.read(CHECKED_BYTES)
+        self.manifest[name] = f"{name} {size} {zlib.crc32(ends):08x}\n"
 
     def move_all(self):
         """Killed at any instant, it leaves the old files, the new ones, or a manifest that says "incomplete"."""
         global outcome
         names = sorted(self.manifest)
-        self.write("incomplete", b"", b"incomplete\n")
-        self.write("gpt2x3_manifest.txt", b"gpt2x3 manifest 1\n", "".join(map(self.manifest.get, names)).encode())
-        signals = []  # they wait until all is done
-        for s in SIGNALS:
-            signal.signal(s, lambda s, _: signals.append(s))
-        try:
-            self.move("incomplete", to="gpt2x3_manifest.txt")
-            outcome = f"{self.folder} is incomplete; run again with --overwrite"
-            for name in set(former_files(self.folder)) - {"gpt2x3_manifest.txt"}:
-                os.remove(os.path.join(self.folder, name))
-            for name in names:
-                self.move(name, to=name)
-            self.move("gpt2x3_manifest.txt", to="gpt2x3_manifest.txt")
-            outcome = f"all files in {self.folder} are written"
-        except OSError as e:
-            fail(f"{e.filename2 or e.filename}: {e.strerror}; {outcome}")
-        for s in SIGNALS:
-            signal.signal(s, stop)
-        if signals:
-            stop(signals[0])
+        self.write("incomplete", b"incomplete\n")
+        self.write("gpt2x3_manifest.txt", ("gpt2x3 manifest 1\n" + "".join(map(self.manifest.get, names))).encode())
+        with signals_wait():
+            try:
+                self.move("incomplete", to="gpt2x3_manifest.txt")
+                outcome = f"{self.folder} is incomplete; run again with --overwrite"
+                for name in set(former_files(self.folder)) - {"gpt2x3_manifest.txt"}:
+                    os.remove(os.path.join(self.folder, name))
+                for name in names:
+                    self.move(name, to=name)
+                self.move("gpt2x3_manifest.txt", to="gpt2x3_manifest.txt")
+                outcome = f"all files in {self.folder} are written"
+            except OSError as e:
+                fail(f"{e.filename2 or e.filename}: {e.strerror}; {outcome}")
 
     def move(self, name, to):
         os.replace(os.path.join(self.aside, name), os.path.join(self.folder, to))
         with contextlib.suppress(OSError):  # some file systems cannot
             os.fsync(self.lock)
+
+    def clear(self):
+        shutil.rmtree(self.aside, ignore_errors=True)
+        if self.is_new:
+            with contextlib.suppress(OSError):  # it is not empty, if all went well
+                os.rmdir(self.folder)
+
+
+class Shards:
+    """The files of a split, each with so many tokens at most."""
+
+    def __init__(self, output, split, most):
+        self.output, self.split, self.most = output, split, most
+        self.names, self.counts, self.f = [], [], None
+
+    def start(self):
+        self.names.append(f"{self.split}_{len(self.names):03d}.bin")
+        self.counts.append(0)
+        with self.output.writing(self.names[-1]) as path:
+            self.f = open(path, "w+b", buffering=0)
+            write_all(self.f, header(SHARD, 1, 0))
+
+    def write(self, tokens):
+        tokens = memoryview(tokens)
+        while tokens:
+            if not self.f:
+                self.start()
+            some = tokens[:2 * (self.most - self.counts[-1])]
+            with self.output.writing(self.names[-1]):
+                write_all(self.f, some)
+            self.counts[-1] += len(some) // 2
+            tokens = tokens[len(some):]
+            if self.counts[-1] == self.most:
+                self.finish()
+
+    def finish(self):
+        if self.f:
+            with self.output.writing(self.names[-1]), self.f:
+                self.f.seek(0)
+                write_all(self.f, header(SHARD, 1, self.counts[-1]))
+                self.output.finish(self.names[-1], self.f)
+        self.f = None
+
+
+def write_all(f, data):
+    data = memoryview(data)
+    while data:
+        data = data[f.write(data):]
 
 
 def former_files(folder):
@@ -444,95 +462,176 @@ def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     p.error = fail
-    p.add_argument("files", metavar="FILE", nargs="+", help="the text, UTF-8 unless for bytes")
+    p.add_argument("files", metavar="FILE", nargs="*", help="the text; UTF-8, unless for bytes")
+    p.add_argument("--dataset", metavar="NAME", nargs="+", default=[],
+                   help="instead of FILEs: a data set of Hugging Face's or a folder that is one, and its configuration")
+    p.add_argument("--field", metavar="NAME", help="the text's field or column in JSON lines, Parquet and data sets "
+                   "(default text); standard input is JSON lines, if it is given")
+    p.add_argument("--separator", metavar="TEXT", help="what stands between the documents of a text file")
     p.add_argument("--tokenizer", metavar="NAME", required=True, help="bytes, chars, bpe, gpt2 or a file (see above)")
     p.add_argument("--vocab-size", metavar="N", type=int, help="tokens of bpe, bytes and <|endoftext|> included")
     p.add_argument("--out", metavar="DIR", required=True, help="where to write; made if need be")
-    split = p.add_mutually_exclusive_group()
-    split.add_argument("--val", metavar="FILE", nargs="+", default=[], help="validation text (give it after the FILEs)")
-    split.add_argument("--val-fraction", metavar="X", type=float, default=0.1,
-                       help="the share of the text that is for validation; 0 for none (default 0.1)")
+    p.add_argument("--val", metavar="FILE", nargs="+", default=[], help="validation text (give it after the FILEs)")
+    p.add_argument("--val-fraction", metavar="X", type=float,
+                   help="the share of the text that is for validation; 0 for none (default 0.1)")
     p.add_argument("--val-tail", action="store_true", help="validation is the end of the text, as in nanoGPT")
     p.add_argument("--shard-tokens", metavar="N", type=int, default=100_000_000,
                    help="most tokens in one file (default 100,000,000, which is 200 MB)")
+    p.add_argument("--processes", metavar="N", type=int, default=usable_cores(),
+                   help="how many encode (default: this machine's cores)")
     p.add_argument("--overwrite", action="store_true",
                    help="remove all train_*.bin, val_*.bin, tokenizer.bin and gpt2x3_manifest.txt that DIR has")
     o = p.parse_args()
 
-    if not 0 <= o.val_fraction < 1:
+    if bool(o.files) == bool(o.dataset):
+        fail("FILEs and --dataset: give one of both" if o.files else "no text: name a FILE, or a --dataset")
+    if len(o.dataset) > 2:
+        fail(f"--dataset {' '.join(o.dataset)}: takes a name and a configuration")
+    if o.val and (o.val_tail or o.val_fraction is not None):
+        fail(f"{'--val-tail' if o.val_tail else '--val-fraction'}: not with --val, which names the validation text")
+    if o.val_fraction is not None and not 0 <= o.val_fraction < 1:
         fail(f"--val-fraction {o.val_fraction}: must be at least 0 and less than 1")
+    if o.separator == "" or o.processes < 1:
+        fail("--separator: must not be empty" if o.separator == "" else f"--processes {o.processes}: must be 1 or more")
     if (o.tokenizer == "bpe") != (o.vocab_size is not None):
         fail("--tokenizer bpe and --vocab-size N (8192, say) take each other")
     if o.vocab_size is not None and not 257 <= o.vocab_size <= 1 << 16:
         fail(f"--vocab-size {o.vocab_size}: must be from 257 to 65,536: 256 bytes, merges, and <|endoftext|>")
-    if o.val and o.val_tail:
-        fail("--val-tail: not with --val, which names the validation text")
     if not 1 <= o.shard_tokens <= MOST_SHARD_TOKENS:
         fail(f"--shard-tokens {o.shard_tokens}: must be from 1 to {MOST_SHARD_TOKENS:,}, so that a file is under 2 GiB")
     check_former_files(o)
-    shards = {os.path.realpath(os.path.join(o.out, name)) for name in former_files(o.out)}
-    given_as = {}
-    for path, split in [(path, "FILE") for path in o.files] + [(path, "--val") for path in o.val]:
-        real = os.path.realpath(path)
-        if real in shards:
-            fail(f"{path} has the name of a shard in --out, which --overwrite removes; give another --out")
-        if given_as.get(real, split) != split or real in given_as and not o.val and o.val_fraction > 0:
-            fail(f"{path}: is given twice, so it could be both training and validation text")
-        given_as[real] = split
     return o
 
 
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_sources(o):
+    """Those of the training text, then those of the validation text, if that is given."""
+    def find(names):
+        return list(texts.find(names, o.field, o.separator and os.fsencode(o.separator), folder))
+
+    folder = os.path.abspath(o.out)  # or what there is of it: for copies of what can be read only once
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    train, val = find(o.files), find(o.val)
+    if o.dataset:
+        wanted = ["train"] + ["validation"] * (not val and not o.val_tail and o.val_fraction is None)
+        more = texts.data_set(o.dataset, wanted, o.field or "text", folder)
+        train, val = more[:1], val + more[1:]
+    for source in val:
+        source.is_val = True
+    formats = {source.kind == "text" for source in train + val}
+    if o.field and formats == {True}:
+        fail("--field: is for JSON lines, Parquet and data sets, and nothing of that kind is given")
+    if o.separator and formats == {False}:
+        fail("--separator: is for text, and no file of text is given")
+    shards = {os.path.realpath(os.path.join(o.out, name)) for name in former_files(o.out)}
+    given_as = {}
+    for source in train + val:
+        real = os.path.realpath(source.name)
+        if real in shards:
+            fail(f"{source.name} has the name of a shard in --out, which --overwrite removes; give another --out")
+        if given_as.get(real, source.is_val) != source.is_val or real in given_as and not val and o.val_fraction != 0:
+            fail(f"{source.name}: is given twice, so it could be both training and validation text")
+        given_as[real] = source.is_val
+    return train + val
+
+
+def survey(corpus, tokenizer, o):
+    """The lengths of the documents, in characters (bytes are some, too), and all characters. It ends when the documents
+    are many, if nothing else is to be learned from them."""
+    lengths, characters = array.array("Q"), set()
+    for d in corpus.read("reading"):
+        if o.tokenizer == "chars":
+            characters.update(d.text)
+        elif tokenizer and not tokenizer.encodes_any_text():
+            tokenizer.learn(d.place, d.text)
+        elif len(lengths) == MANY and not o.val_tail:
+            break
+        lengths.append(len(d.text))
+    return lengths, characters
+
+
+def bpe_tokenizer(corpus, rule, processes, o):
+    pipe = processes.start(learn_bpe, o.vocab_size, o.processes)
+    for split, d, begin, end in corpus.parts("learning", rule):
+        if split == "train":
+            for piece in pieces(d.text[begin:end], by_words=True):
+                pipe.send(piece)
+    pipe.send(None)
+    tokens = pipe.recv()
+    processes.stop()
+    return Tokenizer("bpe", tokens + [END_OF_TEXT], len(tokens))
+
+
 def prepare(o):
-    # First reading: lengths, in characters (bytes are some, too), and the alphabet.
     tokenizer = find_tokenizer(o.tokenizer)
-    characters, text_bytes, documents = set(), 0, []
-    for path in o.files + o.val:
-        text, stamp = read(path, tokenizer.decoding if tokenizer else ("utf-8", "strict"))
-        if tokenizer:
-            tokenizer.learn(path, text)
-        elif o.tokenizer == "chars":
-            characters.update(text)
-        text_bytes += stamp[0]
-        documents.append(SimpleNamespace(path=path, length=len(text), stamp=stamp))
-    train = [d for d in documents[:len(o.files)] if d.length]
-    val = [d for d in documents[len(o.files):] if d.length]
-    cut(val, [0])
-    cut(train, [])
-    if o.val_tail:
-        cut(train, [int(sum(d.length for d in train) * (1 - o.val_fraction))])
-    elif not o.val and o.val_fraction > 0:
-        cut_spread(train, o.val_fraction)
-    no_training, no_validation = all(d.cuts == [0] for d in train), not any(d.cuts for d in train + val)
-    if no_training or no_validation and (o.val or o.val_fraction > 0):
-        fail(f"there is no text for {'training' if no_training else 'validation'}: what was given has "
-             f"{count(text_bytes, 'byte')} in all")
-
-    if o.tokenizer == "bpe":
-        texts = parts(train, "train", ("utf-8", "strict"))
-        tokenizer = learn_bpe((piece for text, _ in texts for piece in pieces(text)), o.vocab_size)
-    elif o.tokenizer == "chars":
-        tokenizer = chars_tokenizer(characters)
-
-    # Later readings. All is written aside and moved into place at the end, so DIR never mixes two texts.
-    output, counts = Output(o), {}
+    sources = find_sources(o)
+    has_val = any(source.is_val for source in sources)
+    fraction = 0 if has_val else 0.1 if o.val_fraction is None else o.val_fraction
+    corpus = Corpus(sources, tokenizer.decoding if tokenizer else ("utf-8", "strict"), o.separator)
+    processes, output = Processes(), None
     try:
-        for split in "train", "val":
-            values = token_values(train + val, split, tokenizer, o.val_tail)
-            counts[split] = output.write_shards(split, values, o.shard_tokens)
-        output.write("tokenizer.bin", tokenizer.content, b"")
-        output.move_all()
-    finally:
-        shutil.rmtree(output.aside, ignore_errors=True)
+        lengths, characters = survey(corpus, tokenizer, o)
+        rule = texts.split_rule(lengths, fraction, o.val_tail)
+        if o.tokenizer == "chars":
+            tokenizer = chars_tokenizer(characters)
+        elif o.tokenizer == "bpe":
+            tokenizer = bpe_tokenizer(corpus, rule, processes, o)
+        n = min(o.processes, sum(source.size for source in sources) // (4 * BATCH))
+        if n > 1 and tokenizer.decoding[0] != "latin-1":  # there is little to do for bytes
+            for _ in range(n):
+                processes.start(encode_batches, tokenizer)
 
-    lines = [f"{os.path.join(o.out, f'{split}_{i:03d}.bin')}: {count(n, 'token')}"
-             for split, numbers in counts.items() for i, n in enumerate(numbers)]
-    lines.append(f"{os.path.join(o.out, 'tokenizer.bin')}: a vocabulary of {count(len(tokenizer.tokens), 'token')}, "
-                 f"{text_bytes / sum(map(sum, counts.values())):.2f} bytes of text per token")
+        # All is written aside and moved into place at the end, so DIR never mixes two texts.
+        output = Output(o)
+        totals = {split: SimpleNamespace(documents=0, parts=0, divided=set(), characters=0, bytes=0)
+                  for split in SPLITS}
+        items = batches(corpus.parts("encoding", rule), tokenizer, totals, o.val_tail)
+        shards = {split: Shards(output, split, o.shard_tokens) for split in SPLITS}
+        for split, tokens in processes.map(items) if processes.pipes else map(tokenizer.encode, items):
+            shards[split].write(tokens)
+        for split in SPLITS:
+            shards[split].finish()
+            if not shards[split].counts and (split == "train" or has_val or fraction > 0):
+                fail(f"there is no text for {SPLITS[split]}: what was given has "
+                     f"{count(sum(total.bytes for total in totals.values()), 'byte')} in all")
+        output.write("tokenizer.bin", tokenizer.content)
+        output.move_all()
+    except (EOFError, ConnectionError):
+        fail("a process that this one started was killed; if for lack of memory, give fewer --processes")
+    finally:
+        corpus.bar.close()
+        processes.stop()
+        if output:
+            output.clear()
+
+    report(o, tokenizer, shards, totals, corpus)
+
+
+def report(o, tokenizer, shards, totals, corpus):
+    lines = [f"{os.path.join(o.out, name)}: {count(n, 'token')}"
+             for split in SPLITS for name, n in zip(shards[split].names, shards[split].counts)]
+    lines.append(f"{os.path.join(o.out, 'tokenizer.bin')}: a vocabulary of {count(len(tokenizer.tokens), 'token')}")
     if o.vocab_size and len(tokenizer.tokens) < o.vocab_size:
         lines.append(f"fewer than --vocab-size {o.vocab_size:,}: the training text has no more pairs to merge")
-    if counts["val"] and not o.val:
-        lines.append("validation: " + summary(train, o.val_tail))
-    lines += [f"left out: {d.path} is empty" for d in documents if not d.length]
+    characters = sum(total.characters for total in totals.values())
+    for split, total in totals.items():
+        tokens = sum(shards[split].counts)
+        if tokens:
+            of = total.divided.pop() if len(total.divided) == 1 else count(len(total.divided), "document")
+            what = [count(total.documents, "document")] * (total.documents > 0) + [
+                f"{count(total.parts, 'part')} of {of}"] * (total.parts > 0)
+            lines.append(f"{SPLITS[split]}: {' and '.join(what)}, {100 * total.characters / characters:.1f} % of "
+                         f"the text, {count(tokens, 'token')}, {total.bytes / tokens:.2f} bytes per token")
+    if corpus.empty:
+        lines.append(f"left out: {count(corpus.empty, 'empty document')}; {corpus.first_empty} is empty")
+    say(lines)
+
+
+def say(lines):
     try:
         print("\n".join(lines), flush=True)
     except OSError as e:
@@ -540,32 +639,36 @@ def prepare(o):
         fail(f"standard output: {e.strerror}; {outcome}")
 
 
-def summary(documents, val_tail):
-    """What was taken for validation."""
-    whole = [d for d in documents if d.cuts == [0]]
-    cut_ones = [d for d in documents if d.cuts not in ([], [0])]
-    lengths = [end - begin for d in whole + cut_ones for begin, end in d.parts if begin < end]
-    taken = [f"{len(whole):,} of {count(len(documents), 'file')}"] * bool(whole)
-    if cut_ones:
-        of = cut_ones[0].path if len(cut_ones) == 1 else count(len(cut_ones), "file")
-        taken.append(f"{count(len(lengths) - len(whole), 'part')} of {of}")
-    share = f"{100 * sum(lengths) / sum(d.length for d in documents):.1f} % of the text"
-    return f"the last {share}" if val_tail else f"{' and '.join(taken)}, {share}"
-
-
 def stop(number, _=None):
     fail(f"{'interrupted' if number == signal.SIGINT else 'terminated'}; {outcome}")
 
 
-if __name__ == "__main__":
-    SIGNALS = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+@contextlib.contextmanager
+def signals_wait():
+    """Within, signals only leave a note."""
+    noted = []
+    for s in SIGNALS:
+        signal.signal(s, lambda s, _: noted.append(s))
+    yield
+    for s in SIGNALS:
+        signal.signal(s, stop)
+    if noted:
+        stop(noted[0])
+
+
+def run(main, out_of_memory):
+    """Calls main. What goes wrong, and signals, end it with one line."""
     for s in SIGNALS:
         signal.signal(s, stop)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # for names of files
     try:
-        prepare(options())
+        main()
     except OSError as e:
         fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
     except MemoryError:
-        fail("not enough memory: a document is held whole; split the largest")
+        fail(f"not enough memory: {out_of_memory}")
+
+
+if __name__ == "__main__":
+    run(lambda: prepare(options()), "a document is held whole; split the largest")

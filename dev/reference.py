@@ -394,14 +394,16 @@ def read_model(path, **variant):
     """Config and parameters. `variant` holds fields of Config that replace the file's."""
     header, data = read(path, MODEL_MAGIC)
     version, maxT, V, L, NH, C, Vp, number = header[1:9]
-    if version not in (3, 1003) or not 0 <= number < len(GPT2.ATTENTIONS):
-        die(f"{path}: version {version}, attention {number}; this program reads versions 3 and 1003 and attentions "
-            f"0 to {len(GPT2.ATTENTIONS) - 1}")
+    if version not in (3, 5, 1003, 1005) or not 0 <= number < len(GPT2.ATTENTIONS):
+        die(f"{path}: version {version}, attention {number}; this program reads versions 3, 5, 1003 and 1005 and "
+            f"attentions 0 to {len(GPT2.ATTENTIONS) - 1}")
     attention = GPT2.ATTENTIONS[number]
     own = {name: value for name, value in zip(SETTINGS, header[9:]) if name.startswith(attention + "_")}
     c = Config(maxT, V, L, NH, C, **{"attention": attention, **own, **variant})
     if Vp != c.Vp:
         die(f"{path}: vocabulary {V} padded to {Vp}, must be {c.Vp}")
+    if version % 1000 == 5:  # bf16, the upper half of an fp32
+        data = (data[:len(data) // 2 * 2].view("<u2").astype("<u4") << 16).view(np.uint8)
     # header[255] is 1 in a checkpoint, whose training state follows the parameters.
     return c, trainable(cut(path, data, tensor_shapes(c), exact=header[255] == 0))
 

@@ -1,12 +1,14 @@
 """Shared by the tests: the repository's root, the program and runs of it, the real texts of TEST_DATA, GPT-2's
 vocabulary for tiktoken."""
 
+import functools
 import os
 import pathlib
 
 import pytest
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "prepare_helpers")
+import prepare_helpers
 from helpers import (
     ATTENTIONS, BYTES_AND_END_OF_TEXT, END_OF_TEXT, Parts, Program, made_up_tokens, training, weights_only,
     write_shard, write_tokenizer,
@@ -29,6 +31,12 @@ BUILDS = [PROGRAM] + [SANITIZED] * (PROGRAM != SANITIZED and (ROOT / SANITIZED).
 @pytest.fixture(scope="session")
 def root():
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def prepare():
+    """Runs prepare.py."""
+    return functools.partial(prepare_helpers.run, ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@
     python3 dev/test/faults.py --only calls --seconds 3600 --seed 2
     python3 dev/test/faults.py --only calls --seed 2 --case 17      # this one again
 
-    files     damaged files for every reader: models, tokenizers, shards, metrics.csv, manifests, dumps
     kills     signals at random instants, and just before any call that changes a file
     calls     one call of the C library fails, or transfers less than asked: any call of a run (faults.c)
     disks     disks and file size limits of any size around what a run needs
@@ -13,7 +12,8 @@
 
 A disturbed program must exit with status 0 and the right results, or with status 1 and one line that begins with
 "error: ", and may not crash, hang, or take 4 GB. A former run must stay intact, or the new run must go on to the same
-bits as an undisturbed one. For Linux; needs a C compiler. A fault's folder is kept, with its commands."""
+bits as an undisturbed one. For Linux; needs a C compiler. A fault's folder is kept, with its commands. Damaged files
+are the matter of dev/fuzz."""
 
 import argparse
 import collections
@@ -24,24 +24,21 @@ import re
 import shlex
 import shutil
 import signal
-import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from errno import EACCES, EAGAIN, EINTR, EIO, EMFILE, ENOLCK, ENOMEM, ENOSPC, EPERM
 
 from helpers import (
-    BYTES_AND_END_OF_TEXT as BYTES, END_OF_TEXT, HEADER_BYTES, SHAPE, TRAILER_BYTES, WEIGHTS_END, changed, contents,
-    made_up_tokens, metrics, training, write_shard, write_tokenizer,
+    BYTES_AND_END_OF_TEXT as BYTES, END_OF_TEXT, SHAPE, contents, made_up_tokens, metrics, training, write_shard,
+    write_tokenizer,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PROGRAM, SANITIZED, TEST = ROOT / "train_gpt2", ROOT / "train_gpt2_sanitized", ROOT / "test_gpt2"
+PROGRAM, SANITIZED = ROOT / "train_gpt2", ROOT / "train_gpt2_sanitized"
 PREPARE = [sys.executable, ROOT / "data_prep/prepare.py"]
 TIMEOUT = 60
 MEMORY = "ulimit -v 4000000; "  # KiB
@@ -267,144 +264,6 @@ def begin(job, case):
     return out
 
 
-# Files
-
-INTEGERS = [0, 1, 2, -1, 7, 127, 257, 65535, 65536, 2**24, INT_MAX, -INT_MAX - 1]
-# Values that bound the time of a run, where a larger one would be no mistake
-BOUNDED = {"steps": [0, 1, 2], "batch": [0, 1, 3, 65536], "sequence": [0, 1, 7, 16], "total-batch": [0, 1, 48, 64, 128],
-           "tokens": [-1, 0, 1, 5], "samples": [0, 1, 2], "layers": [0, 1, 2, 1025], "heads": [0, 1, 2, 4, 65537],
-           "channels": [0, 8, 16, 24, 65537], "context": [0, 16, 33], "vocab": [0, 256, 257, 300, 65537],
-           "model": ["", "gpt2", "none"]}
-WORDS = ["", " ", "nan", "inf", "-1", "1e999", "-0", "0x10", " 1", "1 ", "1.5", "+1", "1,2", "1,", "9" * 40, "1" * 5000,
-         "--", "-", "--lr", "=", "\n", "a\nb", "\x1b[31m", "\x7f", "'", '"', "%s%n", "[", "*", "\\", "é", "日本",
-         "..", os.fsdecode(b"\xff\xfe"), "/dev/null", "/dev/zero", "/proc/self/mem", "/proc/none/x", "."]
-
-
-def damage(r, data):
-    """The bytes, changed in one of many ways."""
-    n, length, field = len(data), r.choice([1, 4, 100, 5000]), 4 * r.choice([*range(13), 255, WEIGHTS_END // 4])
-    at, other = r.randrange(min(n, r.choice([60, HEADER_BYTES + 600, n])) or 1), r.randrange(n or 1)
-    if n < 8 or r.random() < 0.03:
-        return b""
-    filling = [bytes(length), r.randbytes(length), b"a,\t1.5\n\r" * length, data[other:other + length]]
-    return r.choice([
-        lambda: changed(data, at, "B", data[at] ^ 1 << r.randrange(8)),
-        lambda: changed(data, min(field, n - 4), "<i", r.choice(INTEGERS)),
-        lambda: changed(data, min(at, n - 4) // 4 * 4, "<f", r.choice([float("nan"), float("inf"), -3e38, 1e-42])),
-        lambda: data[:r.choice([at, n - 1, n - at, n // 2])],
-        lambda: data + r.choice([b"\0", b"x", data[:length], data]),
-        lambda: data[:at] + r.choice(filling)[:length] + data[at + length:],
-    ])()
-
-
-def damage_words(r, text, separator):
-    words = text.split(separator)
-    i = r.randrange(len(words))
-    words[i:i + 1] = r.choice([[], [words[i]] * 2, [r.choice(words)], [os.fsencode(r.choice(WORDS))],
-                               [b"%d" % r.choice(INTEGERS)], [b"%d" % 2**64], [words[i] + b"x" * 10**6]])
-    return separator.join(words)
-
-
-def damage_state(r, body):
-    """Changes a value of a checkpoint's training state, and makes its length fit."""
-    begin, end = WEIGHTS_END + 8, WEIGHTS_END + 8 + struct.unpack_from("<Q", body, WEIGHTS_END)[0]
-    words = body[begin:end].split(b"\0")
-    i = 2 * r.randrange(len(words) // 2)
-    values = BOUNDED.get(words[i].decode().lstrip("-")) or INTEGERS + [2**64 - 1, "x", "", "1e9"]
-    words[i + 1] = str(r.choice(values)).encode()
-    text = b"\0".join(words)
-    if r.random() < 0.2:
-        text = damage_words(r, text, b"\0")
-    return body[:WEIGHTS_END] + struct.pack("<Q", len(text)) + text + body[end:]
-
-
-def sealed(body):
-    """A checkpoint with the trailer that fits it."""
-    return body + struct.pack("<IIIQ", 20240329, zlib.crc32(body[:WEIGHTS_END]), zlib.crc32(body[WEIGHTS_END:]),
-                              len(body) + TRAILER_BYTES)
-
-
-def replace(r, path, lab):
-    """Damages a file, or puts something else in its place. Returns whether the program can notice."""
-    good, kind, fitting = path.read_bytes(), r.random(), r.random() < 0.7
-    is_shard = path.name.startswith(("train", "val"))
-    state = (path.parent / "model.bin").read_bytes()[WEIGHTS_END:] if path.parent.name == "out" else b""
-    noticed = path.name == "model.bin" or (is_shard and (path.parent / "gpt2x3_manifest.txt").exists())
-    path.unlink()
-    if kind < 0.08:
-        link = r.choice(["/dev/null", "/dev/zero", "/dev/full", "nowhere", path.name])
-        r.choice([os.mkfifo, os.mkdir, lambda path: os.symlink(link, path)])(path)
-    elif path.name == "model.bin" and fitting:
-        path.write_bytes(sealed(r.choice([damage, damage_state])(r, good[:-TRAILER_BYTES])))
-        noticed = False
-    elif path.name == "tokenizer.bin" and kind < 0.2:
-        shutil.copy(lab.folder / "old_data/tokenizer.bin", path)
-        noticed = b"tokenizer" in state
-    elif path.name == "gpt2x3_manifest.txt" and kind < 0.2:
-        path.write_bytes(b"incomplete\n")
-        noticed = True
-    elif path.suffix in (".csv", ".txt") and fitting:
-        path.write_bytes(damage_words(r, good, r.choice([b",", b"\n", b" "])))
-    elif is_shard and fitting:  # without a header, or with one that fits
-        tokens = damage(r, good[HEADER_BYTES:])
-        path.write_bytes(r.choice([b"", changed(good[:HEADER_BYTES], 8, "<i", len(tokens) // 2)]) + tokens)
-    else:
-        path.write_bytes(damage(r, good))
-    return noticed and not (path.is_file() and path.read_bytes() == good)
-
-
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if stat.S_ISREG(path.lstat().st_mode)}
-
-
-def files(lab):
-    dumps = sorted((ROOT / "dev/reference").glob("*.state.bin"), key=lambda path: path.stat().st_size)[:3]
-
-    def case(case, _):
-        r, folder = case.r, case.folder
-        out, data = shutil.copytree(lab.stopped, folder / "out"), shutil.copytree(lab.data, folder / "data")
-        new, model, val = folder / "new", ["--model", out / "model.bin"], ["--val", f"{data}/val_*.bin"]
-        shards = ["--train", f"{data}/train_*.bin", *val]
-        readers = {
-            "resume": ["train", "--out", out, "--resume", *shards],
-            "generate": ["generate", *model, "--prompt", "ab", "--tokens", 5],
-            "eval": ["eval", *model, *val, "--batch", 2],
-            "describe": ["describe", *model],
-            "from": ["train", "--out", new, *model, *shards, "--batch", 2, "--steps", 2],
-            "new": training(data, new, steps=2),
-        }
-        targets = [(out / "model.bin", "resume resume generate eval describe from")] * 5 + [
-            (out / "tokenizer.bin", "resume generate eval describe"), (out / "metrics.csv", "resume"),
-            (data / "train_001.bin", "new resume"), (data / "val_000.bin", "new eval resume"),
-            (data / "tokenizer.bin", "new from"), (folder / "dump.state.bin", ""), (folder / "dump.model.bin", ""),
-            *[(data / "gpt2x3_manifest.txt", "new resume eval from")] * (data / "gpt2x3_manifest.txt").exists()]
-        target, commands = r.choice(targets)
-        if not commands:
-            dump = r.choice(dumps)
-            shutil.copy(dump, folder / "dump.state.bin")
-            shutil.copy(dump.with_name(dump.name.replace(".state.", ".model.")), folder / "dump.model.bin")
-        elif target.name != "gpt2x3_manifest.txt" and r.random() < 0.5:
-            (data / "gpt2x3_manifest.txt").unlink(missing_ok=True)
-        must_notice = replace(r, target, lab)
-        before = snapshot(folder)
-        if not commands:
-            result = case.run([TEST, folder / "dump.model.bin", folder / "dump.state.bin"])
-            if result.status == 1 and not result.err and re.search(rb"[1-9]\d* failed\n$", result.out):
-                return "refused"
-            return ended_well(result)
-        reader = r.choice(commands.split())
-        result = case.run_either(readers[reader])
-        outcome = ended_well(result)
-        if outcome == "worked" and must_notice and (reader != "describe" or target.name == "model.bin"):
-            raise Fault(f"{reader}: another {target.name} is not noticed")
-        began = b"\noptions " in result.out  # files are written from then on
-        after = snapshot(folder)
-        if outcome == "refused" and not began and any(after.get(path) != data for path, data in before.items()):
-            raise Fault(f"{reader}: refused, but has changed files")
-        return outcome
-    return None, case
-
-
 # Signals
 
 
@@ -518,6 +377,16 @@ def disks(lab):
 
 # Options
 
+INTEGERS = [0, 1, 2, -1, 7, 127, 257, 65535, 65536, 2**24, INT_MAX, -INT_MAX - 1]
+# Values that bound the time of a run, where a larger one would be no mistake
+BOUNDED = {"steps": [0, 1, 2], "batch": [0, 1, 3, 65536], "sequence": [0, 1, 7, 16], "total-batch": [0, 1, 48, 64, 128],
+           "tokens": [-1, 0, 1, 5], "samples": [0, 1, 2], "layers": [0, 1, 2, 1025], "heads": [0, 1, 2, 4, 65537],
+           "channels": [0, 8, 16, 24, 65537], "context": [0, 16, 33], "vocab": [0, 256, 257, 300, 65537],
+           "model": ["", "gpt2", "none"]}
+WORDS = ["", " ", "nan", "inf", "-1", "1e999", "-0", "0x10", " 1", "1 ", "1.5", "+1", "1,2", "1,", "9" * 40, "1" * 5000,
+         "--", "-", "--lr", "=", "\n", "a\nb", "\x1b[31m", "\x7f", "'", '"', "%s%n", "[", "*", "\\", "é", "日本",
+         "..", os.fsdecode(b"\xff\xfe"), "/dev/null", "/dev/zero", "/proc/self/mem", "/proc/none/x", "."]
+
 
 def options(lab):
     forms = {word: dict(re.findall(r"^  --(\S+) (\S*)", text, re.MULTILINE)) for word, text in lab.help.items()}
@@ -555,9 +424,9 @@ def options(lab):
             i = r.randrange(len(words))
             word = str(words[i])
             words[i:i + 1] = r.choice([[], [word[:-1]], [word + "s"], [word + "=1"], [r.choice(WORDS)], [word, "-h"]])
-        data = snapshot(place / "data")
+        data = contents(place / "data")
         outcome = ended_well(case.run_either(words), *[] if words and words[0] else [rb"(?s).*\nCommands\n.*"])
-        if snapshot(place / "data") != data:
+        if contents(place / "data") != data:
             raise Fault("the data has changed")
         return outcome
     return None, case
@@ -565,7 +434,7 @@ def options(lab):
 
 # The campaign
 
-PARTS = {"files": files, "kills": kills, "calls": calls, "disks": disks, "options": options}
+PARTS = {"kills": kills, "calls": calls, "disks": disks, "options": options}
 ALIKE = 3  # Of faults with the same message, so many are shown and kept.
 
 

@@ -1,6 +1,6 @@
-"""What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; the emulator's tests;
-then pytest over dev/test. Its last line adds their counts. With --peers (`make -C dev test-peers`) only what needs
-PyTorch or other packages that .venv has not."""
+"""What `make test` runs once everything is built: test_gpt2 over dev/reference, in each build; dev/fuzz; the emulator's
+tests; then pytest over dev/test. Its last line adds their counts. With --peers (`make -C dev test-peers`) only what
+needs PyTorch or other packages that .venv has not."""
 
 import os
 import subprocess
@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-PROGRAMS = ["./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx"]  # on all cores
+PROGRAMS = ["./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx", "dev/fuzz/fuzz"]  # on all cores
+NEEDS = {"./test_gpt2_amx": "an x86-64 compiler", "dev/fuzz/fuzz": "Linux"}
 EMULATED = ["./test_gpt2cu_emulated", "dev/emulator/test.py"]  # each on one
 EMULATED_TESTS = ["dev/test/test_gpu.py", "dev/test/test_emulator.py"]
-PEERS = ["dev/test/test_reference.py", "dev/test/test_prepare_peers.py"]
+PEERS = ["dev/test/test_reference.py", "dev/test/test_prepare_peers.py", "dev/test/test_convert_peers.py"]
 
 
 def run_program(program, out):
@@ -78,8 +79,8 @@ def main():
     counts = Counter()
     if not peers:
         for program in PROGRAMS:
-            if program == "./test_gpt2_amx" and not os.path.exists(program):
-                print("left out: test_gpt2_amx, which takes an x86-64 compiler")
+            if program in NEEDS and not os.path.exists(program):
+                print(f"left out: {program}, which needs {NEEDS[program]}")
                 continue
             counts += run_program(program, sys.stdout)
         emulated = [partial(run_program, program) for program in EMULATED]

@@ -163,7 +163,9 @@ def test_glob_that_matches_nothing(each_build, data, tmp_path, option):
 
 
 @pytest.mark.parametrize("option", ["--train", "--val"])
-@pytest.mark.parametrize("path, says", [("/tmp", "is a folder"), ("/dev/null", "not a regular file")])
+@pytest.mark.parametrize("path, says", [("/tmp", "is a folder"), ("/dev/null", "not a regular file"),
+                                        ("1" * 300, "^error: 1+: File name too long")],
+                         ids=["folder", "device", "long"])
 def test_glob_that_matches_no_file(each_build, data, tmp_path, option, path, says):
     each_build.fails(*training(data, tmp_path / "out", option, path), says=says)
 
@@ -812,7 +814,8 @@ def test_prompt_tokens_are_malformed(each_build, model, tokens):
 
 def test_two_prompts(each_build, model):
     each_build.fails("generate", "--model", model, "--prompt-tokens", "", says="--prompt-tokens : is empty")
-    each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1", says="give one of --prompt, --prompt-file and --prompt-tokens")
+    each_build.fails("generate", "--model", model, "--prompt", "a", "--prompt-tokens", "1",
+                     says="give one of --prompt, --prompt-file and --prompt-tokens")
 
 
 def test_prompt_without_tokenizer(each_build, model, tmp_path):

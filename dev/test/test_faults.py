@@ -8,7 +8,7 @@ import pytest
 
 from helpers import TIMEOUT
 
-ROUNDS = {"files": 100, "kills": 40, "calls": 60, "disks": 40, "options": 100}
+ROUNDS = {"kills": 40, "calls": 60, "disks": 40, "options": 100}
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")

@@ -14,9 +14,9 @@ from collections import Counter
 import pytest
 
 from helpers import (
-    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, EVAL_MAGIC, HEADER_BYTES, PARAMETERS, SEQUENCE,
-    VOCABULARY, changed, header, metrics, on_terminal, read_shard, tokens_bytes, weights_only, write_shard,
-    write_tokenizer,
+    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, EVAL_MAGIC, HEADER_BYTES, HEADS, LAYERS,
+    PARAMETERS, SEQUENCE, VOCABULARY, changed, header, metrics, on_terminal, read_shard, tokens_bytes, weights_only,
+    write_shard, write_tokenizer,
 )
 
 
@@ -281,6 +281,18 @@ def test_eval_by_position(each_build, model, data, tmp_path):
     for n in 1, 7, SEQUENCE:
         write_shard(tmp_path / "val.bin", read_shard(data / "val_0.bin")[:n + 1])
         assert number(r"loss +([\d.]+)", each_build.run(*args, n)) == pytest.approx(sum(losses[:n]) / n, abs=2e-6)
+
+
+def test_eval_writes_depth_weights(each_build, model, data, tmp_path):
+    """The weights of a layer and head sum to 1; their values are tested where PyTorch is."""
+    args = ["eval", "--model", model, "--val", data / "val_0.bin", "--depth-weights", tmp_path / "weights.csv"]
+    each_build.fails(*args, "--attention", "vanilla", says="--depth-weights needs --attention depth")
+    each_build.run(*args, "--depth-stride", 1)
+    sums = Counter()
+    for row in (tmp_path / "weights.csv").read_text().splitlines()[1:]:
+        layer, head, _, weight = row.split(",")
+        sums[layer, head] += float(weight)
+    assert len(sums) == (LAYERS - 1) * HEADS and list(sums.values()) == pytest.approx([1] * len(sums), abs=1e-5)
 
 
 # Questions

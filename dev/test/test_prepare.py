@@ -7,167 +7,18 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import zlib
-from array import array
 
 import pytest
 from helpers import (BYTES_AND_END_OF_TEXT, changed, contents, header, heed_signals, read_shard, wait_until,
                      write_tokenizer)
-
-EOT = b"<|endoftext|>"
-SAMPLE = "First line.\nSecond: naïve café, 東京, 🙂.\n\n\tend<|endoftext|> of\r\n  text   \n" * 20
-
-
-FILES = ["gpt2x3_manifest.txt", "tokenizer.bin", "train_000.bin", "val_000.bin"]
-
-# Runs prepare.py, and CODE when it makes its Nth change in a folder, or saves a file for good. The first is after the
-# first reading of the text.
-AT_CHANGE = """
-import os, runpy, signal, sys
-path, code, instant = sys.argv[1], sys.argv[2], int(sys.argv[3])
-changes = 0
-def hook(function):
-    def hooked(*arguments, **named):
-        global changes
-        changes += 1
-        if changes == instant:
-            exec(code)
-        return function(*arguments, **named)
-    return hooked
-for name in "mkdir", "remove", "unlink", "rmdir", "rename", "replace", "fsync":
-    setattr(os, name, hook(getattr(os, name)))
-sys.argv = [path] + sys.argv[4:]
-runpy.run_path(path, run_name="__main__")
-"""
-
-
-def command(root, *arguments, bare=True, code=None, instant=0):
-    """-I -S hides all packages but the standard library's."""
-    script = [root / "data_prep/prepare.py"] if code is None else [
-        "-c", AT_CHANGE, root / "data_prep/prepare.py", code, instant]
-    return list(map(str, [sys.executable, *(["-I", "-S"] if bare else []), *script, *arguments]))
-
-
-@pytest.fixture
-def prepare(root):
-    """Runs prepare.py; at its instant-th change, it also runs code."""
-
-    def run(*arguments, stdout=subprocess.PIPE, before=heed_signals, **named):
-        return subprocess.run(command(root, *arguments, **named), stdout=stdout, stderr=subprocess.PIPE, text=True,
-                              preexec_fn=before, timeout=300)
-
-    return run
-
-
-def prepared(result):
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return result.stdout
-
-
-def refused(result, *words):
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    for word in words:
-        assert word in result.stderr
-
-
-def read_shards(folder, split):
-    """The tokens of all shards of a split, and how many each shard has."""
-    tokens, counts = array("H"), []
-    for path in sorted(folder.glob(f"{split}_*.bin")):
-        assert path.name == f"{split}_{len(counts):03d}.bin"
-        data = path.read_bytes()
-        header = struct.unpack("<256i", data[:1024])
-        assert header[:2] == (20240520, 1) and not any(header[3:])
-        assert len(data) == 1024 + 2 * header[2]
-        tokens.frombytes(data[1024:])
-        counts.append(header[2])
-    return list(tokens), counts
-
-
-def read_tokenizer(folder, with_appendix=False):
-    """The bytes of every token, and what may follow them."""
-    data = (folder / "tokenizer.bin").read_bytes()
-    header = struct.unpack("<256i", data[:1024])
-    n, end_of_text, appendix = header[2:5]
-    assert header[:2] == (20240328, 2) and not any(header[5:])
-    tokens, at = [], 1024
-    for _ in range(n):
-        tokens.append(data[at + 1:at + 1 + data[at]])
-        at += 1 + data[at]
-    assert at == len(data) - appendix
-    assert end_of_text == n - 1 and tokens[end_of_text] == EOT
-    return (tokens, data[at:]) if with_appendix else tokens
-
-
-def encode_by_file(folder, text):
-    """Byte-level BPE with nothing but tokenizer.bin: words by the appendix's letters, numbers and white space; in each
-    word that is no token, merges by the lowest token."""
-    tokens, appendix = read_tokenizer(folder, with_appendix=True)
-    classes, at = [], 0
-    for _ in range(3):
-        n, = struct.unpack_from("<I", appendix, at)
-        ends = struct.unpack_from(f"<{2 * n}I", appendix, at + 4)
-        assert list(ends) == sorted(ends) and all(a + 1 < b for a, b in zip(ends[1::2], ends[2::2]))
-        classes.append("".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(ends[::2], ends[1::2])))
-        at += 4 + 8 * n
-    assert at == len(appendix)
-    L, N, S = classes
-    words = re.findall(f"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+", text)
-    assert "".join(words) == text
-    ranks = {token: i for i, token in enumerate(tokens[:-1])}
-    encoded = []
-    for word in words:
-        word = [word.encode()] if word.encode() in ranks else [bytes([b]) for b in word.encode()]
-        while True:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(word, word[1:])]
-            if min(pairs, default=len(ranks)) == len(ranks):
-                break
-            i = pairs.index(min(pairs))
-            word[i:i + 2] = [word[i] + word[i + 1]]
-        encoded += map(ranks.get, word)
-    return encoded
-
-
-def decode(folder, split):
-    """The documents of a split. What stands before the first <|endoftext|> comes first, and is b'' as a rule."""
-    vocabulary = read_tokenizer(folder)
-    documents = [[]]
-    for token in read_shards(folder, split)[0]:
-        if token == len(vocabulary) - 1:
-            documents.append([])
-        else:
-            documents[-1].append(vocabulary[token])
-    return [b"".join(tokens) for tokens in documents]
-
-
-def parts(folder, split):
-    """The texts of a split after each <|endoftext|>."""
-    first, *rest = decode(folder, split)
-    assert first == b""
-    return rest
-
-
-def check_manifest(folder):
-    """The manifest names each file that is read, with its size and the checksum of its ends."""
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".bin"))
-    data = [(folder / name).read_bytes() for name in names]
-    lines = [f"{name} {len(d)} {zlib.crc32(d[:65536] + d[-65536:]):08x}" for name, d in zip(names, data)]
-    assert (folder / "gpt2x3_manifest.txt").read_text().splitlines() == ["gpt2x3 manifest 1", *lines]
+from prepare_helpers import (EOT, FILES, SAMPLE, check_manifest, command, decode, encode_by_file, parts, prepared,
+                             read_shards, read_tokenizer, refused, write)
 
 
 def contents_of_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def test_bytes(prepare, tmp_path):
@@ -179,7 +30,9 @@ def test_bytes(prepare, tmp_path):
     assert read_shards(out, "train") == ([256] + list(data[:cut]), [cut + 1])
     assert read_shards(out, "val") == (list(data[cut:]), [len(data) - cut])
     assert f"train_000.bin: {cut + 1:,} tokens" in said and "257 tokens" in said
-    assert "validation: the last 10.0 % of the text" in said
+    part = f"1 part of {tmp_path / 'a'}"
+    assert f"training: {part}, 90.0 % of the text, {cut + 1:,} tokens, 1.00 bytes per token\n" in said
+    assert f"validation: {part}, 10.0 % of the text, {len(data) - cut} tokens, 1.00 bytes per token\n" in said
     assert sorted(os.listdir(out)) == FILES
 
 
@@ -204,7 +57,9 @@ def test_files_are_documents(prepare, tmp_path):
 
     said = prepared(prepare("--tokenizer", "chars", "--out", out, write(tmp_path / "none", ""), *files[3:],
                             "--val", *files[:3], "--overwrite"))
-    assert "none is empty" in said
+    assert f"left out: 1 empty document; {tmp_path / 'none'} is empty" in said
+    assert "training: 7 documents, 70.0 % of the text, 497 tokens, 0.99 bytes per token" in said
+    assert "validation: 3 documents, 30.0 % of the text, 213 tokens, 0.99 bytes per token" in said
     assert decode(out, "train") == [b""] + texts[3:]
     assert decode(out, "val") == [b""] + texts[:3]
 
@@ -251,13 +106,13 @@ def test_refuses(prepare, tmp_path):
     chars = "--tokenizer", "chars", "--out", out
     bpe = "--out", out, "--tokenizer", "bpe", "--vocab-size"
     refused(prepare(*chars, tmp_path / "missing"), "missing: No such file")
-    refused(prepare(*chars, tmp_path), f"{tmp_path}: is a folder; name files in it")
     refused(prepare(*chars, good, write(tmp_path / "latin", b"12345 caf\xe9")), "latin: not UTF-8 at byte 9")
     refused(prepare(*chars, write(tmp_path / "empty", "")), "no text", "0 bytes")
     refused(prepare(*chars, good, "--val", tmp_path / "empty"), "validation")
     refused(prepare(*chars, good, "--val", good), "both")
     refused(prepare(*chars, good, "--val", tmp_path / "." / "good"), "both")
     refused(prepare(*chars, good, "--val", tmp_path / "latin", "--val-tail"), "--val-tail: not with --val")
+    refused(prepare(*chars, good, "--val", tmp_path / "latin", "--val-fraction", 0), "--val-fraction: not with --val")
     refused(prepare(*chars, good, good), "good: is given twice")
     refused(prepare(*chars, tmp_path / "two\nlines"), "two\\nlines: No such file")
     refused(prepare(*chars, write(tmp_path / "short", "x")), "1 byte in all")
@@ -273,6 +128,8 @@ def test_refuses(prepare, tmp_path):
     for size in 256, 65537, -1:
         refused(prepare(*bpe, size, good), f"--vocab-size {size}: must be")
     refused(prepare(*bpe, 300, good), "pip install tokenizers")
+    refused(prepare(*chars), "no text: name a FILE, or a --dataset")
+    refused(prepare(*chars, good, "--processes", 0), "--processes 0: must be 1 or more")
     assert not out.exists()
     refused(prepare("--tokenizer", "bytes", "--out", good, good), "cannot be written")
     refused(prepare("--tokenizer", "bytes", "--out", good / "below", good), "cannot be written")
@@ -545,7 +402,7 @@ def test_parts_of_one_file(prepare, tmp_path):
     assert all(part.endswith(b"\n\n") for part in (train + val)[:-1])
     assert abs(share(out) - 0.1) < 0.005
     check_manifest(out)
-    assert f"validation: 10 parts of {tmp_path / 'big.txt'}, {100 * share(out):.1f} % of the text" in said
+    assert f"validation: 10 parts of {tmp_path / 'big.txt'}, {100 * share(out):.1f} % of the text, " in said
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
@@ -596,7 +453,7 @@ def test_some_files_whole(prepare, tmp_path):
         assert contents(tmp_path / "out") == before
         taken = [texts.index(part) for part in parts(tmp_path / "out", "val")]
         assert parts(tmp_path / "out", "train") == [text for i, text in enumerate(texts) if i not in taken]
-        assert f"validation: {len(taken)} of 60 files, {100 * share(tmp_path / 'out'):.1f} % of the text" in said
+        assert f"validation: {len(taken)} documents, {100 * share(tmp_path / 'out'):.1f} % of the text" in said
         assert abs(share(tmp_path / "out") - 0.1) < 0.03
         assert {i // 20 for i in taken} == {0, 1, 2}
         assert len({sizes[i].bit_length() for i in taken}) >= 4
@@ -632,7 +489,7 @@ def test_one_large_file_among_small_ones(prepare, tmp_path):
     val = parts(out, "val")
     whole = [part for part in val if part in texts]
     assert len(whole) == 4 and len(val) == 14 and texts[20] not in whole
-    assert f"validation: 4 of 41 files and 10 parts of {tmp_path / '020'}" in said
+    assert f"validation: 4 documents and 10 parts of {tmp_path / '020'}, " in said
 
 
 @pytest.mark.parametrize("size", [2, 3, 10, 100, 1000, 5120, 20_000, 50_000])
@@ -677,9 +534,9 @@ def test_full_disk(prepare, tmp_path):
         for most, name in (0, "train_000.bin"), (1000, "train_000.bin"), (15_000, "train_000.bin"):
             refused(prepare(*arguments, text, "--overwrite", before=limit(most)),
                     f"{out / name} could not be written: File too large; nothing was changed in {out}")
-            assert contents(out) == before
+            assert contents(out) == before if former else not out.exists()
         refused(prepare(*arguments, write(tmp_path / "c", "ab"), "--overwrite", before=limit(1100)), "tokenizer.bin")
-        assert contents(out) == before
+        assert contents(out) == before if former else not out.exists()
 
 
 def test_full_standard_output(prepare, tmp_path):
@@ -756,7 +613,7 @@ def test_sigterm_leaves_nothing(root, tmp_path):
         wait_until(lambda: list(tmp_path.glob("data/.prepare-*/*")), process)
         process.terminate()
         assert process.wait() == 1 and "terminated; nothing was written" in process.stderr.read()
-    assert not list((tmp_path / "data").iterdir())
+    assert not (tmp_path / "data").exists()
 
 
 def test_ignored_signals_stay_ignored(prepare, tmp_path):
@@ -831,7 +688,7 @@ def test_files_that_change_between_two_readings(prepare, tmp_path, vocabulary, c
     result = prepare("--tokenizer", tokenizer, "--out", out, text, instant=1,
                      code=f"text, size = {str(text)!r}, 10000; {CHANGES[change]}")
     refused(result, f"{text}: ")
-    assert not list(out.iterdir())
+    assert not out.exists()
 
 
 def test_files_written_anew_have_not_changed(prepare, tmp_path):

@@ -368,3 +368,47 @@ def test_greedy_text_of_a_checkpoint(attention, tmp_path):
                  attention, *options, "--vocab", 200, "--batch", 2, "--sequence", 19, "--steps", 20, "--lr", 0.01)
     assert result.returncode == 0, result.stderr
     assert assert_same_text(tmp_path / "run" / "model.bin", 60) > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What eval shows of depth's mixing
+
+
+class WatchedGPT2(GPT2):
+    """Keeps the mean weights (NH, |S_l| + 1) of each layer that mixes."""
+
+    def __init__(self, c, p):
+        super().__init__(c, p)
+        self.means = []
+
+    def mix(self, scores, x):
+        self.means.append(torch.softmax(scores, dim=-1).mean(dim=(0, 2)))
+        return super().mix(scores, x)
+
+
+@pytest.mark.parametrize("program", ["train_gpt2", "train_gpt2cu_emulated"])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_depth_weights(program, batch, tmp_path):
+    c = Config(20, 61, 5, 2, 16, "depth", None, None, 3, 1)
+    rng = np.random.default_rng(1)
+    p = reference.trainable(reference.random_parameters(c, rng))
+    reference.write_model(tmp_path / "model.bin", c, {name: t.detach() for name, t in p.items()})
+    T, windows = 20, 4
+    tokens = rng.integers(0, c.V, T * windows + 1)
+    head = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype=np.int32)
+    (tmp_path / "val.bin").write_bytes(head.tobytes() + tokens.astype(np.uint16).tobytes())
+    subprocess.run([ROOT / program, "eval", "--model", tmp_path / "model.bin", "--val", tmp_path / "val.bin",
+                    "--batch", str(batch), "--precision", "fp32", "--depth-weights", tmp_path / "weights.csv"],
+                   check=True, capture_output=True)
+    watched = WatchedGPT2(c, p)
+    watched.forward(torch.tensor(tokens[:-1].reshape(windows, T)))
+    rows = iter((tmp_path / "weights.csv").read_text().splitlines())
+    assert next(rows) == "layer,head,source,weight"
+    for l, means in enumerate(watched.means):
+        sources = [*(j for j in range(l) if j % 3 == 0 or j >= l - 1), l]
+        for h in range(c.NH) if l > 0 else []:
+            for j, mean in zip(sources, means[h], strict=True):
+                layer, head, source, weight = next(rows).split(",")
+                assert (int(layer), int(head), int(source)) == (l, h, j)
+                assert abs(float(weight) - mean.item()) < 2e-6
+    assert next(rows, None) is None
