@@ -831,7 +831,7 @@ struct DepthSources {
     constexpr DepthSources(int l_, int s, int w)
         : l(l_), stride(s), near(w < l_ ? l_ - w : 0), strided((near + s - 1) / s) {}
     constexpr int count() const { return strided + l - near; }
-    constexpr int operator[](int n) const { return n < strided ? n * stride : near + n - strided; }
+    constexpr int operator[](int n) const { return n < strided ? n * stride : near + n - strided; }  // count(): l
     constexpr int index(int j) const { return j < near ? j / stride : strided + j - near; }  // of source j
 };
 static DepthSources depth_sources(const Config& c, int l) { return {l, c.depth_stride, c.depth_window}; }
@@ -2171,7 +2171,6 @@ static ModelFile open_model(const std::string& path) {
     const bool vanilla = m.version == 3 || m.version == 5;
     if (!vanilla && m.version != 1003 && m.version != 1005)
         die("%s: model version %d is unknown; 3, 5, 1003 and 1005 are supported", name, m.version);
-    if (h[255] != 0 && h[255] != 1) die("%s: damaged header: it ends in %d, not 0 or 1", name, h[255]);
     m.value_bytes = m.version % 1000 == 5 ? 2 : 4;
     m.config.Vp = h[7];
     m.config.attention = h[8];
@@ -2182,7 +2181,7 @@ static ModelFile open_model(const std::string& path) {
     if (!error.empty()) die("%s: damaged header: %s", name, error.c_str());
 
     m.values = parameter_count(m.config);
-    const bool trailer = h[255] == 1;  // llm.c's files have none
+    const bool trailer = h[255] != 0;  // llm.c's files have none
     size_t least = state_begin(m) + (trailer ? sizeof(Trailer) : 0);
     if (m.file.size < least || (!trailer && m.file.size != least))
         die("%s: truncated or damaged: %zu bytes, but its header says %zu", name, m.file.size, least);
@@ -3245,8 +3244,7 @@ static void write_depth_weights(const std::string& path, const Config& c, const 
         const DepthSources sources = depth_sources(c, l);
         for (int h = 0; h < c.NH; h++)
             for (int i = 0; i <= sources.count(); i++)
-                rows += format("%d,%d,%d,%.6f\n", l, h, i < sources.count() ? sources[i] : l,
-                               e.depth_weights[l][i * c.NH + h]);
+                rows += format("%d,%d,%d,%.6f\n", l, h, sources[i], e.depth_weights[l][i * c.NH + h]);
     }
     OutputFile f = create_file(path, rows);
     commit_file(f);
@@ -3936,7 +3934,7 @@ static void attention_forward(const Workspace& ws, Heads<X> o, float* lse, Heads
                               const KeysValues<const X>& kv, const AttentionShape& s) {
     const size_t B = s.B, NH = s.NH, HS = s.HS, queries = s.queries, before = s.before;
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (size_t b = 0; b < B; b++) {
+    for (size_t b = 0; b < B; b++)
         for (size_t h = 0; h < NH; h++) {
             Rows<const X> k = rows_of(kv.keys(h), b, h), v = rows_of(kv.values(h), b, h);
             float *local = local_scratch(ws), *lse_bh = lse ? lse + (b * NH + h) * queries : nullptr;
@@ -3945,7 +3943,6 @@ static void attention_forward(const Workspace& ws, Heads<X> o, float* lse, Heads
             else
                 attention_head_forward(local, rows_of(o, b, h), lse_bh, rows_of(q, b, h), k, v, queries, before, HS);
         }
-    }
 }
 
 template <class X, class DKV>
@@ -3969,7 +3966,7 @@ template <class X>
 static void skip_backward(X* dqkv, const float* own, const float* above, const Config& c, int l, size_t rows) {
     const size_t C = c.C, HS = c.head_size();
 #pragma omp parallel for schedule(static)
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t r = 0; r < rows; r++)
         for (int h = 0; h < c.NH; h++) {
             const bool from_own = !skips(c, l, h), from_above = above && h < c.skip_heads;
             for (size_t part : {0, 1}) {  // keys, values
@@ -3981,7 +3978,6 @@ static void skip_backward(X* dqkv, const float* own, const float* above, const C
                     std::copy_n((from_own ? own : above) + at, HS, out);
             }
         }
-    }
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -3994,16 +3990,15 @@ static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const
     const size_t NH = shape.NH, HS = shape.HS, queries = shape.queries, rows = shape.B * queries, S = sources.count();
     const float scale = 1.0f / sqrtf(HS);
 #pragma omp parallel for schedule(static) if (rows > 1)
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t r = 0; r < rows; r++)
         for (size_t h = 0; h < NH; h++) {
             const size_t b = r / queries, i = r % queries, t = shape.before + i;
             const X *q_l = q.at(b, h, i), *k_l = k.at(b, h, t);
             X* v_l = v.at(b, h, t);
             float* mixed = local_scratch(ws);           // (HS)
             float* a_l = a + r * (S + 1) * NH + h;     // (S + 1), NH apart; of the layer itself last
-            a_l[S * NH] = scale * dot(q_l, k_l, HS);
-            float max = a_l[S * NH], sum = 0;
-            for (size_t n = 0; n < S; n++) {
+            float max = -INFINITY, sum = 0;
+            for (size_t n = 0; n <= S; n++) {
                 a_l[n * NH] = scale * dot(q_l, k_l + layer_stride * (sources[n] - l), HS);
                 max = std::max(max, a_l[n * NH]);
             }
@@ -4020,7 +4015,6 @@ static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const
             }
             std::copy_n(mixed, HS, v_l);
         }
-    }
 }
 
 template <class X>
@@ -4461,9 +4455,8 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
                     }
                     for (size_t s = 0; s < STREAMS; s++) sums[s][i] = sum[s];
                 }
-                for (size_t s = 0; s < STREAMS && n0(s) < end; s++) {
+                for (size_t s = 0; s < STREAMS && n0(s) < end; s++)
                     store(m, n0(s), add_up(sums[s]), std::min(columns, end - n0(s)));
-                }
             }
         }
     }
@@ -4500,7 +4493,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
     while (blocks() % threads != 0 && blocks() < 8 * threads && M / row_blocks > 4 * MR<X>) row_blocks++;
     const size_t height = round_up(ceil_div(M, row_blocks), AMX<X> ? MR<X> : 1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (size_t m0 = 0; m0 < M; m0 += height) {  // these rows of A stay in L3 while all blocks of columns use them
+    for (size_t m0 = 0; m0 < M; m0 += height)  // these rows of A stay in L3 while all blocks of columns use them
         for (size_t n0 = 0; n0 < N; n0 += width) {
             const size_t columns = std::min(N - n0, width), rows = std::min(M - m0, height);
             const size_t tile_height = tile_rows<X>(rows);
@@ -4536,7 +4529,6 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
                 }
             }
         }
-    }
 }
 
 // --------------------------------------------------------------------------------------------------------------------
