@@ -1166,12 +1166,11 @@ static size_t edit_distance(const std::string& a, const std::string& b) {
     return d[a.size()][b.size()];
 }
 
-// Suggests the name closest to a misspelled word, or `otherwise` if no name is close.
-static std::string did_you_mean(const std::string& word, const std::vector<std::string>& names, const char* prefix,
+// Suggests the name of a row that is closest to a misspelled word, or `otherwise` if none is close.
+static std::string did_you_mean(const std::string& word, const auto& table, const char* prefix,
                                 const std::string& otherwise) {
-    const std::string& nearest = *std::min_element(names.begin(), names.end(), [&](const auto& a, const auto& b) {
-        return edit_distance(word, a) < edit_distance(word, b);
-    });
+    auto distance = [&](const auto& row) { return edit_distance(word, row.name); };
+    const std::string nearest = std::ranges::min_element(table, {}, distance)->name;
     return 2 * edit_distance(word, nearest) <= word.size() ? "did you mean " + (prefix + nearest) + "?" : otherwise;
 }
 
@@ -1272,7 +1271,7 @@ static std::string value_text(const Option& o) {
 
 [[maybe_unused]] static OptionTable option_table(Options& o) {
     std::string attentions;
-    for (const char* name : attention_names) attentions += (attentions.empty() ? "" : "|") + std::string(name);
+    for (const char* name : attention_names) attentions += std::string(attentions.empty() ? "" : "|") + name;
     OptionTable table = {
         {"train", &o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
         {"val", &o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
@@ -1330,9 +1329,8 @@ static std::string value_text(const Option& o) {
 }
 
 static Option* find_option(OptionTable& table, const std::string& name) {
-    for (Option& o : table)
-        if (name == o.name) return &o;
-    return nullptr;
+    auto found = std::ranges::find(table, name, &Option::name);
+    return found == table.end() ? nullptr : &*found;
 }
 
 static bool is_given(OptionTable& table, const char* name) { return find_option(table, name)->given; }
@@ -1395,9 +1393,7 @@ static std::string suggestion(OptionTable& table, std::string word, const std::s
     auto foreign = foreign_names.find(word);
     if (foreign != foreign_names.end() && find_option(table, foreign->second))
         return format("did you mean --%s?", foreign->second);
-    std::vector<std::string> names(table.size());
-    std::ranges::transform(table, names.begin(), &Option::name);
-    return did_you_mean(word, names, "--", otherwise);
+    return did_you_mean(word, table, "--", otherwise);
 }
 
 static bool is_help(const std::string& word) { return word == "--help" || word == "-h" || word == "help"; }
@@ -2053,10 +2049,8 @@ static void loader_batch(Loader& l, int* x, int* y, int B) {
 
 // Memory that two loaded shards take at most.
 static size_t loader_bytes(const std::vector<Shard>& shards, size_t T) {
-    size_t most = 0;
-    for (const Shard& s : shards)
-        most = std::max(most, sizeof(uint16_t) * s.tokens + sizeof(uint32_t) * window_count(s, T, 0));
-    return 2 * most;
+    const Shard& longest = *std::ranges::max_element(shards, {}, &Shard::tokens);
+    return 2 * (sizeof(uint16_t) * longest.tokens + sizeof(uint32_t) * window_count(longest, T, 0));
 }
 
 // Reads window i of all windows of the shards, in order from token 0 of each, as validation takes them: x, y (T).
@@ -3441,20 +3435,16 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     signal(SIGXFSZ, SIG_IGN);             // a limit on file sizes makes writes fail instead of ending the process
     o.program = argv[0];
     const std::string word = argc > 1 ? argv[1] : "";
-    const Command* command = nullptr;
-    std::vector<std::string> names;
-    for (const Command& c : commands) {
-        names.push_back(c.name);
-        if (word == c.name) command = &c;
-    }
+    const Command* command = std::ranges::find(commands, word, &Command::name);
+    const bool found = command != std::end(commands);
     if (word.empty() || is_help(word)) {
         print_help(word.empty() ? stderr : stdout, argv[0], table, nullptr);
         return word.empty();
     }
     if (word == "--version") return printf("gpt2x3 0.9: %s; fp32 and bf16\n", device_build().c_str()) < 0;
     std::string help = format("see %s --help", argv[0]);
-    if (!command && word[0] == '-') die("the first word must be a command; %s", help.c_str());
-    if (!command) die("there is no command %s; %s", word.c_str(), did_you_mean(word, names, "", help).c_str());
+    if (!found && word[0] == '-') die("the first word must be a command; %s", help.c_str());
+    if (!found) die("there is no command %s; %s", word.c_str(), did_you_mean(word, commands, "", help).c_str());
     std::erase_if(table, [&](const Option& option) { return !(option.commands & command->bit); });
     help = format("see %s %s --help", argv[0], command->name);
     if (!parse_options(table, {argv + 2, argv + argc}, command->name, help)) {
