@@ -2937,7 +2937,6 @@ static void print_start(const Run& run, size_t memory_needed) {
         line += word;
     }
     printf("%s\n\n", line.c_str());
-    fflush(stdout);
 }
 
 // Checks memory and the first batches, describes the run, creates the model. Nothing is written yet.
