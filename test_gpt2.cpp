@@ -247,7 +247,6 @@ enum Bf16 { NEVER, MAY, MUST };  // whether a file of bf16's errors beside a dum
 // And with what stands beside the dump about bf16.
 static void check_dump(const std::string& model_path, const std::string& state_path, bool verbose, Bf16 bf16) {
     ModelFile file = open_model(model_path);
-    verify_model(file);
     InputFile state = open_file(state_path);
     Header header;
     if (state.size < HEADER_BYTES) die("%s: only %zu bytes, too short for a header", state_path.c_str(), state.size);

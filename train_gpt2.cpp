@@ -57,6 +57,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <fstream>
 #include <future>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <queue>
 #include <string>
@@ -64,6 +65,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <tuple>
 #include <unordered_map>
 #include <utility>
+#include <variant>
 #include <vector>
 #include <fcntl.h>
 #include <glob.h>
@@ -148,9 +150,8 @@ struct Random {
 // ====================================================================================================================
 // 2 · The model
 //
-// It is written once for both backends, as templates over X, the type of weights and activations: float or bf16. A
-// template may call functions that are defined further down; so forward and backward come first, and what they call
-// follows.
+// Written once for both backends, as templates over X, the type of weights and activations: float or bf16. Templates
+// may call functions that are defined further down; so forward and backward come first, and what they call follows.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Config and tensors
@@ -320,8 +321,7 @@ struct KeysValues {
 
     constexpr Heads<X> keys(int h) const { return h < skipping ? k_below : k; }
     constexpr Heads<X> values(int h) const { return h < skipping ? v_below : v; }
-    template <std::same_as<const X> Y>
-    constexpr operator KeysValues<Y>() const {
+    template <std::same_as<const X> Y> constexpr operator KeysValues<Y>() const {
         return {k, v, k_below, v_below, skipping};
     }
 };
@@ -376,13 +376,11 @@ template <class X, class DKV> static void attention_backward(const Workspace&, H
                                                              Heads<const X> dout, Heads<const X> o, const float* lse,
                                                              Heads<const X> q, const KeysValues<const X>& kv,
                                                              const AttentionShape&);
-// dk, dv of layer l in dqkv (rows, 3C) = the sum of the shares of two layers, float (rows, 2C) each. own: layer l's, in
-// the heads that do not skip in layer l. above: layer l + n_l's, in heads h < n_h, or null. Heads without a share are
-// not written.
+// dk, dv of layer l in dqkv (rows, 3C) = the sum of two layers' shares, float (rows, 2C). own: layer l's, in heads that
+// do not skip in layer l. above: layer l + n_l's, in heads h < n_h, or null. Heads without a share are not written.
 template <class X> static void skip_backward(X* dqkv, const float* own, const float* above, const Config&, int l,
                                              size_t rows);
-// v = ṽ, in place; a (B, queries, |S|+1, NH): float =. v and k are layer l's; those of layer j lie (j - l)·layer_stride
-// elements from them. l ≥ 1.
+// v = ṽ, in place; a (B, queries, |S|+1, NH): float =. Layer j's v and k lie (j - l)·layer_stride from layer l's. l ≥ 1
 template <class X> static void depth_forward(const Workspace&, Heads<X> v, float* a, Heads<const X> q,
                                              Heads<const X> k, ptrdiff_t layer_stride, const Config&, int l,
                                              const AttentionShape&);
@@ -619,8 +617,7 @@ static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
 // the target. The vocabulary's padding, columns V to Vp, gets no probability, and its rows of wte get no gradient.
 
 static size_t classifier_rows_least = 512, classifier_logits_most = CLASSIFIER_LOGITS;  // (the tests make them small)
-// How many tokens at a time: enough that reading wte costs little beside the arithmetic, few enough that the logits
-// take little memory. The chunks are equally long, except the last.
+// Tokens at a time: enough that reading wte costs little beside the arithmetic, few enough to keep the logits small
 static size_t classifier_rows(size_t rows, size_t Vp) {
     size_t most = std::max(classifier_rows_least, classifier_logits_most / Vp);
     return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
@@ -1099,15 +1096,14 @@ static void model_token_losses(const Model* m, float* out) {  // (B, T), of the 
     copy_to_host(out, m->losses, m->work.tokens() * sizeof(float));
 }
 
-// The weights a (B, T, |S_l|+1, NH) with which layer l mixed values in the last forward; empty if it does not mix.
-static std::vector<float> model_depth_weights(const Model* m, int l) {
-    std::vector<float> a(depth_place(*m, l + 1, 1) - depth_place(*m, l, 1));
-    if (!a.empty()) copy_to_host(a.data(), m->a + depth_place(*m, l, 1), a.size() * sizeof(float));
+// The weights a (T, |S_l|+1, NH) with which layer l > 0 mixed values in sequence b of the last forward.
+static std::vector<float> model_depth_weights(const Model* m, int l, size_t b) {
+    std::vector<float> a((size_t)m->work.T * (depth_source_count(m->config, l) + 1) * m->config.NH);
+    copy_to_host(a.data(), m->a + depth_place(*m, l, 1) + b * a.size(), a.size() * sizeof(float));
     return a;
 }
 
-// Appends n tokens to each sequence; tokens (sequences, n). Gives the logits (sequences, V) that follow. The caller
-// keeps the length within maxT.
+// Appends tokens (sequences, n) to the sequences, up to maxT in all. Gives the logits (sequences, V) that follow.
 static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
     with_type(m, [=](auto& model) { decode(model, tokens, n, logits); });
 }
@@ -1117,8 +1113,7 @@ static int model_cache_length(const Model* m) { return m->cache_length; }  // to
 // ====================================================================================================================
 // 3 · The program
 //
-// All but the model itself, in the order in which a training run needs it. It calls the model through the interface of
-// section 2, so it is the same for every backend.
+// In the order in which a training run needs it. It calls the model through section 2's interface, for any backend.
 
 static_assert(std::endian::native == std::endian::little, "files are little endian, and are read without conversion");
 #if __FAST_MATH__ || __FINITE_MATH_ONLY__ || __ASSOCIATIVE_MATH__
@@ -1219,8 +1214,7 @@ static const Setting config_settings[] = {
      [](const Config&) { return 0; }, "depth: and also the N layers just below [0]"},
 };
 
-enum Schedule { COSINE, LINEAR, CONSTANT, WSD };
-static const char* const schedule_names[] = {"cosine", "linear", "constant", "wsd"};
+enum Schedule { COSINE, LINEAR, CONSTANT, WSD };  // in the order of the choices of --schedule
 
 // A number below its option's range means "not set"; a default that depends on the model or the data replaces it.
 struct Options {
@@ -1252,104 +1246,87 @@ enum Persistence { TRANSIENT, FIXED, CHANGEABLE };
 
 struct Option {
     const char* name;
+    std::variant<std::string*, std::vector<std::string>*, bool*, int*, double*> place;  // of its value
     std::string form;  // of its value, as --help shows it: N and X are numbers, a|b|c are choices, "" makes it a flag
     int commands;
     Persistence persistence;
     const char* help;
-    bool given = false;        // on the command line
-    std::string initial = "";  // its default, as text
+    double low = 0, high = INT_MAX;  // range of a number; a choice is stored as its index
+    bool given = false;              // on the command line
+    std::string initial = "";        // its default, as text
 
-    // Where its value goes: exactly one of these is set. A choice is stored as its index.
-    std::string* text = nullptr;
-    std::vector<std::string>* texts = nullptr;  // of an option that may be given several times
-    bool* flag = nullptr;
-    int* integer = nullptr;
-    double* real = nullptr;
-    double low = 0, high = 0;  // range of a number
-    std::vector<std::string> choices = {};
-
-    Option(const char* name, std::string& value, const char* form, int commands, Persistence p, const char* help)
-        : name(name), form(form), commands(commands), persistence(p), help(help), text(&value) {}
-    Option(const char* name, std::vector<std::string>& values, const char* form, int commands, const char* help)
-        : name(name), form(form), commands(commands), persistence(TRANSIENT), help(help), texts(&values) {}
-    Option(const char* name, bool& value, int commands, Persistence p, const char* help)
-        : name(name), form(""), commands(commands), persistence(p), help(help), flag(&value) {}
-    Option(const char* name, int& value, int low, int high, int commands, Persistence p, const char* help)
-        : name(name), form("N"), commands(commands), persistence(p), help(help), integer(&value), low(low), high(high)
-    {}
-    Option(const char* name, double& value, double low, double high, int commands, Persistence p, const char* help)
-        : name(name), form("X"), commands(commands), persistence(p), help(help), real(&value), low(low), high(high) {}
-    template <size_t N>
-    Option(const char* name, int& value, const char* const (&names)[N], int commands, Persistence p, const char* help)
-        : name(name), commands(commands), persistence(p), help(help), integer(&value), choices(names, names + N) {
-        for (const std::string& choice : choices) form += (form.empty() ? "" : "|") + choice;
+    template <class T> T* as() const {  // where its value goes, or null if that is no T
+        auto found = std::get_if<T*>(&place);
+        return found ? *found : nullptr;
     }
 };
 using OptionTable = std::vector<Option>;
 
 // The option's value as text, or "" if it is not set. A real number has the fewest digits that give it back exactly.
 static std::string value_text(const Option& o) {
-    if (o.text) return *o.text;
-    if (o.texts) return "";
-    if (o.flag) return *o.flag ? "yes" : "";
-    if (o.real ? *o.real < o.low : *o.integer < o.low) return "";
-    if (o.integer) return o.choices.empty() ? std::to_string(*o.integer) : o.choices[*o.integer];
+    if (auto text = o.as<std::string>()) return *text;
+    if (auto flag = o.as<bool>()) return *flag ? "yes" : "";
+    if (auto n = o.as<int>()) return *n < o.low ? "" : o.form == "N" ? std::to_string(*n) : split(o.form, '|')[*n];
+    auto x = o.as<double>();
+    if (!x || *x < o.low) return "";
     char digits[32];
-    return std::string(digits, std::to_chars(digits, digits + sizeof digits, *o.real).ptr);
+    return std::string(digits, std::to_chars(digits, digits + sizeof digits, *x).ptr);
 }
 
 [[maybe_unused]] static OptionTable option_table(Options& o) {
-    const int most = INT_MAX;
+    std::string attentions;
+    for (const char* name : attention_names) attentions += (attentions.empty() ? "" : "|") + std::string(name);
     OptionTable table = {
-        {"train", o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
-        {"val", o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
-        {"hellaswag", o.hellaswag, "FILE", EVAL, TRANSIENT, "instead: questions, in llm.c's format"},
-        {"by-position", o.by_position, EVAL, TRANSIENT, "also print the loss by position, as CSV"},
-        {"depth-weights", o.depth_weights, "FILE", EVAL, TRANSIENT, "depth: CSV of each source's mean weight"},
-        {"out", o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
-        {"resume", o.resume, TRAIN, TRANSIENT, "continue the run in DIR"},
-        {"overwrite", o.overwrite, TRAIN, TRANSIENT, "replace the run in DIR"},
-        {"batch", o.batch, 1, 65535, TRAIN | EVAL | DESCRIBE, FIXED, "sequences per forward pass"},
-        {"sequence", o.sequence, 1, 1 << 20, TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [the model's context]"},
-        {"total-batch", o.total_batch, 1, most, TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]"},
-        {"recompute", o.recompute, TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
-        {"steps", o.steps, 1, most, TRAIN, CHANGEABLE, "updates in all [a pass over --train, at least 1000]"},
-        {"lr", o.lr, 0, 10, TRAIN, FIXED, "peak learning rate"},
-        {"min-lr", o.min_lr, 0, 10, TRAIN, FIXED, "final learning rate [1/10 of --lr]"},
-        {"warmup", o.warmup, 0, most, TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
-        {"schedule", o.schedule, schedule_names, TRAIN, FIXED, "decay after warmup; wsd: in the last fifth"},
-        {"weight-decay", o.weight_decay, 0, 10, TRAIN, FIXED, "weight decay of matrices and embeddings"},
-        {"beta1", o.beta1, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the gradient's mean"},
-        {"beta2", o.beta2, 0, 0.9999999, TRAIN, FIXED, "AdamW: decay of the squared gradient's mean"},
-        {"clip", o.clip, 0, 1e6, TRAIN, FIXED, "maximum norm of the gradient; 0: no limit"},
-        {"log-every", o.log_every, 0, most, TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
-        {"val-every", o.val_every, 0, most, TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
-        {"val-tokens", o.val_tokens, 0, most, TRAIN | EVAL, CHANGEABLE, "measure N tokens; 0: all [16384; eval: all]"},
-        {"sample-every", o.sample_every, 0, most, TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
-        {"save-every", o.save_every, 0, most, TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
-        {"keep", o.keep, TRAIN, CHANGEABLE, "also keep each save, as DIR/model_STEP.bin"},
-        {"prompt", o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
-        {"prompt-file", o.prompt_file, "FILE", GENERATE, TRANSIENT, "the prompt is FILE's text; -: standard input's"},
-        {"prompt-tokens", o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers, like 1,2,3"},
-        {"stop", o.stop, "TEXT", GENERATE, "end before TEXT, like $'\\n'; may be given again"},
-        {"stop-at-end", o.stop_at_end, GENERATE, TRANSIENT, "end at end-of-text instead of beginning a new text"},
-        {"samples", o.samples, 1, most, GENERATE, TRANSIENT, "number of texts; each has the next seed"},
-        {"tokens", o.tokens, 0, most, TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
-        {"temperature", o.temperature, 0, 100, TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy"},
-        {"top-k", o.top_k, 0, 65536, TRAIN | GENERATE, CHANGEABLE, "sample from the N most likely tokens; 0: all"},
-        {"top-p", o.top_p, 0, 1, TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X"},
-        {"repetition-penalty", o.repetition_penalty, 0.01, 100, GENERATE, TRANSIENT,
-         "above 1: avoid tokens that the text has"},
-        {"model", o.model, "NAME|FILE", EVERY, FIXED, "file, or shape like gpt2-medium or gpt2-xl [gpt2]"},
-        {"attention", o.attention, attention_names, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
-        {"tokenizer", o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
-        {"precision", o.precision, precision_names, EVERY, FIXED, "format of weights and activations"},
-        {"seed", o.seed, 0, most, EVERY, FIXED, "random seed: weights, data order, samples"},
+        {"train", &o.train, "GLOB", TRAIN, CHANGEABLE, "training shards, in quotes: 'data/train_*.bin'"},
+        {"val", &o.val, "GLOB", TRAIN | EVAL, CHANGEABLE, "validation shards"},
+        {"hellaswag", &o.hellaswag, "FILE", EVAL, TRANSIENT, "instead: questions, in llm.c's format"},
+        {"by-position", &o.by_position, "", EVAL, TRANSIENT, "also print the loss by position, as CSV"},
+        {"depth-weights", &o.depth_weights, "FILE", EVAL, TRANSIENT, "depth: CSV of each source's mean weight"},
+        {"out", &o.out, "DIR", TRAIN, TRANSIENT, "folder for model.bin, best.bin, metrics.csv"},
+        {"resume", &o.resume, "", TRAIN, TRANSIENT, "continue the run in DIR"},
+        {"overwrite", &o.overwrite, "", TRAIN, TRANSIENT, "replace the run in DIR"},
+        {"batch", &o.batch, "N", TRAIN | EVAL | DESCRIBE, FIXED, "sequences per forward pass", 1, 65535},
+        {"sequence", &o.sequence, "N", TRAIN | EVAL | DESCRIBE, FIXED, "tokens in each [the model's context]", 1},
+        {"total-batch", &o.total_batch, "N", TRAIN, FIXED, "tokens per update, a multiple of [batch x sequence]", 1},
+        {"recompute", &o.recompute, "", TRAIN | DESCRIBE, FIXED, "GPU: compute cheap activations twice; less memory"},
+        {"steps", &o.steps, "N", TRAIN, CHANGEABLE, "updates in all [a pass over --train, at least 1000]", 1},
+        {"lr", &o.lr, "X", TRAIN, FIXED, "peak learning rate", 0, 10},
+        {"min-lr", &o.min_lr, "X", TRAIN, FIXED, "final learning rate [1/10 of --lr]", 0, 10},
+        {"warmup", &o.warmup, "N", TRAIN, FIXED, "steps of linear warmup [1/20 of --steps]"},
+        {"schedule", &o.schedule, "cosine|linear|constant|wsd", TRAIN, FIXED,
+         "decay after warmup; wsd: in the last fifth"},
+        {"weight-decay", &o.weight_decay, "X", TRAIN, FIXED, "weight decay of matrices and embeddings", 0, 10},
+        {"beta1", &o.beta1, "X", TRAIN, FIXED, "AdamW: decay of the gradient's mean", 0, 0.9999999},
+        {"beta2", &o.beta2, "X", TRAIN, FIXED, "AdamW: decay of the squared gradient's mean", 0, 0.9999999},
+        {"clip", &o.clip, "X", TRAIN, FIXED, "maximum norm of the gradient; 0: no limit", 0, 1e6},
+        {"log-every", &o.log_every, "N", TRAIN, CHANGEABLE, "steps between lines; 0: one line a second"},
+        {"val-every", &o.val_every, "N", TRAIN, CHANGEABLE, "steps between validations; 0: only at the end"},
+        {"val-tokens", &o.val_tokens, "N", TRAIN | EVAL, CHANGEABLE, "measure N tokens; 0: all [16384; eval: all]"},
+        {"sample-every", &o.sample_every, "N", TRAIN, CHANGEABLE, "steps between samples; 0: only at the end"},
+        {"save-every", &o.save_every, "N", TRAIN, CHANGEABLE, "steps between saves; 0: only new best and end"},
+        {"keep", &o.keep, "", TRAIN, CHANGEABLE, "also keep each save, as DIR/model_STEP.bin"},
+        {"prompt", &o.prompt, "TEXT", TRAIN | GENERATE, CHANGEABLE, "text to continue [a newline; GPT-2: end-of-text]"},
+        {"prompt-file", &o.prompt_file, "FILE", GENERATE, TRANSIENT, "the prompt is FILE's text; -: standard input's"},
+        {"prompt-tokens", &o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers: 1,2,3"},
+        {"stop", &o.stop, "TEXT", GENERATE, TRANSIENT, "end before TEXT, like $'\\n'; may be given again"},
+        {"stop-at-end", &o.stop_at_end, "", GENERATE, TRANSIENT, "end at end-of-text instead of beginning a new text"},
+        {"samples", &o.samples, "N", GENERATE, TRANSIENT, "number of texts; each has the next seed", 1},
+        {"tokens", &o.tokens, "N", TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
+        {"temperature", &o.temperature, "X", TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy", 0, 100},
+        {"top-k", &o.top_k, "N", TRAIN | GENERATE, CHANGEABLE, "sample from the N likeliest tokens; 0: all", 0, 65536},
+        {"top-p", &o.top_p, "X", TRAIN | GENERATE, CHANGEABLE, "nucleus sampling: total probability X", 0, 1},
+        {"repetition-penalty", &o.repetition_penalty, "X", GENERATE, TRANSIENT,
+         "above 1: avoid tokens that the text has", 0.01, 100},
+        {"model", &o.model, "NAME|FILE", EVERY, FIXED, "file, or shape like gpt2-medium or gpt2-xl [gpt2]"},
+        {"attention", &o.attention, attentions, EVERY, FIXED, "attention variant [the file's, or vanilla]"},
+        {"tokenizer", &o.tokenizer, "FILE", EVERY, TRANSIENT, "tokenizer file [beside the shards or the model]"},
+        {"precision", &o.precision, "fp32|bf16", EVERY, FIXED, "format of weights and activations"},
+        {"seed", &o.seed, "N", EVERY, FIXED, "random seed: weights, data order, samples"},
     };
     for (const Setting& s : config_settings) {
         o.wanted.*s.field = -1;  // not set
         const int commands = s.attention == SHAPE ? SHAPES : (int)EVERY;
-        table.emplace_back(s.name, o.wanted.*s.field, s.low, s.high, commands, FIXED, s.help);
+        table.push_back({s.name, &(o.wanted.*s.field), "N", commands, FIXED, s.help, (double)s.low, (double)s.high});
     }
     for (Option& option : table) option.initial = value_text(option);
     return table;
@@ -1365,28 +1342,29 @@ static bool is_given(OptionTable& table, const char* name) { return find_option(
 
 // Sets the option. Returns what is wrong with the text, or "".
 static std::string set_value(Option& o, const std::string& text) {
-    if (o.text) {
-        if (text.empty() && o.form == "LIST") return "is empty";
-        *o.text = text;
-    } else if (o.texts) {
-        if (text.empty()) return "is empty";
-        o.texts->push_back(text);
-    } else if (o.flag) {
-        *o.flag = true;
-    } else if (!o.choices.empty()) {
-        auto found = std::find(o.choices.begin(), o.choices.end(), text);
-        if (found == o.choices.end()) return "must be one of " + o.form;
-        *o.integer = found - o.choices.begin();
+    auto n = o.as<int>();
+    auto texts = o.as<std::vector<std::string>>();
+    if (text.empty() && (texts || o.form == "LIST")) return "is empty";
+    if (texts) {
+        texts->push_back(text);
+    } else if (auto only = o.as<std::string>()) {
+        *only = text;
+    } else if (auto flag = o.as<bool>()) {
+        *flag = true;
+    } else if (n && o.form != "N") {
+        const std::vector<std::string> choices = split(o.form, '|');
+        const auto found = std::find(choices.begin(), choices.end(), text);
+        if (found == choices.end()) return "must be one of " + o.form;
+        *n = found - choices.begin();
     } else {
         // strtod also accepts spaces, hexadecimal numbers and "nan"; the letters allowed here exclude those.
         char* end;
-        double x = strtod(text.c_str(), &end);
-        const char* allowed = o.integer ? "-0123456789" : "+-.0123456789eE";
-        if (text.empty() || text.find_first_not_of(allowed) != text.npos || *end)
-            return o.integer ? "must be a whole number" : "must be a number";
+        const double x = strtod(text.c_str(), &end);
+        if (text.empty() || text.find_first_not_of(n ? "-0123456789" : "+-.0123456789eE") != text.npos || *end)
+            return n ? "must be a whole number" : "must be a number";
         if (!(o.low <= x && x <= o.high)) return format("must be from %.10g to %.10g", o.low, o.high);
-        if (o.integer) *o.integer = x;
-        else *o.real = x;
+        if (n) *n = x;
+        else *o.as<double>() = x;
     }
     return "";
 }
@@ -1441,10 +1419,10 @@ static bool parse_options(OptionTable& table, const std::vector<std::string>& wo
         if (!o) die("%s has no option --%s; %s", command, name.c_str(), suggestion(table, word, help).c_str());
         const char* form = o->form.c_str();
         if (word.find('=') != word.npos) die("%s: use a space instead of '=': --%s %s", word.c_str(), o->name, form);
-        if (o->given && !o->texts) die("--%s is given twice", o->name);
+        if (o->given && !o->as<std::vector<std::string>>()) die("--%s is given twice", o->name);
         o->given = true;
-        if (o->flag) {
-            *o->flag = true;
+        if (o->form.empty()) {
+            set_value(*o, "");
             continue;
         }
         // A word that begins with -- is the next option rather than a value, but a TEXT may begin so.
@@ -1698,8 +1676,7 @@ static size_t utf8_length(uint8_t first) {
 }
 
 // Makes a stream of bytes valid UTF-8, a character once it is complete, as Python's errors="replace" does: each longest
-// run of bytes that begins a character without completing it becomes one U+FFFD, and so does each byte that cannot begin
-// a character.
+// run of bytes that begins a character without completing it becomes one U+FFFD, as does each byte that begins none.
 struct Utf8Stream {
     std::string ready = "", held = "";  // complete characters, for the caller to take; an incomplete one
 
@@ -1778,7 +1755,7 @@ static size_t word_end(const CharacterClasses& classes, const std::string& text,
 static void encode_word(std::vector<int>& tokens, const TokenNumbers& token_of, std::string_view word) {
     if (auto whole = token_of.find(word); whole != token_of.end()) return tokens.push_back(whole->second);
     const size_t n = word.size();
-    std::vector<size_t> next(n), previous(n + 1);  // where the neighbors of the part at a byte begin; 0: none begins here
+    std::vector<size_t> next(n), previous(n + 1);  // where the neighbors of the part at a byte begin; 0: no part there
     using Merge = std::tuple<int, size_t, size_t>;  // a token, where its first part begins, where its second ends
     std::priority_queue<Merge, std::vector<Merge>, std::greater<>> merges;
     auto consider = [&](size_t begin) {  // the part there and the one after it
@@ -1815,8 +1792,8 @@ static std::vector<int> encode_pairs(const Tokenizer& t, const TokenNumbers& tok
     const std::string& text = stream.ready;
     const bool ascii = std::all_of(text.begin(), text.end(), [](char c) { return (uint8_t)c < 0x80; });
     if (!ascii && t.appendix == t.content.size())
-        die("%s: does not say which characters beyond ASCII are letters; prepare.py --tokenizer %s writes one that does",
-            t.path.c_str(), shell_word(t.path).c_str());
+        die("%s: does not say which characters beyond ASCII are letters; prepare.py --tokenizer %s writes a file that "
+            "does", t.path.c_str(), shell_word(t.path).c_str());
     const CharacterClasses classes = character_classes(t);
     std::vector<int> tokens;
     for (size_t at = 0, end; at < text.size(); at = end) {
@@ -2036,60 +2013,48 @@ struct Loader {
     int T = 0, V = 0;
     uint64_t seed = 0;
     uint64_t epoch = 0, position = 0;  // position: windows taken in this epoch
-    std::vector<uint32_t> order = {};  // of the shards, in this epoch
-    size_t rank = 0, taken = 0;        // the current shard is order[rank]; windows taken from it
+    size_t shard = 0, taken = 0;       // the current shard; windows taken from it
     LoadedShard current = {};
     std::future<LoadedShard> next = {};
 };
 
-static std::vector<uint32_t> shard_order(const Loader& l, uint64_t epoch) {
-    Random r = random_stream(l.seed, SHARD_ORDER, epoch);
-    return permutation(l.shards.size(), r);
-}
-
-static void use_shard(Loader& l, LoadedShard shard) {
-    l.current = std::move(shard);
-    if (!l.current.error.empty()) die("%s: %s", l.shards[l.order[l.rank]].path.c_str(), l.current.error.c_str());
-    bool last = l.rank + 1 == l.order.size();
-    uint64_t epoch = l.epoch + last;  // of the shard after this one, which is read ahead
-    size_t index = last ? shard_order(l, epoch)[0] : l.order[l.rank + 1];
-    const auto policy = std::launch::async | std::launch::deferred;  // deferred, to get(), if no thread can be started
-    l.next = std::async(policy, load_shard, l.shards[index], index, l.T, l.seed, epoch);
-}
-
-// Starts after `position` windows of the epoch.
-static void loader_start(Loader& l, uint64_t epoch, uint64_t position) {
-    l.epoch = epoch;
-    l.position = l.taken = position;
-    l.order = shard_order(l, epoch);
-    for (l.rank = 0; l.rank < l.order.size(); l.rank++) {
-        const Shard& s = l.shards[l.order[l.rank]];
-        Random r = random_stream(l.seed, WINDOW_ORDER, epoch, l.order[l.rank]);
-        size_t windows = window_count(s, l.T, window_phase(s, l.T, r));
-        if (l.taken < windows) break;
-        l.taken -= windows;
+// The shard that window `position` of an epoch belongs to, and which of its windows this is; nothing past the end
+static std::optional<std::pair<size_t, size_t>> find_window(const Loader& l, uint64_t epoch, uint64_t position) {
+    Random shard_order = random_stream(l.seed, SHARD_ORDER, epoch);
+    for (size_t shard : permutation(l.shards.size(), shard_order)) {
+        const Shard& s = l.shards[shard];
+        Random r = random_stream(l.seed, WINDOW_ORDER, epoch, shard);
+        const size_t windows = window_count(s, l.T, window_phase(s, l.T, r));
+        if (position < windows) return {{shard, position}};
+        position -= windows;
     }
-    if (l.rank == l.order.size()) die("the checkpoint's position is past the end of the data: these are other shards");
-    size_t index = l.order[l.rank];
-    use_shard(l, load_shard(l.shards[index], index, l.T, l.seed, epoch));
+    return {};
+}
+
+// Makes the shard current that the next window belongs to, and begins to read the one after it.
+static void use_shard(Loader& l) {
+    const auto place = find_window(l, l.epoch, l.position);
+    if (!place) die("the checkpoint's position is past the end of the data: these are other shards");
+    std::tie(l.shard, l.taken) = *place;
+    l.current = l.next.valid() ? l.next.get() : load_shard(l.shards[l.shard], l.shard, l.T, l.seed, l.epoch);
+    if (!l.current.error.empty()) die("%s: %s", l.shards[l.shard].path.c_str(), l.current.error.c_str());
+    uint64_t epoch = l.epoch;
+    auto after = find_window(l, epoch, l.position + l.current.order.size() - l.taken);
+    if (!after) after = find_window(l, ++epoch, 0);
+    const auto policy = std::launch::async | std::launch::deferred;  // deferred, to get(), if no thread can be started
+    l.next = std::async(policy, load_shard, l.shards[after->first], after->first, l.T, l.seed, epoch);
 }
 
 // Takes the next B windows: x, y (B, T).
 static void loader_batch(Loader& l, int* x, int* y, int B) {
     for (int b = 0; b < B; b++, x += l.T, y += l.T) {
         size_t at = l.current.phase + (size_t)l.current.order[l.taken] * l.T;
-        split_window(x, y, &l.current.tokens[at], l.T, l.V, l.shards[l.order[l.rank]], at);
+        split_window(x, y, &l.current.tokens[at], l.T, l.V, l.shards[l.shard], at);
         l.position++;
         l.taken++;
         if (l.taken < l.current.order.size()) continue;
-        l.taken = 0;
-        l.rank++;
-        if (l.rank == l.order.size()) {
-            l.epoch++;
-            l.position = l.rank = 0;
-            l.order = shard_order(l, l.epoch);
-        }
-        use_shard(l, l.next.get());
+        if (!find_window(l, l.epoch, l.position)) l.epoch++, l.position = 0;
+        use_shard(l);
     }
 }
 
@@ -2125,7 +2090,10 @@ static void read_window(const std::vector<Shard>& shards, size_t i, int* x, int*
 // Weights and state share one file, so they cannot disagree. Values are copied chunk by chunk.
 
 static size_t chunk_values = 1 << 20;  // values copied at a time; the tests set it lower
-constexpr size_t TRAILER_BYTES = 20;
+struct [[gnu::packed]] Trailer {
+    uint32_t magic = TRAILER_MAGIC, weights_crc = 0, state_crc = 0;
+    uint64_t length = 0;
+};
 
 static std::string config_text(const Config& c) {
     return format("%s, %s, %d channels, context %d, vocabulary %d (padded to %d)", plural(c.L, "layer").c_str(),
@@ -2142,7 +2110,6 @@ static std::string attention_text(const Config& c) {  // "NAME SETTINGS: what it
     if (c.attention == DEPTH) {
         const std::string name = format("depth %d/%d: ", c.depth_stride, c.depth_window);
         if (c.L == 1) return name + "one layer has none below it, so this is vanilla";
-        if (c.depth_stride == 1) return name + "each layer mixes in the values of all layers below it";
         std::string window = c.depth_window > 0 ? format(", and of the last %d", c.depth_window) : "";
         return name + format("each layer mixes in the values of layers 0, %d, ... below it", c.depth_stride) + window;
     }
@@ -2174,12 +2141,32 @@ struct ModelFile {
     size_t value_bytes = 0;  // 4, or 2 for bf16
     size_t values = 0;
     size_t state_bytes = 0;  // 0: weights only
-    bool trailer = false;
 };
 
 static size_t state_begin(const ModelFile& m) { return HEADER_BYTES + m.values * m.value_bytes; }
 
-// Opens a model or a checkpoint, and checks its header against its length.
+// Dies if the file is not what was once written.
+static void verify_model(const ModelFile& m) {
+    const char* name = m.file.path.c_str();
+    auto part_crc = [&](size_t begin, size_t end) {
+        std::vector<uint8_t> buffer(chunk_values);
+        uint32_t crc = 0;
+        for (size_t n; begin < end; begin += n) {
+            n = std::min(end - begin, buffer.size());
+            must_read_at(m.file, begin, buffer.data(), n);
+            crc = crc32(crc, buffer.data(), n);
+        }
+        return crc;
+    };
+    Trailer t;
+    const size_t end = m.file.size - sizeof t;
+    must_read_at(m.file, end, &t, sizeof t);
+    if (t.magic != TRAILER_MAGIC || t.length != m.file.size) die("%s: truncated: it has no trailer at its end", name);
+    if (part_crc(0, state_begin(m)) != t.weights_crc) die("%s: damaged: wrong checksum of the weights", name);
+    if (part_crc(state_begin(m), end) != t.state_crc) die("%s: damaged: wrong checksum of the training state", name);
+}
+
+// Opens a model or a checkpoint, and checks its header and, if there is a trailer, its content.
 static ModelFile open_model(const std::string& path) {
     const char* name = path.c_str();
     ModelFile m = {.file = open_file(path)};
@@ -2192,7 +2179,6 @@ static ModelFile open_model(const std::string& path) {
     if (!vanilla && m.version != 1003 && m.version != 1005)
         die("%s: model version %d is unknown; 3, 5, 1003 and 1005 are supported", name, m.version);
     if (h[255] != 0 && h[255] != 1) die("%s: damaged header: it ends in %d, not 0 or 1", name, h[255]);
-    m.trailer = h[255] == 1;
     m.value_bytes = m.version % 1000 == 5 ? 2 : 4;
     m.config.Vp = h[7];
     m.config.attention = h[8];
@@ -2203,35 +2189,13 @@ static ModelFile open_model(const std::string& path) {
     if (!error.empty()) die("%s: damaged header: %s", name, error.c_str());
 
     m.values = parameter_count(m.config);
-    size_t least = state_begin(m) + (m.trailer ? TRAILER_BYTES : 0);
-    if (m.file.size < least || (!m.trailer && m.file.size != least))
+    const bool trailer = h[255] == 1;  // llm.c's files have none
+    size_t least = state_begin(m) + (trailer ? sizeof(Trailer) : 0);
+    if (m.file.size < least || (!trailer && m.file.size != least))
         die("%s: truncated or damaged: %zu bytes, but its header says %zu", name, m.file.size, least);
+    if (trailer) verify_model(m);
     m.state_bytes = m.file.size - least;
     return m;
-}
-
-// Dies if the file is not what was once written. Without a trailer, as in llm.c's files, this cannot be told.
-static void verify_model(const ModelFile& m) {
-    if (!m.trailer) return;
-    const char* name = m.file.path.c_str();
-    auto part_crc = [&](size_t begin, size_t end) {
-        std::vector<uint8_t> buffer(chunk_values);
-        uint32_t crc = 0;
-        for (size_t n; begin < end; begin += n) {
-            n = std::min(end - begin, buffer.size());
-            must_read_at(m.file, begin, buffer.data(), n);
-            crc = crc32(crc, buffer.data(), n);
-        }
-        return crc;
-    };
-    uint32_t trailer[5];
-    uint64_t length;
-    const size_t end = m.file.size - TRAILER_BYTES;
-    must_read_at(m.file, end, trailer, TRAILER_BYTES);
-    memcpy(&length, trailer + 3, 8);
-    if (trailer[0] != TRAILER_MAGIC || length != m.file.size) die("%s: truncated: it has no trailer at its end", name);
-    if (part_crc(0, state_begin(m)) != trailer[1]) die("%s: damaged: wrong checksum of the weights", name);
-    if (part_crc(state_begin(m), end) != trailer[2]) die("%s: damaged: wrong checksum of the training state", name);
 }
 
 static bool finite(const std::vector<float>& values, size_t n) {
@@ -2308,7 +2272,7 @@ static void write_checkpoint(const std::string& path, const Model* model, const 
     write_file(f, h.data(), HEADER_BYTES);
     const size_t total = parameter_count(c);
     write_quantity(f, model, PARAMETERS, total);
-    uint32_t trailer[5] = {TRAILER_MAGIC, f.crc};
+    Trailer trailer = {.weights_crc = f.crc};
 
     f.crc = 0;
     std::string text;
@@ -2318,10 +2282,9 @@ static void write_checkpoint(const std::string& path, const Model* model, const 
     write_file(f, text.data(), n);
     write_quantity(f, model, MOMENT1, total);
     write_quantity(f, model, MOMENT2, total);
-    trailer[2] = f.crc;
-    uint64_t length = f.size + TRAILER_BYTES;
-    memcpy(trailer + 3, &length, 8);
-    write_file(f, trailer, TRAILER_BYTES);
+    trailer.state_crc = f.crc;
+    trailer.length = f.size + sizeof trailer;
+    write_file(f, &trailer, sizeof trailer);
     commit_file(f);
 }
 
@@ -2342,7 +2305,7 @@ static State read_state(const ModelFile& m) {
 
 // The tokenizer that was named, or lies beside the model, or beside the shards. All that are found must be equal, and
 // equal to the one that the model was trained with.
-static Tokenizer find_tokenizer(const std::string& named, const ModelFile* model,
+static Tokenizer find_tokenizer(const std::string& named, const std::optional<ModelFile>& model,
                                 const std::vector<std::string>& shard_paths) {
     const std::vector<std::string> shards = with_targets(shard_paths);
     State state = model ? read_state(*model) : State{};
@@ -2386,14 +2349,11 @@ static ModelFile open_weights(const Options& o, const char* command) {
     if (o.model.empty()) die("%s needs --model FILE, a model that train wrote", command);
     if (shapes.contains(o.model)) die("--model %s is a shape without weights; %s needs a model file", name, command);
     if (!exists(o.model) && errno == ENOENT) die("--model %s: no such file, nor a shape like gpt2 or gpt2-xl", name);
-    ModelFile m = open_model(o.model);
-    verify_model(m);
-    return m;
+    return open_model(o.model);
 }
 
-// c with an attention, whose settings come from the options, else from the file if it has that attention, else from the
-// defaults for c's shape.
-static Config with_attention(Config c, int attention, const Options& o, const ModelFile* file) {
+// c with an attention. Its settings come from the options, else from the file if it has that attention, else defaults.
+static Config with_attention(Config c, int attention, const Options& o, const std::optional<ModelFile>& file) {
     bool same = file && file->config.attention == attention;
     c.attention = attention;
     for (const Setting& s : config_settings) {
@@ -2408,7 +2368,8 @@ static Config with_attention(Config c, int attention, const Options& o, const Mo
 
 // The Config on which file, options and tokenizer agree. Sets the options that were not given. Settings of attentions
 // other than the chosen one are refused, unless the command compares all attentions.
-static Config configure(Options& o, const ModelFile* file, const Tokenizer& tokenizer, bool all_attentions = false) {
+static Config configure(Options& o, const std::optional<ModelFile>& file, const Tokenizer& tokenizer,
+                        bool all_attentions = false) {
     Config c;
     if (file) c = file->config;
     else if (shapes.contains(o.model)) std::tie(c.L, c.NH, c.C) = shapes.at(o.model);
@@ -2456,9 +2417,9 @@ static double flops_per_token(const Config& c, int T) {
 // Memory that the model will allocate. If that and `others` bytes are not free, dies and names the largest batch that
 // fits, which divides `sequences` unless that is 0.
 static Memory check_memory(const Config& c, int precision, Workload work, size_t others = 0, int sequences = 0) {
-    auto needed = [&] { return model_memory(c, (Precision)precision, work).total() + others; };
+    auto needed = [&] { return model_memory(c, precision, work).total() + others; };
     const size_t free = device_free_memory();
-    if (needed() <= free) return model_memory(c, (Precision)precision, work);
+    if (needed() <= free) return model_memory(c, precision, work);
     std::string line = format("this needs %s of memory, but only %s are free", mebibytes(needed()).c_str(),
                               mebibytes(free).c_str());
     if (work.B == 0) die("%s: use a smaller model", line.c_str());
@@ -2496,6 +2457,27 @@ static void show_line(const std::string& text, bool stays) {
     fflush(stdout);
 }
 
+// Computes the losses of windows 0 ... n-1, of T tokens and targets, B at a time: read(i, x, y) sets those of window i,
+// take(i, y, losses) gets their losses.
+static void for_each_window(Model* model, size_t n, const char* name, auto read, auto take) {
+    const size_t B = model->work.B, T = model->work.T;
+    std::vector<int> x(B * T), y(B * T);
+    std::vector<float> losses(B * T);
+    double shown = seconds();
+    for (size_t first = 0; first < n; first += B) {
+        const size_t count = std::min(B, n - first);  // of the last batch, other rows do not count
+        for (size_t b = 0; b < count; b++) read(first + b, &x[b * T], &y[b * T]);
+        model_set_inputs(model, x.data(), y.data());
+        model_forward(model, false, 1);
+        model_token_losses(model, losses.data());
+        for (size_t b = 0; b < count; b++) take(first + b, &y[b * T], &losses[b * T]);
+        if (!on_terminal() || seconds() < shown + 0.1) continue;
+        show_line(format("%s: %zu of %zu", name, first + count, n), false);
+        shown = seconds();
+    }
+    model_loss(model);  // so that these forwards do not count in the next training loss
+}
+
 struct Evaluation {
     double loss = 0;     // mean cross-entropy, nats per token
     double entropy = 0;  // of the tokens' frequencies: the loss of the best prediction without context
@@ -2507,44 +2489,30 @@ struct Evaluation {
 // The loss over all windows, or over as many as have --val-tokens, spread evenly.
 static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shard>& shards, const Options& o,
                            const Tokenizer& tokenizer) {
-    const size_t B = o.batch, T = o.sequence;
-    const size_t all = window_count(shards, T);
+    const size_t T = o.sequence, all = window_count(shards, T);
     const size_t total = o.val_tokens > 0 ? std::clamp<size_t>(o.val_tokens / T, 1, all) : all;
     for (const Shard& s : shards) {
         InputFile f = open_file(s.path);
         if (fingerprint(f) != s.fingerprint) die("%s: has changed since the program started", s.path.c_str());
         close(f.fd);
     }
-    std::vector<int> x(B * T), y(B * T);
-    std::vector<float> losses(B * T);
+    Evaluation e = {.tokens = total * T, .by_position = std::vector<double>(T)};
     std::vector<size_t> counts(c.V);
-    Evaluation e = {.by_position = std::vector<double>(T), .depth_weights = {}};
     if (!o.depth_weights.empty())
         for (int l = 0; l < c.L; l++) e.depth_weights.emplace_back((depth_source_count(c, l) + 1) * c.NH);
-    double shown = seconds();
-    for (size_t first = 0; first < total; first += B) {
-        size_t n = std::min(B, total - first);  // the last batch may have fewer windows; its other rows do not count
-        for (size_t b = 0; b < n; b++) read_window(shards, (first + b) * all / total, &x[b * T], &y[b * T], T, c.V);
-        model_set_inputs(model, x.data(), y.data());
-        model_forward(model, false, 1);
-        model_token_losses(model, losses.data());
-        for (size_t i = 0; i < n * T; i++) {
-            e.loss += losses[i];
-            e.by_position[i % T] += losses[i] / total;
-            counts[y[i]]++;
+    auto read = [&](size_t i, int* x, int* y) { read_window(shards, i * all / total, x, y, T, c.V); };
+    for_each_window(model, total, "validation windows", read, [&](size_t i, const int* y, const float* losses) {
+        for (size_t t = 0; t < T; t++) {
+            e.loss += losses[t];
+            e.by_position[t] += losses[t] / total;
+            counts[y[t]]++;
         }
-        for (size_t l = 0; l < e.depth_weights.size(); l++) {
-            const std::vector<float> a = model_depth_weights(model, l);
+        for (size_t l = 1; l < e.depth_weights.size(); l++) {
+            const std::vector<float> a = model_depth_weights(model, l, i % o.batch);
             const size_t weights = e.depth_weights[l].size();  // of a token
-            for (size_t i = 0; !a.empty() && i < n * T * weights; i++)
-                e.depth_weights[l][i % weights] += a[i] / (total * T);
+            for (size_t k = 0; k < a.size(); k++) e.depth_weights[l][k % weights] += a[k] / (total * T);
         }
-        e.tokens += n * T;
-        if (!on_terminal() || seconds() < shown + 0.1) continue;
-        show_line(format("validation: %zu of %zu windows", first + n, total), false);
-        shown = seconds();
-    }
-    model_loss(model);  // so that these forwards do not count in the next training loss
+    });
     e.loss /= e.tokens;
     for (int i = 0; i < c.V; i++) {
         double p = (double)counts[i] / e.tokens;
@@ -2557,15 +2525,15 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 // --------------------------------------------------------------------------------------------------------------------
 // HellaSwag and its like: which of several endings continues a text? (Zellers et al. 2019)
 //
-// The file is llm.c's: the header, [0] magic, [1] version 1, [2] number of questions; then each question, uint16: 65535,
-// its length in bytes, its index, index of the right ending, number of endings; n and the n tokens of the context; n and
-// the n tokens of each ending.
+// The file is llm.c's: the header, [0] magic, [1] version 1, [2] number of questions; then each question, in uint16:
+// 65535, its length in bytes, its index, index of the right ending, number of endings; n and the n tokens of the
+// context; n and the n tokens of each ending.
 
 struct Ending {
     size_t question;
     bool right;
     std::vector<int> tokens;
-    double loss;  // summed over the tokens
+    double loss = 0, mean = 0;  // of the tokens: their sum, their mean
 };
 
 struct Questions {
@@ -2594,57 +2562,27 @@ static Questions read_questions(const std::string& path, int V) {
     auto append = [&](std::vector<int>& tokens) {
         for (int n = next(1, 65534, "a number of tokens"); n > 0; n--) tokens.push_back(next(0, V - 1, "a token"));
     };
-    for (; question < (size_t)std::max(h[2], 0) || at < end; question++) {
+    for (; at < end; question++) {
         next(65535, 65535, "a question's first number");
         at += 4;  // its length and index follow from the rest
         const int right = next(0, 65535, "a label"), n = next(right + 1, 65535, "a number of endings");
         append(all.contexts.emplace_back());
         for (int i = 0; i < n; i++) {
-            all.endings.push_back({question, i == right, {}, 0});
+            all.endings.push_back({question, i == right, {}});
             append(all.endings.back().tokens);
         }
     }
-    if (h[2] < 1 || question != (size_t)h[2])
+    if (question == 0 || question != (size_t)h[2])
         die("%s: damaged: %s, but its header says %d", name, plural(question, "question").c_str(), h[2]);
     return all;
 }
 
-// Share of the questions whose right ending has the lowest loss, as a sum over its tokens or as a mean
-static double accuracy(const std::vector<Ending>& endings, bool mean) {
-    size_t questions = 0, right = 0;
-    auto loss = [&](const Ending& e) { return mean ? e.loss / e.tokens.size() : e.loss; };
-    for (size_t i = 0; i < endings.size(); questions++) {
-        size_t best = i;
-        for (const size_t question = endings[i].question; i < endings.size() && endings[i].question == question; i++)
-            if (loss(endings[i]) < loss(endings[best])) best = i;
-        right += endings[best].right;
-    }
-    return (double)right / questions;
-}
-
-// Sets the losses of the endings.
-static void evaluate_endings(Model* model, Questions& all, size_t B, size_t T) {
-    std::vector<Ending>& endings = all.endings;
-    std::vector<float> losses(B * T);
-    for (size_t first = 0; first < endings.size(); first += B) {
-        const size_t n = std::min(B, endings.size() - first);
-        std::vector<int> x(B * T), y(B * T);
-        for (size_t b = 0; b < n; b++) {
-            std::vector<int> tokens = all.contexts[endings[first + b].question];
-            tokens.insert(tokens.end(), endings[first + b].tokens.begin(), endings[first + b].tokens.end());
-            std::copy(tokens.begin(), tokens.end() - 1, &x[b * T]);
-            std::copy(tokens.begin() + 1, tokens.end(), &y[b * T]);
-        }
-        model_set_inputs(model, x.data(), y.data());
-        model_forward(model, false, 1);
-        model_token_losses(model, losses.data());
-        for (size_t b = 0; b < n; b++) {
-            Ending& e = endings[first + b];
-            const float* own = &losses[b * T + all.contexts[e.question].size() - 1];
-            for (size_t t = 0; t < e.tokens.size(); t++) e.loss += own[t];
-        }
-        if (on_terminal()) show_line(format("endings: %zu of %zu", first + n, endings.size()), false);
-    }
+// Share of the questions whose right ending has the lowest loss
+static double accuracy(const std::vector<Ending>& endings, double Ending::*loss) {
+    std::vector<const Ending*> best(endings.back().question + 1);
+    for (const Ending& e : endings)
+        if (const Ending*& so_far = best[e.question]; !so_far || e.*loss < so_far->*loss) so_far = &e;
+    return (double)std::ranges::count(best, true, &Ending::right) / best.size();
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -2653,16 +2591,15 @@ static void evaluate_endings(Model* model, Questions& all, size_t B, size_t T) {
 // Each token is sampled from the model's distribution given all tokens before it, whose keys and values are cached. A
 // full cache is emptied, and the last ⌊maxT/2⌋ tokens are read again from position 0.
 
-// How many of the last tokens are read when n follow `cached` others. More than there is room for would, one by one,
-// fill the cache and then, in each round, empty it, read the last `half` tokens again, and fill it. Only the last round
-// matters.
+// How many of the last tokens are read when n follow `cached` others. If there is no room for them, they would, one by
+// one, fill the cache and then, in each round, empty it, read the last `half` again and fill it. The last round counts.
 static int tokens_to_read(int maxT, int cached, int n) {
     const int room = maxT - cached, half = std::max(1, maxT / 2), round = maxT - half + 1;
     return n <= room ? n : half + (n - room - 1) % round;
 }
 
-// Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become l/penalty
-// where l > 0, else l·penalty.
+// Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become
+// l/penalty where l > 0, else l·penalty.
 static void penalize_repetition(std::vector<float>& logits, const std::vector<int>& tokens, double penalty) {
     if (penalty == 1) return;
     std::vector<bool> seen(logits.size());
@@ -2772,7 +2709,6 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
     if (!stopped) stream.put(held);
     stream.finish();
     print("\n");
-    fflush(stdout);
     return format("prompt: %s in %.3f s; then %s in %.3f s, %.1f tokens/s", plural(prompt.size(), "token").c_str(),
                   middle - start, plural(made, "token").c_str(), end - middle, made / std::max(end - middle, 1e-9));
 }
@@ -2780,9 +2716,10 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
 static std::vector<int> parse_tokens(const std::string& list, int V) {
     std::vector<int> tokens;
     for (const std::string& word : split(list, ',')) {
-        bool digits = !word.empty() && word.size() < 10 && word.find_first_not_of("0123456789") == word.npos;
-        int token = digits ? atoi(word.c_str()) : V;
-        if (token >= V) die("--prompt-tokens: '%s' is not a number from 0 to %d, as in 1,2,3", word.c_str(), V - 1);
+        unsigned token = V;
+        const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), token);
+        if (*end || error != std::errc() || token >= (unsigned)V)
+            die("--prompt-tokens: '%s' is not a number from 0 to %d, as in 1,2,3", word.c_str(), V - 1);
         tokens.push_back(token);
     }
     return tokens;
@@ -2894,7 +2831,6 @@ static bool open_checkpoint(Run& run) {
     const std::string path = run.path("model.bin");
     const char* name = path.c_str();
     run.start = open_model(path);
-    verify_model(*run.start);
     run.state = read_state(*run.start);
     if (run.state.empty())
         die("%s has weights without training state; start a new run with --model %s", name, shell_word(path).c_str());
@@ -2942,9 +2878,8 @@ static void open_data(Run& run) {
     std::vector<std::string> train_paths = expand_glob("train", o.train), val_paths, paths = train_paths;
     if (!o.val.empty()) val_paths = expand_glob("val", o.val);
     paths.insert(paths.end(), val_paths.begin(), val_paths.end());
-    const ModelFile* start = run.start ? &*run.start : nullptr;
-    run.tokenizer = find_tokenizer(o.tokenizer, start, paths);
-    run.c = configure(o, start, run.tokenizer);
+    run.tokenizer = find_tokenizer(o.tokenizer, run.start, paths);
+    run.c = configure(o, run.start, run.tokenizer);
     run.train = open_run_shards(run, "train", train_paths);
     if (!o.val.empty()) run.val = open_run_shards(run, "val", val_paths);
 }
@@ -3009,7 +2944,7 @@ static void print_start(const Run& run, size_t memory_needed) {
     for (const Option& option : run.table) {
         std::string value = value_text(option);
         const bool of_model = option.commands == EVERY || option.commands == SHAPES;
-        if (option.text || value.empty() || of_model || option.persistence == TRANSIENT) continue;
+        if (option.as<std::string>() || value.empty() || of_model || option.persistence == TRANSIENT) continue;
         const std::string word = format(" %s %s", option.name, value.c_str());
         if (line.size() + word.size() > 80) printf("%s\n", line.c_str()), line = format("%10s", "");
         line += word;
@@ -3022,7 +2957,8 @@ static void print_start(const Run& run, size_t memory_needed) {
 static void create_run_model(Run& run) {
     const Options& o = run.o;
     const int B = o.batch, T = o.sequence;
-    run.loader = {.shards = split_shards(run.train), .T = T, .V = run.c.V, .seed = (uint64_t)o.seed};
+    run.loader = {.shards = split_shards(run.train), .T = T, .V = run.c.V, .seed = (uint64_t)o.seed,
+                  .epoch = run.epoch, .position = run.position};
     const Workload work = {.B = B, .T = T, .train = true, .sequences = can_sample(run), .recompute = o.recompute};
     const size_t loading = device_is_host() ? loader_bytes(run.loader.shards, T) : 0;
     const int sequences = is_given(run.table, "total-batch") ? o.total_batch / T : 0;
@@ -3031,7 +2967,7 @@ static void create_run_model(Run& run) {
     run.y.resize((size_t)B * T);
     for (size_t i = 0; i < std::min<size_t>(B, window_count(run.val, T)); i++)  // wrong tokens are found now
         read_window(run.val, i, run.x.data(), run.y.data(), T, run.c.V);
-    loader_start(run.loader, run.epoch, run.position);
+    use_shard(run.loader);
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
@@ -3039,7 +2975,7 @@ static void create_run_model(Run& run) {
     if (run.start) read_parameters(*run.start, run.model);
     else initialize_parameters(run.model, run.c, o.seed);
     if (o.resume) {
-        const size_t size = 4 * run.start->values, moments = run.start->file.size - TRAILER_BYTES - 2 * size;
+        const size_t size = 4 * run.start->values, moments = run.start->file.size - sizeof(Trailer) - 2 * size;
         read_quantity(*run.start, run.model, MOMENT1, moments, 4);
         read_quantity(*run.start, run.model, MOMENT2, moments + size, 4);
     }
@@ -3104,18 +3040,25 @@ static bool is_due(int every, const Run& run) {
 
 // Gives DIR/model.bin its second names: best.bin, and a numbered one with --keep. They cost no space.
 static void name_checkpoint(const Run& run) {
+    const std::string model = run.path("model.bin");
     std::vector<std::string> names;
     if (run.best_step == run.step) names.push_back("best.bin");
-    const bool keep = run.o.keep && run.step > 0 && is_due(run.o.save_every, run);
-    if (keep) names.push_back(format("model_%06d.bin", run.step));
+    if (run.o.keep && run.step > 0 && is_due(run.o.save_every, run))
+        names.push_back(format("model_%06d.bin", run.step));
     for (const std::string& name : names) {
         const std::string path = run.path(name), temporary = path + ".tmp";
         std::error_code error;
         unlink(temporary.c_str());
-        std::filesystem::create_hard_link(run.path("model.bin"), temporary, error);
-        if (!error) std::filesystem::rename(temporary, path);
-        else if (run.model) write_checkpoint(path, run.model, run.c, run_state(run));  // a file system without links
-        unlink(temporary.c_str());  // rename leaves it if both are already names of the same file
+        std::filesystem::create_hard_link(model, temporary, error);
+        if (!error) {
+            std::filesystem::rename(temporary, path);
+            unlink(temporary.c_str());  // rename leaves it if both are already names of the same file
+        } else {  // a file system without links
+            OutputFile copy = create_file(path);
+            std::filesystem::copy_file(model, temporary, std::filesystem::copy_options::overwrite_existing, error);
+            if (error) die_writing(copy, error.message().c_str());
+            commit_file(copy);
+        }
     }
 }
 
@@ -3322,13 +3265,23 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
     for (const Ending& e : endings) longest = std::max(longest, all.contexts[e.question].size() + e.tokens.size());
     if (longest - 1 > (size_t)c.maxT)
         die("%s: a question has %zu tokens, more than the model's context, %d", o.hellaswag.c_str(), longest, c.maxT);
-    const Workload work = {.B = o.batch, .T = (int)longest - 1};
-    Model* model = load_model(file, c, o, work);
-    evaluate_endings(model, all, work.B, work.T);
+    Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)longest - 1});
+    auto read = [&](size_t i, int* x, int* y) {
+        std::vector<int> tokens = all.contexts[all.endings[i].question];
+        tokens.insert(tokens.end(), all.endings[i].tokens.begin(), all.endings[i].tokens.end());
+        std::copy(tokens.begin(), tokens.end() - 1, x);
+        std::copy(tokens.begin() + 1, tokens.end(), y);
+    };
+    for_each_window(model, all.endings.size(), "endings", read, [&](size_t i, const int*, const float* losses) {
+        Ending& e = all.endings[i];
+        const float* own = losses + all.contexts[e.question].size() - 1;
+        e.loss = std::accumulate(own, own + e.tokens.size(), 0.0);
+        e.mean = e.loss / e.tokens.size();
+    });
     show_line(format("data       %s with %s", plural(endings.back().question + 1, "question").c_str(),
                      plural(endings.size(), "ending").c_str()), true);
     printf("accuracy   %.4f\nnormalized %.4f: by the mean over an ending's tokens instead of their sum\n",
-           accuracy(endings, false), accuracy(endings, true));
+           accuracy(endings, &Ending::loss), accuracy(endings, &Ending::mean));
     model_free(model);
 }
 
@@ -3337,8 +3290,8 @@ static void eval(Options& o, OptionTable&) {
     if (o.val.empty() == o.hellaswag.empty())
         die("eval needs --val GLOB, the shards to measure the loss on, or --hellaswag FILE");
     std::vector<std::string> paths = o.val.empty() ? std::vector<std::string>{} : expand_glob("val", o.val);
-    Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, paths);
-    Config c = configure(o, &file, tokenizer);
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, file, paths);
+    Config c = configure(o, file, tokenizer);
     if (!o.depth_weights.empty() && c.attention != DEPTH) die("--depth-weights needs --attention depth");
     FILE* out = o.by_position ? stderr : stdout;  // keeps the CSV apart
     fprintf(out, "model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
@@ -3362,8 +3315,8 @@ static void eval(Options& o, OptionTable&) {
 
 static void generate(Options& o, OptionTable&) {
     ModelFile file = open_weights(o, "generate");
-    Tokenizer tokenizer = find_tokenizer(o.tokenizer, &file, {});
-    Config c = configure(o, &file, tokenizer);
+    Tokenizer tokenizer = find_tokenizer(o.tokenizer, file, {});
+    Config c = configure(o, file, tokenizer);
     const std::vector<int> prompt = prompt_of(o, tokenizer, c.V);
     if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
@@ -3396,13 +3349,12 @@ static void print_tensors(const Config& c) {
 static void describe(Options& o, OptionTable&) {
     std::optional<ModelFile> file;
     if (is_file(o.model)) file = open_weights(o, "describe");
-    const ModelFile* from = file ? &*file : nullptr;
-    const Config c = configure(o, from, find_tokenizer(o.tokenizer, nullptr, {}), true);
+    const Config c = configure(o, file, find_tokenizer(o.tokenizer, {}, {}), true);
     const Workload training = {.B = o.batch, .T = o.sequence, .train = true, .recompute = o.recompute};
     std::vector<Config> configs;  // one per attention
     std::vector<Memory> memory, decoding;
     for (size_t a = 0; a < std::size(attention_names); a++) {
-        configs.push_back(with_attention(c, a, o, from));
+        configs.push_back(with_attention(c, a, o, file));
         memory.push_back(model_memory(configs[a], o.precision, training));  // dies if the backend cannot compute it
         decoding.push_back(model_memory(configs[a], o.precision, {.sequences = 1}));
     }
@@ -3863,11 +3815,10 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
     }
 }
 
-// Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd (δ_ij: 1 if i =
-// j, else 0):
+// Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd. With δ_ij = 1
+// if i = j, else 0,
 //     ∂n_j/∂x_i = rstd (δ_ij - 1/C - n_i n_j/C),
-// since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate rstd = (variance + eps)^-½). Summed over j with
-// g_j:
+// since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate (variance + eps)^-½). Summed over j with g_j:
 //     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
 // dw = Σ dy n and db = Σ dy over rows: first over chunks of rows, then over chunks in order.
 constexpr size_t LAYERNORM_CHUNK = 32;
@@ -4189,8 +4140,7 @@ static void sum_losses(Results& results, const float* losses, size_t n, bool add
 
 constexpr size_t UPDATE_CHUNK = 1 << 12;  // elements that a thread goes through at a time
 
-// Σ g², over chunks, then over the chunks in order. As this ends a step's gradients, the number of threads may change
-// here.
+// Σ g² over chunks, then over the chunks in order. Gradients end here, so the number of threads may change.
 static void global_norm(const Workspace& ws, Results& results, const float* g, size_t n, float clip) {
     const size_t chunks = ceil_div(n, UPDATE_CHUNK);
 #pragma omp parallel for schedule(static)
@@ -4369,8 +4319,7 @@ struct Panels {
     Panels from_n(size_t n) const { return {data + n, step_stride, panel_stride}; }  // within the first panel
 };
 
-// n columns of B where they lie if they can be read there, else packed into `buffer`, of steps(K) · round_up(n, NR)
-// cells.
+// n columns of B: where they lie, if possible, else packed into `buffer`, of steps(K) · round_up(n, NR) cells
 template <class X>
 static Panels<X> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, bool in_place = true) {
     if constexpr (std::is_same_v<X, float>)
@@ -4444,19 +4393,14 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Each thread configures its tiles once.
-static inline void shape_tiles() {
-    static constexpr TileShapes shapes;
-    static thread_local bool shaped = false;
-    if (!shaped) _tile_loadconfig(&shapes), shaped = true;
-}
-
 // c (32, 32) = or += Σ over steps, a multiple of 16, of a[., step] ⊗ b[step, .]; a along k. It writes all of c.
 static inline void multiply_tile(float* c, size_t ldc, Operand<Pair> a, size_t, const Pair* b, size_t ldb, size_t,
                                  size_t steps, bool add) {
     const size_t c_row = ldc * sizeof *c, a_row = a.stride * sizeof *b, b_row = ldb * sizeof *b;
     for (size_t i = 0; !add && i < MR<bf16>; i++) std::fill_n(c + i * ldc, NR, 0.0f);
-    shape_tiles();
+    static constexpr TileShapes shapes;
+    static thread_local bool shaped = false;  // each thread configures its tiles once
+    if (!shaped) _tile_loadconfig(&shapes), shaped = true;
     asm volatile("" : : : "memory");  // the tile loads below read memory, which the compiler does not know
     _tile_loadd(0, c, c_row);
     _tile_loadd(1, c + LANES, c_row);
@@ -4489,8 +4433,7 @@ static inline vec add_up(vec (&sums)[LANES]) {
 
 // Few rows of A, as in decoding (GEMV): nothing is used often enough to be worth packing, and the time goes into
 // reading B, the weights, whose contiguous index is k. A thread has one range of columns and reads it as eight streams
-// side by side: these keep enough cache misses in flight. Prefetching at the end of a column reaches into the next one
-// of its stream.
+// side by side: these keep enough cache misses in flight. Prefetching past a column's end reaches the stream's next.
 constexpr size_t FEW_ROWS = 4;
 
 template <class X>
@@ -4531,9 +4474,8 @@ static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<
 }
 
 // A thread computes one block of C at a time, at most NC columns wide, in chunks of KC steps. Blocks are up to
-// NC_PACKED wide where A is packed, since every block packs it again. (KC is a variable, since the tests make it
-// small.)
-static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1
+// NC_PACKED wide where A is packed, since every block packs it again.
+static size_t KC = 384;  // 14 rows of A are 21 KB, of 32 or 48 KB of L1. (The tests make it small.)
 constexpr size_t NC = 128 / NR * NR, NC_PACKED = 3 * NC;  // KC x NC of B are 197 KB, of 1 MB of L2
 constexpr size_t SUMS = 1 << 17;         // a block's sums, if they have to wait for another chunk: 512 KB, half of L2
 constexpr size_t SHORT_CHUNK = 1 << 16;  // a chunk of B that is read in place spans up to 256 KB of L2, gaps included
@@ -4687,8 +4629,7 @@ static void scores_tile(float* s, Operand<Cell<X>> k, Panels<X> q, size_t keys, 
         for (size_t lane = first; lane < std::min(j0 + r - i0, NR); lane++) s[r * NR + lane] = -INFINITY;
 }
 
-// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i. `local` is
-// a thread's scratch.
+// o, q (queries, HS); k, v (before + queries, HS); lse (queries) or null. Query i is at position before + i.
 template <class X>
 static void attention_head_forward(float* local, Rows<X> o, float* lse, Rows<const X> q, Rows<const X> k,
                                    Rows<const X> v, size_t queries, size_t before, size_t HS) {
@@ -4857,8 +4798,7 @@ struct ThreadTrials {
 
 static ThreadTrials thread_trials = {.most = 0};  // of the newest model
 
-// Called once in each step, after its last backward. Trials compare the passes of a step's last batch, and the
-// reading of the next.
+// Called after each step's last backward. Trials time the passes of the step's last batch and the reading of the next.
 static void choose_threads() {
     if (thread_count() == thread_trials.threads) set_thread_count(thread_trials.next(seconds() - pass_start));
 }
@@ -4916,12 +4856,6 @@ static void host_parallel_for(size_t n, auto f) {
 
 static std::string system_root = "";  // the tests set it
 
-// Reads up to two numbers from the start of a system file. A word ("max": no limit) makes the first 0; without the
-// file, nothing changes.
-static void read_numbers(const std::string& path, double& first, double& second) {
-    std::ifstream(path) >> first >> second;
-}
-
 // The number after `word` at the start of a line of a file, or `otherwise` if there is none
 static double number_after(const std::string& path, const std::string& word, double otherwise) {
     std::ifstream file(path);
@@ -4931,7 +4865,8 @@ static double number_after(const std::string& path, const std::string& word, dou
 }
 
 // Calls f with the folder of each control group that limits this process: its own, and those above it. In version 1,
-// each controller has a tree of its own.
+// each controller has a tree of its own. f reads numbers from files there: one that is missing changes nothing, and a
+// word ("max": no limit) makes the first number 0.
 static void for_control_groups(const std::string& controller, auto f) {
     std::ifstream file(system_root + "/proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {  // number:controllers:path; version 2 names none
@@ -4990,10 +4925,10 @@ static const char* const instruction_set =
 [[maybe_unused]] static int allowed_threads() {  // by quotas of processor time
     double allowed = INT_MAX;
     for_control_groups("cpu", [&](const std::string& group) {
-        double quota = 0, period = 100000, unused;
-        read_numbers(group + "cpu.max", quota, period);
-        read_numbers(group + "cpu.cfs_quota_us", quota, unused);  // version 1
-        read_numbers(group + "cpu.cfs_period_us", period, unused);
+        double quota = 0, period = 100000;
+        std::ifstream(group + "cpu.max") >> quota >> period;
+        std::ifstream(group + "cpu.cfs_quota_us") >> quota;  // version 1
+        std::ifstream(group + "cpu.cfs_period_us") >> period;
         if (quota > 0) allowed = std::min(allowed, std::max(1.0, ceil(quota / period)));
     });
     return allowed;
@@ -5023,23 +4958,20 @@ static void device_init([[maybe_unused]] char** argv, bool) {
 #endif
 }
 
-static std::string device_name() {
-    return std::to_string(thread_count()) + (thread_count() == 1 ? " thread, " : " threads, ") + instruction_set;
-}
+static std::string device_name() { return plural(thread_count(), "thread") + ", " + instruction_set; }
 
 static Precision device_precision() { return FP32; }
 static std::string device_build() { return instruction_set + std::string(", ") + threading; }
 static const char* device_help() { return "OMP_NUM_THREADS sets the number of threads."; }
 
-// Memory available without swapping, or what is left of the container's limit if that is less. File caches count as
-// free.
+// Memory available without swapping, or what is left of the container's limit. File caches count as free.
 static size_t device_free_memory() {
     const double all = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);  // if there is no /proc, as on macOS
     double free_bytes = 1024 * number_after(system_root + "/proc/meminfo", "MemAvailable:", all / 1024);
     for_control_groups("memory", [&](const std::string& group) {
-        double limit = 0, used = 0, unused;
-        for (const char* name : {"memory.max", "memory.limit_in_bytes"}) read_numbers(group + name, limit, unused);
-        for (const char* name : {"memory.current", "memory.usage_in_bytes"}) read_numbers(group + name, used, unused);
+        double limit = 0, used = 0;
+        for (const char* name : {"memory.max", "memory.limit_in_bytes"}) std::ifstream(group + name) >> limit;
+        for (const char* name : {"memory.current", "memory.usage_in_bytes"}) std::ifstream(group + name) >> used;
         for (const std::string caches : {"inactive_file ", "active_file "})  // version 1: total_, with groups below
             used -= std::max(number_after(group + "memory.stat", caches, 0),
                              number_after(group + "memory.stat", "total_" + caches, 0));

@@ -279,11 +279,11 @@ static void bench_generating(const Options& o, const std::vector<Config>& config
 
 static void bench(Options& o, OptionTable& table, bool profile) {
     if (is_file(o.model)) die("bench takes a shape, but --model %s is a file", o.model.c_str());
-    const Config shape = configure(o, nullptr, find_tokenizer(o.tokenizer, nullptr, {}), true);
+    const Config shape = configure(o, {}, find_tokenizer(o.tokenizer, {}, {}), true);
     const int precision = o.precision;
     std::vector<Config> configs;
     for (int a = 0; a < ATTENTIONS; a++)
-        if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, nullptr));
+        if (!is_given(table, "attention") || a == o.attention) configs.push_back(with_attention(shape, a, o, {}));
     const int tokens = is_given(table, "tokens") ? o.tokens : shape.maxT / 16;
     if (tokens >= shape.maxT) die("--tokens %d leaves no room for a prompt in a context of %d", tokens, shape.maxT);
     for (const Config& c : configs) check_memory(c, precision, training(o), device_peak_memory(precision));
@@ -302,7 +302,7 @@ static OptionTable bench_options(Options& o, bool& profile) {
     };
     take("steps", "training steps to time, after one to warm up [5]");
     take("tokens", "tokens to generate; 0: only train [1/16 of the context]");
-    table.push_back({"profile", profile, DESCRIBE, TRANSIENT, "also show where the time of a training step goes"});
+    table.push_back({"profile", &profile, "", DESCRIBE, TRANSIENT, "also show where the time of a training step goes"});
     std::erase_if(table, [](const Option& option) { return !(option.commands & DESCRIBE); });
     return table;
 }

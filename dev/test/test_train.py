@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 
+from errno import EPERM
 from math import ceil, cos, pi, sqrt
 
 import pytest
@@ -292,6 +293,25 @@ def test_killed_before_its_second_names_are_given(program, data, tmp_path):
     assert {f"model_{step:06}.bin" for step in (9, 12, 15, 18, 20)} < set(contents(killed))
     assert_same_run(killed, out)
     assert (killed / "best.bin").read_bytes() == (out / "best.bin").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
+def test_second_names_where_links_fail(program, root, data, tmp_path):
+    """They are copies then, also of a run that now gets other steps."""
+    out = tmp_path / "out"
+    program.run(*training(data, out, "--keep", "--schedule", "constant", "--save-every", 4, steps=12))
+    saved = (out / "model.bin").read_bytes()
+    for path in [*out.glob("model_*"), out / "best.bin"]:
+        path.unlink()
+    library = tmp_path / "faults.so"
+    subprocess.run(["cc", "-shared", "-fPIC", root / "dev/test/faults.c", "-o", library, "-ldl"], check=True)
+    for name, fault in ("best.bin", 1), ("model_000012.bin", 2):
+        folder = shutil.copytree(out, tmp_path / name)
+        command = program.command(["train", "--out", folder, "--resume", "--steps", 13])
+        environment = {**program.environment(), "LD_PRELOAD": str(library), "FAULT": f"link {fault} error {EPERM}"}
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        assert (folder / "model_000012.bin").read_bytes() == saved
+        assert not list(folder.glob("*.tmp"))
 
 
 def test_a_finished_run_goes_on(program, data, tmp_path):
