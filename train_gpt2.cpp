@@ -766,8 +766,7 @@ static int first_live_head(const Config& c, int l) { return is_skipped_to(c, l) 
 
 static size_t kv_channels(const Config& c, int l) { return c.C - first_live_head(c, l) * c.head_size(); }
 
-// Calls f(at, count, first, last) for each range of qkv's columns that is projected: all of them; or the queries, and
-// the last channels of keys and of values.
+// Calls f(at, count, first, last) for each range of qkv's columns that is projected.
 static void for_live_columns(const Model& m, int l, auto f) {
     const size_t C = m.config.C, kvC = kv_channels(m.config, l);
     if (kvC == C) return f(0, 3 * C, true, true);
@@ -1180,8 +1179,7 @@ static std::string did_you_mean(const std::string& word, const std::vector<std::
 // --------------------------------------------------------------------------------------------------------------------
 // Options
 //
-// Each option is one row of a table, which drives parsing, the range check, --help, the summary printed at the start,
-// and what a checkpoint remembers.
+// An option is a row of a table, which drives parsing, range checks, --help, the summary and what checkpoints remember.
 
 enum CommandBit { TRAIN = 1, EVAL = 2, GENERATE = 4, DESCRIBE = 8, EVERY = 255 };
 constexpr int SHAPES = TRAIN | DESCRIBE | 256;  // the options of a shape: the other commands have a model file
@@ -1710,19 +1708,15 @@ static CharacterClasses character_classes(const Tokenizer& t) {
                              {'0', NUMBER}, {'9' + 1, OTHER}, {'A', LETTER}, {'Z' + 1, OTHER}, {'a', LETTER},
                              {'z' + 1, OTHER}};
     if (t.appendix == t.content.size()) return from;
-    const size_t words = (t.content.size() - t.appendix) / 4;
-    auto word = [&](size_t i) {
-        uint32_t value;
-        memcpy(&value, &t.content[t.appendix + 4 * i], 4);
-        return value;
-    };
+    std::vector<uint32_t> words((t.content.size() - t.appendix) / 4);
+    t.content.copy((char*)words.data(), 4 * words.size(), t.appendix);
     size_t at = 0;
     for (CharacterClass kind : {LETTER, NUMBER, SPACE}) {
-        const size_t end = at < words ? at + 1 + 2 * (size_t)word(at) : at + 1;
-        if (end > words) die("%s: damaged: what follows its tokens is cut off", t.path.c_str());
+        const size_t end = at < words.size() ? at + 1 + 2 * (size_t)words[at] : at + 1;
+        if (end > words.size()) die("%s: damaged: what follows its tokens is cut off", t.path.c_str());
         for (at++; at < end; at += 2) {
-            from[word(at)] = kind;
-            from.emplace(word(at + 1) + 1, OTHER);
+            from[words[at]] = kind;
+            from.emplace(words[at + 1] + 1, OTHER);
         }
     }
     return from;
@@ -3815,8 +3809,7 @@ static void layernorm_forward(X* y, float* mean, float* rstd, const X* x, const 
     }
 }
 
-// Backward. The gradient of n is g = dy w. n depends on x directly, through the mean, and through rstd. With δ_ij = 1
-// if i = j, else 0,
+// Backward. The gradient of n is g = dy w. n depends on x directly, through the mean and through rstd (Kronecker's δ):
 //     ∂n_j/∂x_i = rstd (δ_ij - 1/C - n_i n_j/C),
 // since ∂mean/∂x_i = 1/C and ∂rstd/∂x_i = -rstd² n_i/C (differentiate (variance + eps)^-½). Summed over j with g_j:
 //     dx_i = rstd (g_i - mean(g) - n_i mean(g n)).
