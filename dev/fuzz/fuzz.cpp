@@ -113,20 +113,20 @@ static void fit_tokenizer(Bytes& s) {
     set_field(s, 4, s.size() - at);
 }
 static void fit_model(Bytes& s) {  // or a checkpoint, whose state has what the moments leave
-    const size_t end = tensors_end(s), least = end + 8 + 2 * (end - HEADER_BYTES) + TRAILER_BYTES;
+    const size_t end = tensors_end(s), least = end + 8 + 2 * (end - HEADER_BYTES) + sizeof(Trailer);
     const uint64_t n = s.size() - least;
     if (end > LONGEST) return;
     if (header_of(s)[255] != 1) s.resize(end);
-    else if (s.size() < least) s.resize(end + TRAILER_BYTES);
+    else if (s.size() < least) s.resize(end + sizeof(Trailer));
     else memcpy(&s[end], &n, 8);
 }
 // Writes a trailer that fits the rest of a file.
 static void seal(Bytes& s) {
-    const size_t end = tensors_end(s), trailer = s.size() - TRAILER_BYTES;
-    if (header_of(s)[255] != 1 || end > LONGEST || end + TRAILER_BYTES > s.size()) return;
+    const size_t end = tensors_end(s), trailer = s.size() - sizeof(Trailer);
+    if (header_of(s)[255] != 1 || end > LONGEST || end + sizeof(Trailer) > s.size()) return;
     const uint32_t state = crc32(0, &s[end], trailer - end), size = s.size();
     const uint32_t words[] = {TRAILER_MAGIC, crc32(0, s.data(), end), state, size, 0};
-    memcpy(&s[trailer], words, TRAILER_BYTES);
+    memcpy(&s[trailer], words, sizeof(Trailer));
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ static void set_up() {
         const Bytes checkpoint = read_bytes("run/model_000002.bin");
         const size_t end = tensors_end(checkpoint), moments = 2 * (end - HEADER_BYTES);
         seeds["checkpoint"].push_back(checkpoint);
-        seeds["state"].push_back(checkpoint.substr(end + 8, checkpoint.size() - TRAILER_BYTES - moments - (end + 8)));
+        seeds["state"].push_back(checkpoint.substr(end + 8, checkpoint.size() - sizeof(Trailer) - moments - (end + 8)));
         Bytes weights = checkpoint.substr(0, end), halves(HEADER_BYTES + (end - HEADER_BYTES) / 2, '\0');
         set_field(weights, 255, 0);
         halves.replace(0, HEADER_BYTES, weights, 0, HEADER_BYTES);
@@ -224,7 +224,7 @@ static void read_shard(const Bytes&) {
     const std::vector<Shard> shards = open_shards("val", {"data/train_0.bin"}, T);
     std::vector<int> x(T), y(T);
     Loader l = {.shards = split_shards(shards), .T = T, .V = V, .seed = 1};
-    loader_start(l, 0, 0);
+    use_shard(l);
     for (size_t i = 0; i < window_count(shards, T); i++) {
         read_window(shards, i, x.data(), y.data(), T, V);
         loader_batch(l, x.data(), y.data(), 1);
@@ -315,7 +315,7 @@ static void read_options(const Bytes& input) {
     if (!parse_options(table, {argv.begin() + 2, argv.end()}, command->name, "")) return;
     Run run = {.o = o, .table = table};
     run.tokenizer = read_tokenizer("data/tokenizer.bin");
-    run.c = configure(o, nullptr, run.tokenizer);
+    run.c = configure(o, {}, run.tokenizer);
     prompt_of(o, run.tokenizer, V);
     if (command->bit != TRAIN) return;
     run.train = {{"data/train_0.bin", "", HEADER_BYTES, 150}};
@@ -411,7 +411,7 @@ static Outcome read_input(const Reader& reader, const Bytes& input) {
     const bool line = said.starts_with("error: ") && said.ends_with('\n') && controls == 1;
     const bool well = end.status == 0 ? said.empty() : end.status == 1 && line;
     if (!well) fault("status %d, and it says: %.500s", end.status, said.c_str());
-    if (said.find("cannot be read") != said.npos) fault("a length was not checked: %.500s", said.c_str());
+    if (said.ends_with("the disk fails\n")) fault("a length was not checked: %.500s", said.c_str());
     return {said, end.form, (double)(peak - before) / most};
 }
 
