@@ -251,7 +251,6 @@ static void read_a_question(const Bytes&) { read_questions("questions", V); }
 
 static void read_model(const Bytes& input) {
     const ModelFile m = open_model("run/model.bin");
-    verify_model(m);
     Bytes sealed = input;
     seal(sealed);
     if (sealed != input) fault("a checkpoint is read although its trailer does not fit");
