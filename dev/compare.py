@@ -228,7 +228,7 @@ def shards(study, split):
 
 def step_time(rows):
     """The median in milliseconds, without the first step."""
-    return statistics.median(float(row["ms"]) for row in rows if int(row["step"]) > 1)
+    return statistics.median(row["ms"] for row in rows if row["step"] > 1)
 
 
 def measure_costs(study):
@@ -330,7 +330,7 @@ def train(study, run, progress, title):
             before = int(step[1])
             show(f"{title}  step {before}/{run.options['steps']}  loss {step[2] or 'unknown'}  {progress}")
     rows = read_metrics(folder)
-    if int(rows[-1]["step"]) < run.options["steps"]:  # by a signal to train_gpt2 alone
+    if rows[-1]["step"] < run.options["steps"]:  # by a signal to train_gpt2 alone
         stop()
     return rows
 
@@ -347,8 +347,8 @@ def evaluate(study, run, rows):
         "loss": float(re.search(r"^loss +([\d.]+)", said, re.M)[1]),
         "bits per byte": float(re.search(r"^bits/byte +([\d.]+)", said, re.M)[1]),
         "validation": re.search(r"^data +(.*);", said, re.M)[1],
-        "hours": round(sum(float(row["ms"]) for row in rows if row["ms"]) / 3.6e6, 4),
-        "curve": [[int(row["step"]), float(row["val_loss"])] for row in rows if row["val_loss"]],
+        "hours": round(sum(row["ms"] or 0 for row in rows) / 3.6e6, 4),
+        "curve": [[int(row["step"]), row["val_loss"]] for row in rows if row["val_loss"] is not None],
         "by position": [float(loss) for loss in re.findall(r"^\d+,([\d.]+)$", said, re.M)],
         "depth weights": read_weights(weights) if depth else [],
     }

@@ -52,21 +52,23 @@ def save(figure, path):
 
 
 def read_metrics(folder):
+    """A row for each step: values by name, None where there is none."""
     path = Path(folder) / "metrics.csv"
     try:
         with open(path, encoding="utf-8") as f:
-            rows = list(csv.DictReader(f))
+            rows = [row for row in csv.DictReader(f) if None not in row.values()]  # the last one may be incomplete
+        rows = [{name: float(row[name]) if row[name] else None for name in COLUMNS} for row in rows]
     except OSError as e:
         fail(f"{path}: {e.strerror}; name the folder of a run")
-    if not rows or list(rows[0]) != COLUMNS or None in rows[-1].values():
-        fail(f"{path}: has no rows, or is not of train_gpt2")
-    return rows
+    except (ValueError, KeyError):
+        fail(f"{path}: is not of train_gpt2")
+    return rows or fail(f"{path}: has no rows yet")
 
 
 def column(rows, name):
     """The steps that have a value, and these values."""
-    pairs = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    rows = [row for row in rows if row[name] is not None]
+    return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 def smoothed(values, n):
@@ -93,7 +95,7 @@ def plot_runs(folders, path):
     for ax, label in (loss, "loss (nats per token)"), (rate, "learning rate"), (norm, "norm of the gradient"), \
             (speed, "speed (tokens per second)"):
         ax.set(xlabel="step", ylabel=label, ylim=(None if ax is loss else 0, None))
-    loss.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save(figure, path)
 
 

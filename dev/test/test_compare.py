@@ -142,9 +142,15 @@ def test_a_folder_belongs_to_one_study(compare, tmp_path):
     assert compare(STUDY + PARTS, "--dry-run")[0] == 0
 
 
-def test_a_plot_needs_runs(root, tmp_path):
-    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "empty").mkdir()
-    for folder, says in (tmp_path, "is not of train_gpt2"), (tmp_path / "empty", "No such file.*name the folder of a"):
-        done = subprocess.run([sys.executable, root / "dev/plot.py", folder], capture_output=True, text=True)
-        assert_one_line(done.returncode, done.stderr, says)
+@pytest.mark.parametrize("text, says", [
+    ("a,b\n1,2\n", "is not of train_gpt2"),
+    ("step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n1,x,,1,1,1,1\n", "is not of train_gpt2"),
+    ("step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n1,2.5,,1\n", "has no rows yet"),
+    ("", "has no rows yet"),
+    (None, "metrics.csv: No such file or directory; name the folder of a run"),
+])
+def test_a_plot_needs_runs(root, tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "metrics.csv").write_text(text)
+    done = subprocess.run([sys.executable, root / "dev/plot.py", tmp_path], capture_output=True, text=True)
+    assert_one_line(done.returncode, done.stderr, says)
