@@ -3,6 +3,8 @@
 # make test      runs every test that needs no PyTorch; installs pytest, numpy and tiktoken into .venv
 # make gpu       builds train_gpt2cu and test_gpt2cu, if nvcc is installed
 # make bench     measures training and decoding with each attention
+# make compare   trains models with each attention and compares them: ten minutes (another study: STUDY=mine.toml)
+# make plot      plots the loss, learning rate and speed of runs: RUN="run/mine run/other"
 # make clean     removes what was built; data/, run/ and .venv stay
 # make -C dev    lists the targets for developers
 # Variables: CXX=clang++, OPENMP= (builds without it), ARCH=-march=x86-64-v3 (for other machines), CUDA=/usr/local/cuda
@@ -75,9 +77,15 @@ test:
 	@$(MAKE) JOBS= --no-print-directory -f dev/Makefile test-all
 bench: dev/bench/bench
 	./dev/bench/bench
+compare: train_gpt2
+	$(PLOTTING_PYTHON) dev/compare.py $(STUDY)
+plot:
+	$(PLOTTING_PYTHON) dev/plot.py $(RUN)
+# These need matplotlib and scipy.
+PLOTTING_PYTHON = $(firstword $(wildcard .venv-peers/bin/python) python3)
 clean:
 	rm -f t*_gpt2 t*_gpt2cu t*_gpt2_* t*_gpt2cu_* .flags* dev/bench/bench dev/bench/benchcu* dev/bench/ladder \
 	    dev/test/parts dev/fuzz/fuzz dev/fuzz/libfuzzer
 help:
 	@sed -n '/^#/!q;s/^# //p' $(firstword $(MAKEFILE_LIST))
-.PHONY: all run test gpu bench clean help found always
+.PHONY: all run test gpu bench compare plot clean help found always

@@ -57,6 +57,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <fstream>
 #include <future>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <queue>
 #include <string>
@@ -302,7 +303,8 @@ static size_t parameter_count(const Config& c) {
 // gradients and what backward needs (lse, h, mean, rstd, a) may be null.
 
 // Where an array has the HS channels of each head: at(b, h, t) points to those of sequence b, head h, position t.
-template <class X> struct Heads {
+template <class X>
+struct Heads {
     X* data;
     size_t batch, head, row;  // distance from sequence to sequence, head to head, position to position
 
@@ -312,7 +314,8 @@ template <class X> struct Heads {
 
 // The keys and values that a layer attends to, or their gradients. Those of the first `skipping` heads are another
 // layer's, the one n_l below.
-template <class X> struct KeysValues {
+template <class X>
+struct KeysValues {
     Heads<X> k, v, k_below = {}, v_below = {};
     int skipping = 0;
 
@@ -414,7 +417,8 @@ static StepResults read_results(Results&);                                      
 // What a model holds
 
 // An array with a slot for each layer. If there are fewer slots than layers, layers take turns.
-template <class X> struct Slots {
+template <class X>
+struct Slots {
     X* data = nullptr;
     size_t stride = 0, count = 1;  // distance from slot to slot; number of slots
 
@@ -435,7 +439,8 @@ struct Allocator {
     Memory memory = {};
     std::vector<void*> blocks = {};
 
-    template <class T> void take(T*& p, size_t n, size_t Memory::*purpose, bool zero = false) {
+    template <class T>
+    void take(T*& p, size_t n, size_t Memory::*purpose, bool zero = false) {
         p = nullptr;
         if (n == 0) return;
         memory.*purpose += n * sizeof(T);
@@ -443,7 +448,8 @@ struct Allocator {
         p = (T*)device_allocate(n * sizeof(T), zero);
         blocks.push_back(p);
     }
-    template <class T> void take(Slots<T>& slots, size_t count, size_t n, size_t Memory::*purpose) {
+    template <class T>
+    void take(Slots<T>& slots, size_t count, size_t n, size_t Memory::*purpose) {
         slots.count = std::max<size_t>(1, count);
         slots.stride = round_up(n, SLOT_ALIGNMENT);
         take(slots.data, count * slots.stride, purpose);
@@ -479,7 +485,8 @@ struct Model {
 
 // X is float or bf16. Training keeps the activations of all layers, except ln and fch_gelu if the model recomputes()
 // these: then they have one slot, which backward fills again.
-template <class X> struct ModelOf : Model {
+template <class X>
+struct ModelOf : Model {
     X* weights;                   // the working copy of the parameters; the parameters themselves if X is float
     Slots<X> residual;            // (2L+1, B, T, C) the residual stream before each attention and MLP, and the last
     Slots<X> ln;                  // (2L+1, B, T, C) output of each LayerNorm
@@ -511,7 +518,8 @@ template <class X> struct ModelOf : Model {
 // Adds the losses of the batch in m.inputs to m.results. With `train` this also begins the backward pass, since the
 // classifier never holds all logits: it computes the gradients of its input, m.dln, and of wte along with the loss, for
 // loss_scale · (mean loss of the batch).
-template <class X> static void forward(ModelOf<X>& m, bool train, float loss_scale) {
+template <class X>
+static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
@@ -545,7 +553,8 @@ template <class X> static void forward(ModelOf<X>& m, bool train, float loss_sca
 // The chain rule, from the loss down: forward's calls in reverse. A block computes x2 = x + f(x), so dx = dx2 + (the
 // gradient through f). One array holds dx3, dx2 and dx in turn: what flows past a branch stays there, and the branch's
 // LayerNorm adds to it. The classifier has left the gradient of its input in dln.
-template <class X> static void backward(ModelOf<X>& m) {
+template <class X>
+static void backward(ModelOf<X>& m) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
@@ -588,7 +597,8 @@ template <class X> static void backward(ModelOf<X>& m) {
 }
 
 // AdamW, with gradients scaled by min(1, clip/norm). Step 1 is the first.
-template <class X> static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
+template <class X>
+static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
     const float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
     const float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
     global_norm(m.ws, m.results, m.gradients, allocated_parameters(m.tensors), clip);  // gaps between layers hold 0
@@ -613,7 +623,8 @@ static size_t classifier_rows(size_t rows, size_t Vp) {
     return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
 }
 
-template <class X> static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
+template <class X>
+static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
     const Config& c = m.config;
     const size_t C = c.C, V = COMPUTES_PADDING ? c.Vp : c.V;
     const size_t rows = m.work.tokens(), at_once = classifier_rows(rows, c.Vp);
@@ -639,7 +650,8 @@ template <class X> static void classifier(ModelOf<X>& m, const X* x, float gradi
 // which k and v stand there. Training finds k and v in qkv, decoding in the cache; attend() serves both.
 
 // qkv (rows, 3C) = x qkvwᵀ + qkvb, in the columns that some layer needs (with skip, not all)
-template <class X> static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
+template <class X>
+static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
     const size_t C = m.config.C;
     const X *w = m.weight(QKVW, l), *b = m.weight(QKVB, l);
     for_live_columns(m, l, [&](size_t at, size_t count, bool, bool) {
@@ -649,7 +661,8 @@ template <class X> static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X
 
 // m.dln = dqkv qkvw; the gradients of qkvw and qkvb = or +=, except in rows of columns that no layer needs: these keep
 // gradient 0. x is what qkv_forward was given.
-template <class X> static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
+template <class X>
+static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
     const size_t C = m.config.C, BT = m.work.tokens();
     for_live_columns(m, l, [&](size_t at, size_t count, bool first, bool last) {
         linear_backward_input(m.ws, m.dln, m.dqkv + at, m.weight(QKVW, l) + at * C, BT, C, count, 3 * C, first, last);
@@ -659,7 +672,8 @@ template <class X> static void qkv_backward(ModelOf<X>& m, int l, const X* x, bo
 }
 
 // Part 0, 1 or 2 of an array (B, T, parts, C): in qkv, these are queries, keys and values
-template <class X> static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
+template <class X>
+static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
     const size_t C = c.C;
     return {data + part * C, T * parts * C, (size_t)c.head_size(), parts * C};
 }
@@ -669,7 +683,8 @@ static AttentionShape training_shape(const Model& m) {
 }
 
 // The last two parts of such an array: in qkv (B, T, 3C), or with parts = 2 in an array (B, T, 2C) of keys and values
-template <class X> static KeysValues<X> keys_values(X* data, int parts, const Config& c, size_t T) {
+template <class X>
+static KeysValues<X> keys_values(X* data, int parts, const Config& c, size_t T) {
     return {heads(data, parts - 2, parts, c, T), heads(data, parts - 1, parts, c, T)};
 }
 
@@ -684,7 +699,8 @@ static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q,
     attention_forward<X>(m.ws, heads(o, 0, 1, c, s.queries), lse, q, kv, s);
 }
 
-template <class X> static void attend_forward(ModelOf<X>& m, int l, X* o) {
+template <class X>
+static void attend_forward(ModelOf<X>& m, int l, X* o) {
     const Config& c = m.config;
     const int T = m.work.T;
     attend(m, l, o, m.lse[l], m.a + depth_place(m, l, 1), heads(m.qkv[l], 0, 3, c, T),
@@ -701,7 +717,8 @@ static void attention_gradients(ModelOf<X>& m, int l, const KeysValues<DKV>& dkv
                                training_shape(m));
 }
 
-template <class X> static void attend_backward(ModelOf<X>& m, int l) {
+template <class X>
+static void attend_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     if (c.attention == SKIP) return skip_attention_backward(m, l);
     if (c.attention == DEPTH) return depth_attention_backward(m, l);
@@ -770,7 +787,8 @@ static auto skip_keys_values(const Config& c, int l, auto kv_of) {
 
 // dk and dv of a head are the sum of up to two layers' shares. If there is only the layer's own, it goes straight to
 // m.dqkv. The shares of heads that skip go to layer l - n_l.
-template <class X> static void skip_attention_backward(ModelOf<X>& m, int l) {
+template <class X>
+static void skip_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     const int T = m.work.T;
     auto kv_of = [&](int j) { return keys_values(m.qkv[j], 3, c, T); };
@@ -837,7 +855,8 @@ static size_t depth_place(const Model& m, int l, int own) {
     return place;
 }
 
-template <class X> static void depth_attention_backward(ModelOf<X>& m, int l) {
+template <class X>
+static void depth_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     attention_gradients(m, l, keys_values(m.dkv, 2, c, m.work.T), keys_values(m.qkv[l], 3, c, m.work.T));
     depth_backward(m.ws, m.dqkv, m.dkv, m.ds + depth_place(m, l, 0), m.a + depth_place(m, l, 1), m.qkv[l],
@@ -852,7 +871,8 @@ template <class X> static void depth_attention_backward(ModelOf<X>& m, int l) {
 
 // The keys and values of layer j in the cache, which begin with the first live head's. So k points before the layer's
 // part of the cache if heads before that are not cached.
-template <class X> static KeysValues<X> cached_keys_values(const ModelOf<X>& m, int j) {
+template <class X>
+static KeysValues<X> cached_keys_values(const ModelOf<X>& m, int j) {
     const Config& c = m.config;
     const size_t HS = c.head_size(), head = c.maxT * HS, first = first_live_head(c, j), kept = c.NH - first;
     X* k = m.cache + m.cache_place[j] - first * head;
@@ -860,7 +880,8 @@ template <class X> static KeysValues<X> cached_keys_values(const ModelOf<X>& m, 
 }
 
 // Appends n tokens to each sequence; tokens (sequences, n), logits (sequences, V) after the last of them
-template <class X> static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
+template <class X>
+static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.sequences, rows = B * n, C = c.C, before = m.cache_length;
@@ -916,7 +937,8 @@ static void set_inputs(Inputs&, const int* x, const int* y, size_t BT, size_t V)
 // Memory
 
 // Everything a model holds. If m.allocator.dry, it is only counted.
-template <class X> static void lay_out(ModelOf<X>& m) {
+template <class X>
+static void lay_out(ModelOf<X>& m) {
     const Config& c = m.config;
     Allocator& all = m.allocator;
     const bool train = m.work.train, keeps = train && !m.recomputes(), reads_other_layers = c.attention != VANILLA;
@@ -1073,10 +1095,10 @@ static void model_token_losses(const Model* m, float* out) {  // (B, T), of the 
     copy_to_host(out, m->losses, m->work.tokens() * sizeof(float));
 }
 
-// The weights a (B, T, |S_l|+1, NH) with which layer l mixed values in the last forward; empty if it does not mix.
-static std::vector<float> model_depth_weights(const Model* m, int l) {
-    std::vector<float> a(depth_place(*m, l + 1, 1) - depth_place(*m, l, 1));
-    if (!a.empty()) copy_to_host(a.data(), m->a + depth_place(*m, l, 1), a.size() * sizeof(float));
+// The weights a (T, |S_l|+1, NH) with which layer l > 0 mixed values in sequence b of the last forward.
+static std::vector<float> model_depth_weights(const Model* m, int l, size_t b) {
+    std::vector<float> a((size_t)m->work.T * (depth_source_count(m->config, l) + 1) * m->config.NH);
+    copy_to_host(a.data(), m->a + depth_place(*m, l, 1) + b * a.size(), a.size() * sizeof(float));
     return a;
 }
 
@@ -2422,9 +2444,9 @@ static void show_line(const std::string& text, bool stays) {
     fflush(stdout);
 }
 
-// Computes the losses of n windows of T tokens and targets, B at a time. read(i, x, y) sets those of window i.
-// take(first, count, y, losses) gets the targets and the losses (count, T) of windows from `first` on.
-static void for_each_batch(Model* model, size_t n, const char* name, auto read, auto take) {
+// Computes the losses of windows 0 ... n-1, of T tokens and targets, B at a time: read(i, x, y) sets those of window i,
+// take(i, y, losses) gets their losses.
+static void for_each_window(Model* model, size_t n, const char* name, auto read, auto take) {
     const size_t B = model->work.B, T = model->work.T;
     std::vector<int> x(B * T), y(B * T);
     std::vector<float> losses(B * T);
@@ -2435,7 +2457,7 @@ static void for_each_batch(Model* model, size_t n, const char* name, auto read, 
         model_set_inputs(model, x.data(), y.data());
         model_forward(model, false, 1);
         model_token_losses(model, losses.data());
-        take(first, count, y.data(), losses.data());
+        for (size_t b = 0; b < count; b++) take(first + b, &y[b * T], &losses[b * T]);
         if (!on_terminal() || seconds() < shown + 0.1) continue;
         show_line(format("%s: %zu of %zu", name, first + count, n), false);
         shown = seconds();
@@ -2462,21 +2484,20 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
         close(f.fd);
     }
     Evaluation e = {.tokens = total * T, .by_position = std::vector<double>(T)};
-    for (int l = 0; l < c.L && !o.depth_weights.empty(); l++)
-        e.depth_weights.emplace_back((depth_source_count(c, l) + 1) * c.NH);
     std::vector<size_t> counts(c.V);
+    if (!o.depth_weights.empty())
+        for (int l = 0; l < c.L; l++) e.depth_weights.emplace_back((depth_source_count(c, l) + 1) * c.NH);
     auto read = [&](size_t i, int* x, int* y) { read_window(shards, i * all / total, x, y, T, c.V); };
-    for_each_batch(model, total, "validation windows", read, [&](size_t, size_t n, const int* y, const float* losses) {
-        for (size_t i = 0; i < n * T; i++) {
-            e.loss += losses[i];
-            e.by_position[i % T] += losses[i] / total;
-            counts[y[i]]++;
+    for_each_window(model, total, "validation windows", read, [&](size_t i, const int* y, const float* losses) {
+        for (size_t t = 0; t < T; t++) {
+            e.loss += losses[t];
+            e.by_position[t] += losses[t] / total;
+            counts[y[t]]++;
         }
-        for (size_t l = 0; l < e.depth_weights.size(); l++) {
-            const std::vector<float> a = model_depth_weights(model, l);
+        for (size_t l = 1; l < e.depth_weights.size(); l++) {
+            const std::vector<float> a = model_depth_weights(model, l, i % o.batch);
             const size_t weights = e.depth_weights[l].size();  // of a token
-            for (size_t i = 0; !a.empty() && i < n * T * weights; i++)
-                e.depth_weights[l][i % weights] += a[i] / e.tokens;
+            for (size_t k = 0; k < a.size(); k++) e.depth_weights[l][k % weights] += a[k] / (total * T);
         }
     });
     e.loss /= e.tokens;
@@ -2498,7 +2519,7 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 struct Ending {
     size_t question;
     bool right;
-    std::vector<int> tokens = {};
+    std::vector<int> tokens;
     double loss = 0, mean = 0;  // of the tokens: their sum, their mean
 };
 
@@ -2534,7 +2555,7 @@ static Questions read_questions(const std::string& path, int V) {
         const int right = next(0, 65535, "a label"), n = next(right + 1, 65535, "a number of endings");
         append(all.contexts.emplace_back());
         for (int i = 0; i < n; i++) {
-            all.endings.push_back({question, i == right});
+            all.endings.push_back({question, i == right, {}});
             append(all.endings.back().tokens);
         }
     }
@@ -3228,23 +3249,19 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
     for (const Ending& e : all.endings) longest = std::max(longest, all.contexts[e.question].size() + e.tokens.size());
     if (longest - 1 > (size_t)c.maxT)
         die("%s: a question has %zu tokens, more than the model's context, %d", o.hellaswag.c_str(), longest, c.maxT);
-    const size_t T = longest - 1;
-    Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)T});
+    Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)longest - 1});
     auto read = [&](size_t i, int* x, int* y) {
         std::vector<int> tokens = all.contexts[all.endings[i].question];
         tokens.insert(tokens.end(), all.endings[i].tokens.begin(), all.endings[i].tokens.end());
         std::copy(tokens.begin(), tokens.end() - 1, x);
         std::copy(tokens.begin() + 1, tokens.end(), y);
     };
-    auto take = [&](size_t first, size_t n, const int*, const float* losses) {
-        for (size_t b = 0; b < n; b++) {
-            Ending& e = all.endings[first + b];
-            const float* own = losses + b * T + all.contexts[e.question].size() - 1;
-            for (size_t t = 0; t < e.tokens.size(); t++) e.loss += own[t];
-            e.mean = e.loss / e.tokens.size();
-        }
-    };
-    for_each_batch(model, all.endings.size(), "endings", read, take);
+    for_each_window(model, all.endings.size(), "endings", read, [&](size_t i, const int*, const float* losses) {
+        Ending& e = all.endings[i];
+        const float* own = losses + all.contexts[e.question].size() - 1;
+        e.loss = std::accumulate(own, own + e.tokens.size(), 0.0);
+        e.mean = e.loss / e.tokens.size();
+    });
     show_line(format("data       %s with %s", plural(all.contexts.size(), "question").c_str(),
                      plural(all.endings.size(), "ending").c_str()), true);
     printf("accuracy   %.4f\nnormalized %.4f: by the mean over an ending's tokens instead of their sum\n",
@@ -3505,14 +3522,16 @@ static inline vec load(const bf16* p) {
     memcpy(&halves, p, sizeof halves);
     return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
 }
-template <class X> static inline vec load(const X* p, size_t n) {
+template <class X>
+static inline vec load(const X* p, size_t n) {
     if (n >= LANES) return load(p);
     const vec bytes = load_bytes(p, n * sizeof *p);
     return load((const X*)&bytes);
 }
 
 // Rounds to X, as bf16's constructor does.
-template <class X> static inline vec rounded(vec v) {
+template <class X>
+static inline vec rounded(vec v) {
     if constexpr (std::is_same_v<X, float>) return v;
     const bits_vec b = (bits_vec)v, up = b + 0x7fff + (b >> 16 & 1), nan = (bits_vec)(v != v);
     return (vec)((nan & 0x7fc00000) | (~nan & up & 0xffff0000));
@@ -3522,7 +3541,8 @@ static inline void store(bf16* p, vec v) {
     const half_vec halves = __builtin_convertvector((bits_vec)rounded<bf16>(v) >> 16, half_vec);
     memcpy(p, &halves, sizeof halves);
 }
-template <class X> static inline void store(X* p, vec v, size_t n) {  // the first n lanes
+template <class X>
+static inline void store(X* p, vec v, size_t n) {  // the first n lanes
     if (n >= LANES) return store(p, v);
     X all[LANES];
     store(all, v);
@@ -3532,7 +3552,8 @@ template <class X> static inline void store(X* p, vec v, size_t n) {  // the fir
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers
 // vectorize loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose
 // reciprocal is still a normal number; NaN stays NaN.
-template <class F> [[gnu::always_inline]] static inline F exp_approx(F x) {
+template <class F>
+[[gnu::always_inline]] static inline F exp_approx(F x) {
     using Bits = std::conditional_t<std::is_same_v<F, float>, uint32_t, bits_vec>;
     const F zero = {}, most = zero + 87.0f, clamped = x > most ? most : x;
     const F shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
@@ -3550,7 +3571,8 @@ template <class F> [[gnu::always_inline]] static inline F exp_approx(F x) {
 }
 
 // The largest of `start` and of `rows` registers at x, `stride` apart, lane by lane
-template <class X> static inline vec maxima(vec start, const X* x, size_t stride, size_t rows) {
+template <class X>
+static inline vec maxima(vec start, const X* x, size_t stride, size_t rows) {
     vec most[4] = {start, start, start, start};  // four comparisons do not wait for each other
     for (size_t r = 0; r < rows; r++) {
         const vec x_r = load(x + r * stride);
@@ -3559,7 +3581,8 @@ template <class X> static inline vec maxima(vec start, const X* x, size_t stride
     for (int i = 1; i < 4; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
     return most[0];
 }
-template <class X> static float maximum(const X* x, size_t n) {
+template <class X>
+static float maximum(const X* x, size_t n) {
     const vec most = maxima(vec{} - INFINITY, x, LANES, n / LANES);
     float max = -INFINITY;
     for (int lane = 0; lane < LANES; lane++) max = std::max(max, most[lane]);
@@ -3567,7 +3590,8 @@ template <class X> static float maximum(const X* x, size_t n) {
     return max;
 }
 
-template <class X, class Y> static float dot(const X* a, const Y* b, size_t n) {
+template <class X, class Y>
+static float dot(const X* a, const Y* b, size_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (size_t i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
@@ -3600,7 +3624,8 @@ static float* local_scratch(const Workspace& ws) { return ws.local + thread_id()
 
 // An operand's element (i, k) is data[i·stride + k] if k is the contiguous index, else data[k·stride + i]. i is a row
 // of A or a column of B; the product sums over k.
-template <class X> struct Operand {
+template <class X>
+struct Operand {
     const X* data;
     size_t stride;
     bool along_k;
@@ -3822,14 +3847,16 @@ static void layernorm_backward(const Workspace& ws, X* dx, float* dw, float* db,
 // Attention: o = softmax(causal(q kᵀ/√HS)) v, in each head of each sequence
 
 // One head's rows: row i begins at data + i·stride.
-template <class X> struct Rows {
+template <class X>
+struct Rows {
     X* data;
     size_t stride;
 
     X* operator[](size_t i) const { return data + i * stride; }
 };
 
-template <class X> static Rows<X> rows_of(const Heads<X>& heads, size_t b, size_t h) {
+template <class X>
+static Rows<X> rows_of(const Heads<X>& heads, size_t b, size_t h) {
     return {heads.at(b, h, 0), heads.row};
 }
 
@@ -4128,7 +4155,8 @@ static void adamw_update(X* working, float* w, float* m, float* v, const float* 
     }
 }
 
-template <class X> static void round_weights(X* working, const float* w, size_t n) {
+template <class X>
+static void round_weights(X* working, const float* w, size_t n) {
     if constexpr (!std::is_same_v<X, float>) std::copy_n(w, n, working);  // float: they are the same array
 }
 
@@ -4199,13 +4227,15 @@ static inline void transpose(vec (&rows)[LANES]) {
 }
 
 // The cells of a's first row from its first k on, of which `remaining` values are left; behind these, zeros
-template <class X> static inline vec cells_along_k(Operand<X> a, size_t remaining) {
+template <class X>
+static inline vec cells_along_k(Operand<X> a, size_t remaining) {
     if constexpr (PAIRS<X>) return load_bytes(a.data, remaining * sizeof(X));  // a pair is two neighbours as they lie
     else return load(a.data, remaining);
 }
 
 // One cell of each of a's first n rows, with `remaining` values each; others are 0.
-template <class X> static inline vec cells_across_k(Operand<X> a, size_t remaining, size_t n) {
+template <class X>
+static inline vec cells_across_k(Operand<X> a, size_t remaining, size_t n) {
     if (n == 0 || remaining == 0) return vec{};
     const vec low = load(a.data, n);
     if constexpr (!PAIRS<X>) return low;
@@ -4215,7 +4245,8 @@ template <class X> static inline vec cells_across_k(Operand<X> a, size_t remaini
 
 // Packs n rows of A, or columns of B, over K: into panels [n / width][step][width], or if `along` into rows [n][step]
 // as AMX takes A. Cells past n or K are 0, up to whole panels and steps. `width` is a multiple of LANES.
-template <class X> static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n, size_t K) {
+template <class X>
+static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t S = steps<X>(K), high = round_up(n, width) / LANES, wide = ceil_div(S, LANES);
     for (size_t i = 0; i < high * wide; i++) {  // blocks of LANES × LANES cells, in the order in which they lie
@@ -4239,7 +4270,8 @@ template <class X> static void pack(Cell<X>* out, bool along, size_t width, Oper
 // n rows of A as the microkernel takes them: where they lie, or packed into `buffer`, of steps(K) · round_up(n,
 // 2·LANES) cells. It packs pairs whose two values are not neighbours, or an odd K; bf16 on processors without pairs;
 // with AMX, rows or steps that do not fill whole tiles.
-template <class X> static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
+template <class X>
+static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
     if constexpr (sizeof(Cell<X>) == PER * sizeof(X)) {
         const bool whole = !AMX<X> || (n % MR<X> == 0 && steps<X>(K) * PER == K);
@@ -4252,7 +4284,8 @@ template <class X> static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X
 }
 
 // Columns of B as the microkernel takes them, in panels of NR
-template <class X> struct Panels {
+template <class X>
+struct Panels {
     const Cell<X>* data;
     size_t step_stride, panel_stride;
 
@@ -4271,7 +4304,8 @@ static Panels<X> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, b
 }
 
 // sum += x · y, lane by lane. A lane of bf16 holds a pair: sum += x.low y.low + x.high y.high.
-template <class X> static inline void add_products(vec& sum, vec x, vec y) {
+template <class X>
+static inline void add_products(vec& sum, vec x, vec y) {
     if constexpr (std::is_same_v<X, float>) return (void)(sum += x * y);
 #ifdef __AVX512BF16__
     sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
@@ -4283,7 +4317,8 @@ template <class X> static inline void add_products(vec& sum, vec x, vec y) {
 }
 
 // The same, with one cell of A in all lanes of x and a register of cells of B
-template <class CellType> static inline void multiply_add(vec& sum, CellType a, const CellType* b) {
+template <class CellType>
+static inline void multiply_add(vec& sum, CellType a, const CellType* b) {
     if constexpr (std::is_same_v<CellType, float>) sum += a * load(b);
     else add_products<bf16>(sum, (vec)(bits_vec{} + std::bit_cast<uint32_t>(a)), load((const float*)b));
 }
@@ -4376,7 +4411,8 @@ static inline vec add_up(vec (&sums)[LANES]) {
 // side by side: these keep enough cache misses in flight. Prefetching past a column's end reaches the stream's next.
 constexpr size_t FEW_ROWS = 4;
 
-template <class X> static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store) {
+template <class X>
+static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store) {
     constexpr size_t STREAMS = 8, STEP = sizeof(vec) / sizeof(X);
     constexpr size_t AHEAD = 512 / sizeof(X);  // 8 cache lines of each stream in flight: more than the queues hold
     const size_t parts = thread_count();
@@ -4498,7 +4534,8 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
 template <class X> constexpr size_t KEYS = 8 * MR<X>;  // scores of 112 keys and 32 queries: 14 KB, which stay in L1
 
 // A thread's scratch memory for one head of T keys, laid out from `local` on, or only counted if that is null
-template <class X> struct HeadScratch {
+template <class X>
+struct HeadScratch {
     float* local;
     size_t T, HS;
     bool backward;
@@ -4524,7 +4561,8 @@ template <class X> struct HeadScratch {
     Cell<X>* v = take(backward * packed);
     Cell<X>* k_rows = take(backward * steps<X>(T) * columns);
 
-    template <class Element = Cell<X>> Element* take(size_t n) {
+    template <class Element = Cell<X>>
+    Element* take(size_t n) {
         float* array = local ? local + size : nullptr;
         size += round_up(n, CACHE_LINE);
         return (Element*)array;
@@ -4544,7 +4582,8 @@ static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Pane
 
 // Calls f(j0, keys, first) for each tile of keys that n queries, at positions i0, i0 + 1, ..., attend to. The tile's
 // keys begin with j0; queries before `first` see none of them.
-template <class X> static void for_key_tiles(size_t i0, size_t n, auto f) {
+template <class X>
+static void for_key_tiles(size_t i0, size_t n, auto f) {
     constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
     for (size_t j0 = 0, first = 0; first < n; first += STRIP) {
         const size_t end = first + STRIP < n ? round_up(i0 + first + STRIP, PER) : i0 + n;

@@ -137,8 +137,9 @@ class Tokenizer:
 
 
 def pieces(text, by_words):
-    """Cuts a text where no token spans the cut: in byte-level BPE, a word begins at white space after anything else."""
-    cut = re.compile(r"(?<=\S)[\n ]" if by_words else "")
+    """Cuts a text where no token spans the cut. In byte-level BPE, a word begins at white space after anything else,
+    and at the last of several white spaces before anything else: tiktoken fails on a million of these and a word."""
+    cut = re.compile(r"(?<=\S)[\n ]|(?<=[\t\n\r ])[\t\n\r ](?=\S)" if by_words else "")
     begin = 0
     while begin < len(text):
         found = cut.search(text, begin + PIECE)

@@ -16,7 +16,8 @@ PROGRAMS = ["./test_gpt2", "./test_gpt2_sanitized", "./test_gpt2_amx", "dev/fuzz
 NEEDS = {"./test_gpt2_amx": "an x86-64 compiler", "dev/fuzz/fuzz": "Linux"}
 EMULATED = ["./test_gpt2cu_emulated", "dev/emulator/test.py"]  # each on one
 EMULATED_TESTS = ["dev/test/test_gpu.py", "dev/test/test_emulator.py"]
-PEERS = ["dev/test/test_reference.py", "dev/test/test_prepare_peers.py", "dev/test/test_convert_peers.py"]
+PEERS = ["dev/test/test_reference.py", "dev/test/test_prepare_peers.py", "dev/test/test_convert_peers.py",
+         "dev/test/test_compare_peers.py"]
 
 
 def run_program(program, out):

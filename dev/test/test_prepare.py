@@ -190,6 +190,20 @@ def test_gpt2_long_text(prepare, tmp_path, test_data, gpt2_bpe):
     assert read_shards(out, "train")[0] == [50256] + gpt2_bpe.encode_ordinary(text)
 
 
+def test_gpt2_on_white_space(prepare, tmp_path, gpt2_bpe):
+    """tiktoken alone fails on the first text; it is cut before the last space."""
+    spaces = write(tmp_path / "a", "x" + " " * 1_000_000 + "y")
+    prepared(prepare("--tokenizer", "gpt2", "--val-fraction", 0, "--out", tmp_path / "spaces", spaces, bare=False))
+    expected = gpt2_bpe.encode_ordinary("x" + " " * 999_999) + gpt2_bpe.encode_ordinary(" y")
+    assert read_shards(tmp_path / "spaces", "train")[0] == [50256] + expected
+    r = random.Random(2)
+    text = "".join(r.choice(" \n\t\r\x1c\u2003") * r.choice([1, 2, 70_000]) + r.choice(["", "a", "7", "!"])
+                   for _ in range(60))
+    prepared(prepare("--tokenizer", "gpt2", "--val-fraction", 0, "--out", tmp_path / "all",
+                     write(tmp_path / "b", text), bare=False))
+    assert read_shards(tmp_path / "all", "train")[0] == [50256] + gpt2_bpe.encode_ordinary(text)
+
+
 def test_tinyshakespeare(prepare, tmp_path, test_data, gpt2_bpe):
     """With --val-tail, nanoGPT's split: its counts of tokens, and the <|endoftext|> in front."""
     for tokenizer, train, val in ("chars", 1003854, 111540), ("gpt2", 301966, 36059):

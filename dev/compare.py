@@ -1,0 +1,437 @@
+#!/usr/bin/env python3
+"""Trains models that differ in their attention, with the same seeds, and reports what each attention is worth.
+
+    dev/compare.py --dry-run                # what dev/compare.toml would take: about ten minutes on two cores
+    dev/compare.py                          # trains, then writes run/compare/report.html and report.md
+    dev/compare.py dev/study.toml --text 'novels/train/*.txt' --val 'novels/val/*.txt'
+    dev/compare.py dev/study.toml --report  # a report of the runs that are complete, also while others train
+
+A study is a TOML file: dev/compare.toml explains its entries. Its folder is run/NAME, for NAME.toml, or --out DIR:
+
+    data/, data.json   shards and tokenizer of the text, and how they were made
+    runs/RUN/          the folder of train_gpt2; not needed any more once the run is complete
+    results/RUN.json   the run's options and, once it is complete, its losses
+    costs.json         what each model costs: time, memory, FLOPs
+    report.html, report.md, figures/        made from the results and costs alone
+
+Stopped or killed, even in the middle of a run, the same command goes on. For a seed, all attentions begin with the same
+weights and see the same batches, so their differences are paired. Models are timed before the first run, in short runs
+in turns, of which the least median counts; remove costs.json to time them anew, on an idle machine. Needs Python 3.11,
+matplotlib and scipy.
+"""
+
+import argparse
+import csv
+import ctypes
+import fcntl
+import glob
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+from plot import fail, package, read_metrics
+from report import duration, slug, write_file, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS, TIMED_STEPS, DECODED_TOKENS = 5, 20, 200  # of a timing
+OWN_OPTIONS = {"train", "val", "out", "resume", "overwrite", "seed", "steps", "sequence", "total-batch", "model",
+               "tokens"}
+SHARED_OPTIONS = {"context", "val-every", "val-tokens"}  # must be equal in what is compared
+
+
+def read_json(path):
+    """The file's content, or {} if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        fail(f"{path}: {e}; remove the file to make it anew")
+
+
+def write_json(path, content):
+    """One entry a line."""
+    write_file(path, "{" + ",\n".join(f"{json.dumps(key)}: {json.dumps(content[key])}" for key in content) + "}\n")
+
+
+def show(text, stays=False):
+    """On a terminal, a line in place of the last one that was not to stay."""
+    if sys.stdout.isatty():
+        text = text if stays else text[:shutil.get_terminal_size().columns - 1]
+        print(f"\r\x1b[K{text}", end="\n" if stays else "", flush=True)
+    elif stays:
+        print(text, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class Child:
+    """The process at work, if any. Signals are passed on to it: train_gpt2 then saves and ends."""
+    process, stopped = None, False
+
+
+def on_signal(number, _):
+    Child.stopped = True
+    if Child.process is None:
+        stop()
+    Child.process.send_signal(number)
+
+
+def stop():
+    show("")
+    sys.exit("stopped; the same command goes on")
+
+
+def end_with_parent():
+    """Linux tells the child to save and end if this process is killed."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def lines_of(command, place=""):
+    """The lines that a command prints. If it fails, its last line says why."""
+    command = [str(word) for word in command]
+    if not shutil.which(command[0]):
+        fail(f"{command[0]} is not there: run make")
+    # In a process group of its own, so that Ctrl-C reaches it once, through on_signal.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                               process_group=0, preexec_fn=end_with_parent)
+    Child.process, last = process, ""
+    for line in process.stdout:
+        last = line.strip() or last
+        yield line
+    status = process.wait()
+    Child.process = None
+    if Child.stopped:
+        stop()
+    if status:
+        show("")
+        fail(place + (last.removeprefix("error: ") or f"{' '.join(command[:2])} ended with status {status}"))
+
+
+def output(command, place=""):
+    return "".join(lines_of(command, place))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The study
+
+
+def check_names(place, table, known):
+    for name in table:
+        if name not in known:
+            fail(f"{place}: '{name}' is not known here; known are {', '.join(sorted(known))}")
+
+
+def read_study(path, program):
+    """Title, data and runs. A run has options, those of train_gpt2, a name, and a model: its name without the seed."""
+    try:
+        import tomllib
+    except ImportError:
+        fail("this needs Python 3.11 or later, which reads TOML")
+    try:
+        with open(path, "rb") as f:
+            study = tomllib.load(f)
+    except (OSError, ValueError) as e:
+        fail(f"{path}: {getattr(e, 'strerror', None) or e}")
+    known = set(re.findall(r"^  --([\w-]+)", output([program, "train", "--help"]), re.M)) - OWN_OPTIONS
+    try:
+        check_names(path, study, ["title", "data", "train", "attentions", "part"])
+        data = study.get("data", {})
+        check_names(f"{path}: [data]", data, ["text", "val", "tokenizer", "vocab-size"])
+        runs = [run for part in study["part"] for run in runs_of(path, study, part, known)]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        fail(f"{path}: is not as dev/compare.toml explains: {type(e).__name__}: {e}")
+    if len({run.name for run in runs}) < len(runs):
+        fail(f"{path}: two runs have the same name, which is made of letters and digits of part, attention and seed")
+    return SimpleNamespace(title=study.get("title", Path(path).stem), data=data, runs=runs, program=program)
+
+
+def runs_of(path, study, part, known):
+    """In turns: one seed of all attentions, then the next."""
+    part = {"name": "all", "attentions": list(study["attentions"]), **study.get("train", {}), **part}
+    seeds = range(1, part["seeds"] + 1) if isinstance(part["seeds"], int) else part["seeds"]
+    for seed in seeds:
+        for attention in part["attentions"]:
+            place = f"{path}: part '{part['name']}', attention '{attention}'"
+            check_names(place, [attention], study["attentions"])
+            check_names(place, study["attentions"][attention], known - SHARED_OPTIONS)
+            options = {**part, **study["attentions"][attention]}
+            steps, batch_tokens = options["tokens"] // options["batch-tokens"], options["batch-tokens"]
+            for name in "name", "attentions", "seeds", "tokens", "batch-tokens":
+                del options[name]
+            check_names(place, options, known)
+            if batch_tokens % options["context"]:
+                fail(f"{place}: batch-tokens {batch_tokens} is not a multiple of context {options['context']}")
+            options = {"batch": batch_tokens // options["context"], **options}
+            options |= {"total-batch": batch_tokens, "steps": steps}
+            model = slug(f"{part['name']} {attention}")
+            yield SimpleNamespace(part=part["name"], attention=attention, seed=int(seed), options=options, model=model,
+                                  name=f"{model}-seed-{seed}", tokens=steps * batch_tokens)
+
+
+def words(options):
+    """As a command line has them."""
+    return [word for name, value in options.items() if value is not False
+            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def find_files(patterns, option):
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    files = [sorted(map(os.path.realpath, glob.glob(os.path.expanduser(pattern)))) for pattern in patterns]
+    if [] in files:
+        fail(f"there is no {patterns[files.index([])]}: name other files with --{option}")
+    return sum(files, [])
+
+
+def prepare_data(study):
+    """Shards of the text or, without one, of what data_prep/demo_text.py finds on the machine."""
+    data, out = study.data, study.out / "data"
+    texts, val = find_files(data.get("text", []), "text"), find_files(data.get("val", []), "val")
+    arguments = words({"tokenizer": data.get("tokenizer", "bytes")} | {k: data[k] for k in data if k == "vocab-size"})
+    arguments += (texts or ["demo.txt"]) + (["--val", *val] if val else [])
+    former, manifest = read_json(study.out / "data.json"), out / "gpt2x3_manifest.txt"
+    if former and former["arguments"] != arguments:
+        fail(f"{study.out} was begun with another text or tokenizer, which data.json there names: give that one, or "
+             "another --out")
+    if not former or not manifest.exists():
+        demo = study.out / "demo.txt"
+        if not texts:
+            write_file(demo, output([sys.executable, ROOT / "data_prep/demo_text.py"]))
+        print(output([sys.executable, ROOT / "data_prep/prepare.py", "--out", out, "--overwrite",
+                      *(demo if word == "demo.txt" else word for word in arguments)]), end="", flush=True)
+        write_json(study.out / "data.json", {"arguments": arguments})
+    data["crc"] = f"{zlib.crc32(manifest.read_bytes()):08x}"
+    data["val tokens"] = sum(path.stat().st_size - 1024 for path in out.glob("val_*.bin")) // 2
+
+
+def shards(study, split):
+    return [f"--{split}", f"{glob.escape(str(study.out / 'data'))}/{split}_*.bin"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Costs
+
+
+def step_time(rows):
+    """The median in milliseconds, without the first step."""
+    return statistics.median(row["ms"] for row in rows if row["step"] > 1)
+
+
+def measure_costs(study):
+    study.costs = read_json(study.out / "costs.json")
+    models = {run.model: run for run in study.runs}
+    models = {m: run for m, run in models.items() if study.costs.get(m, {}).get("options") != run.options}
+    measured = {model: [] for model in models}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(ROUNDS):
+            for j, (model, run) in enumerate(models.items()):
+                show(f"timing {j + 1} of {len(models)} models, round {i + 1} of {ROUNDS}: {model}")
+                measured[model].append(measure(study, run, folder))
+    show("")
+    for model, times in measured.items():
+        study.costs[model] = times[0] | {"ms": min(m["ms"] for m in times),
+                                         "decoding": max(m["decoding"] for m in times)}
+    if measured:
+        write_json(study.out / "costs.json", study.costs)
+
+
+def measure(study, run, folder):
+    skipped = "warmup", "val-every", "sample-every", "save-every", "prompt", "prompt-tokens"
+    shape = {name: value for name, value in run.options.items() if name not in skipped}
+    said = output([study.program, "train", *shards(study, "train"), "--out", folder, "--overwrite",
+                   *words(shape | {"steps": TIMED_STEPS, "tokens": 0})], f"{run.model}: ")
+    model = ["--model", f"{folder}/model.bin"]
+    text = output([study.program, "generate", *model, "--prompt-tokens", 0,
+                   "--tokens", min(run.options["context"] - 1, DECODED_TOKENS)])
+    table = output([study.program, "describe", *model, "--batch", run.options["batch"]])
+    table = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+    names = [name.split()[0] for name in next(row for row in table if row[0] == "vanilla")]
+    column = names.index(run.options.get("attention", "vanilla")) - len(names)
+    described = {key: next(row[column] for row in table if label in row[0]) for key, label in
+                 (("mflop", "MFLOP"), ("cache", "KV cache"), ("memory", "total, with scratch"))}
+    return {"ms": step_time(read_metrics(folder)), **described, "options": run.options,
+            "decoding": float(re.findall(r"([\d.]+) tokens/s", text)[-1]),
+            "parameters": re.search(r"^parameters ([\d,]+),", said, re.M)[1],
+            "machine": re.search(r"^machine +(.*?);", said, re.M)[1]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def result_of(study, run):
+    """What is known of a run: {} before it begins. Dies if it was begun with other options than the study now has."""
+    path = study.out / "results" / f"{run.name}.json"
+    result = read_json(path)
+    for key, here in ("options", run.options), ("data", study.data.get("crc")):
+        if result and here and result[key] != here:
+            fail(f"{path}: this run has other {key}: {result[key]}, now {here}; give another --out, or remove this "
+                 f"file and {study.out}/runs/{run.name} to begin the run anew")
+    return result
+
+
+def is_complete(study, run):
+    return "loss" in result_of(study, run)
+
+
+class Progress:
+    """Estimates the time left of the study, from the timed steps and from how long they have taken since the start."""
+
+    def __init__(self, study):
+        self.study, self.start, self.done = study, time.monotonic(), 0
+        self.left = sum(self.seconds(run) for run in study.runs if not is_complete(study, run))
+
+    def seconds(self, run):
+        """Of a whole run. A token of a validation, without backward, takes a third of the time."""
+        o = run.options
+        validations = o["steps"] // o["val-every"] if o.get("val-every", 100) else 1
+        validated = validations * o.get("val-tokens", 1 << 14) + self.study.data["val tokens"]
+        return self.study.costs[run.model]["ms"] / 1000 * (o["steps"] + validated / 3 / o["total-batch"])
+
+    def advance(self, run, steps, trained_now):
+        seconds = self.seconds(run) * steps / run.options["steps"]
+        self.left -= seconds
+        self.done += seconds if trained_now else 0
+
+    def __str__(self):
+        elapsed = time.monotonic() - self.start
+        pace = elapsed / self.done if elapsed > 10 and self.done > 0 else 1
+        return f"{duration(max(0, self.left) * pace)} left of all"
+
+
+def train(study, run, progress, title):
+    folder = study.out / "runs" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # waits for what a compare.py that was killed left at work
+    os.close(lock)
+    resume = ["--resume"] if (folder / "model.bin").exists() else []
+    command = [study.program, "train", *shards(study, "train"), *shards(study, "val"), "--out", folder,
+               "--seed", run.seed, "--tokens", 0, *words(run.options), *resume]
+    before = None
+    for line in lines_of(command, f"{run.name}: "):
+        step = re.match(r"step (\d+)/\d+(?:  loss ([\d.]+))?", line)
+        if step:
+            progress.advance(run, int(step[1]) - (before or 0), before is not None)
+            before = int(step[1])
+            show(f"{title}  step {before}/{run.options['steps']}  loss {step[2] or 'unknown'}  {progress}")
+    rows = read_metrics(folder)
+    if rows[-1]["step"] < run.options["steps"]:  # by a signal to train_gpt2 alone
+        stop()
+    return rows
+
+
+def evaluate(study, run, rows):
+    """The results of a run that is trained."""
+    folder = study.out / "runs" / run.name
+    weights = folder / "depth_weights.csv"
+    depth = ["--depth-weights", weights] if run.options.get("attention") == "depth" else []
+    said = output([study.program, "eval", "--model", folder / "model.bin", *shards(study, "val"), "--by-position",
+                   *depth, "--batch", run.options["batch"]], f"{run.name}: ")
+    return {
+        "tokens": run.tokens,
+        "loss": float(re.search(r"^loss +([\d.]+)", said, re.M)[1]),
+        "bits per byte": float(re.search(r"^bits/byte +([\d.]+)", said, re.M)[1]),
+        "validation": re.search(r"^data +(.*);", said, re.M)[1],
+        "hours": round(sum(row["ms"] or 0 for row in rows) / 3.6e6, 4),
+        "curve": [[int(row["step"]), row["val_loss"]] for row in rows if row["val_loss"] is not None],
+        "by position": [float(loss) for loss in re.findall(r"^\d+,([\d.]+)$", said, re.M)],
+        "depth weights": read_weights(weights) if depth else [],
+    }
+
+
+def read_weights(path):
+    """Rows of layer, head, source and weight."""
+    with open(path, encoding="utf-8") as f:
+        return [[*map(int, row[:3]), float(row[3])] for row in list(csv.reader(f))[1:]]
+
+
+def run_all(study):
+    progress = Progress(study)
+    for i, run in enumerate(study.runs):
+        if is_complete(study, run):
+            continue
+        path = study.out / "results" / f"{run.name}.json"
+        begun = {"options": run.options, "data": study.data["crc"]}
+        write_json(path, begun)
+        title = f"run {i + 1} of {len(study.runs)}: {run.part}, {run.attention}, seed {run.seed}"
+        result = evaluate(study, run, train(study, run, progress, title))
+        write_json(path, begun | result)
+        show(f"{title}  loss {result['loss']:.4f}  {progress}", stays=True)
+
+
+def list_runs(study):
+    print(f"{'part':24}{'attention':24}{'runs':>5}{'complete':>10}{'parameters':>12}{'tokens a run':>14}"
+          f"{'ms a step':>11}{'time of all':>13}")
+    progress = Progress(study)
+    for model in dict.fromkeys(run.model for run in study.runs):
+        cost, runs = study.costs[model], [run for run in study.runs if run.model == model]
+        print(f"{runs[0].part:24}{runs[0].attention:24}{len(runs):5}{sum(is_complete(study, run) for run in runs):10}"
+              f"{cost['parameters']:>12}{runs[0].tokens:14,}{cost['ms']:11.2f}"
+              f"{duration(sum(map(progress.seconds, runs))):>13}")
+    print(f"{len(study.runs)} runs, {sum(run.tokens for run in study.runs):,} tokens; {progress}, if the machine does "
+          "nothing else")
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.error = fail
+    p.add_argument("study", metavar="FILE", nargs="?", default=ROOT / "dev/compare.toml", help="[dev/compare.toml]")
+    p.add_argument("--text", metavar="FILE", nargs="+", help="text: files, or patterns in quotes [the study's]")
+    p.add_argument("--val", metavar="FILE", nargs="+", help="validation text [the study's, or a tenth of the text]")
+    p.add_argument("--out", metavar="DIR", type=Path, help="the study's folder [run/NAME, for NAME.toml]")
+    p.add_argument("--program", metavar="FILE", default=ROOT / "train_gpt2", help="train_gpt2cu trains on a GPU")
+    p.add_argument("--dry-run", action="store_true", help="prepare the text, time the models and list the runs")
+    p.add_argument("--report", action="store_true", help="only write the report")
+    return p.parse_args()
+
+
+def main():
+    o = options()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
+            signal.signal(number, on_signal)
+    study = read_study(o.study, o.program)
+    study.out = o.out or Path("run") / Path(o.study).stem
+    study.data |= {name: given for name, given in (("text", o.text), ("val", o.val)) if given}
+    for name in [] if o.dry_run else ["matplotlib", "scipy"]:
+        package(name)  # if one is missing, rather now than after the last run
+    if not o.report:
+        study.out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(study.out, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{study.out} is in use by another compare.py; wait for it, or give another --out")
+        prepare_data(study)
+        measure_costs(study)
+        if o.dry_run:
+            return list_runs(study)
+        run_all(study)
+    costs = read_json(study.out / "costs.json")
+    results = {run.name: result_of(study, run) for run in study.runs if run.model in costs and is_complete(study, run)}
+    if not results:
+        fail(f"{study.out} has no complete run of this study, or no costs.json: start without --report")
+    write_report(study.out, study.title, study.runs, results, costs)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))

@@ -1,0 +1,156 @@
+"""What of compare.py needs no packages: what it reads and refuses, its folder, its list of runs."""
+
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import TIMEOUT, assert_one_line, made_up_tokens
+
+if sys.version_info < (3, 11):
+    pytest.skip("compare.py needs Python 3.11", allow_module_level=True)
+
+STUDY = """
+[data]
+tokenizer = "bytes"
+[train]
+tokens = 20_000
+batch-tokens = 256
+context = 32
+layers = 2
+heads = 2
+channels = 16
+lr = 1e-2
+val-every = 20
+val-tokens = 512
+save-every = 10
+[attentions]
+vanilla = {}
+skip = { attention = "skip" }
+depth = { attention = "depth", depth-stride = 1 }
+"""
+PARTS = """
+[[part]]
+name = "short"
+seeds = 2
+[[part]]
+name = "long"
+seeds = [3]
+attentions = ["vanilla", "skip"]
+context = 64
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(bytes(made_up_tokens(5000)[1:]))
+    return path
+
+
+def comparison(folder, root, program, text):
+    """A function that runs compare.py on a study, in this folder; its exit status, output and errors."""
+
+    def run(study, *arguments, **environment):
+        (folder / "mine.toml").write_text(study)
+        command = [sys.executable, root / "dev/compare.py", "mine.toml", "--text", text, "--program", program.path]
+        done = subprocess.run([str(word) for word in (*command, *arguments)], capture_output=True, text=True,
+                              timeout=TIMEOUT, cwd=folder, env=program.environment() | environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def compare(root, program, text, tmp_path):
+    return comparison(tmp_path, root, program, text)
+
+
+def test_a_dry_run_lists_the_runs(compare, tmp_path):
+    status, out, err = compare(STUDY + PARTS, "--dry-run")
+    assert (status, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    # 78 steps of 256 tokens
+    assert [row[:4] + row[5:6] for row in rows if row[:1] in (["short"], ["long"])] == [
+        ["short", "vanilla", "2", "0", "19,968"], ["short", "skip", "2", "0", "19,968"],
+        ["short", "depth", "2", "0", "19,968"],
+        ["long", "vanilla", "1", "0", "19,968"], ["long", "skip", "1", "0", "19,968"]]
+    assert "8 runs, 159,744 tokens" in out
+    assert not (tmp_path / "run/mine/runs").exists() and (tmp_path / "run/mine/data/train_000.bin").exists()
+
+
+@pytest.mark.parametrize("change, says", [
+    (("", "["), "mine.toml: .*line 1"),
+    (("channels", "chanels"), "mine.toml: part 'short', attention 'vanilla': 'chanels' is not known here"),
+    (("[train]", "[training]"), "mine.toml: 'training' is not known here"),
+    (("tokenizer =", "tokeniser ="), r"mine.toml: \[data\]: 'tokeniser' is not known here"),
+    (('["vanilla", "skip"]', '["vanilla", "skipped"]'), "part 'long', attention 'skipped': 'skipped' is not known"),
+    (("tokens = 20_000", ""), "mine.toml: is not as dev/compare.toml explains: KeyError: 'tokens'"),
+    (("batch-tokens = 256", "batch-tokens = 0"), "mine.toml: is not as dev/compare.toml explains"),
+    (("seeds = 2", 'seeds = "two"'), "mine.toml: is not as dev/compare.toml explains"),
+    (("[train]", "[train]\nseed = 3"), "'seed' is not known here"),
+    (('skip = { ', "skip = { context = 16, "), "'context' is not known here"),
+    (('skip = { ', "skip = { tokens = 16, "), "'tokens' is not known here"),
+    (('"long"', '"Short"'), None),  # other seeds, so all names differ
+    (("[3]", "[3]\n[[part]]\nname = 'LONG'\nseeds = 1\ncontext = 16\n[[part]]\nname = 'long.'\nseeds = [3]"), None),
+    (("[3]", "[3]\n[[part]]\nname = 'LONG'\nseeds = [3]"), "two runs have the same name"),
+    (('stride = 1', 'stride = 0'), "short-depth: --depth-stride 0"),
+    (("heads = 2", "heads = 3"), "short-vanilla: impossible model: 16 channels are not a multiple of 3 heads"),
+    (("context = 64", "context = 512"), "'vanilla': batch-tokens 256 is not a multiple of context 512"),
+    (('"bytes"', '"bytes"\nval = ["none*.txt"]'), r"there is no none\*.txt: name other files with --val"),
+    (('"bytes"', '"words"'), "--tokenizer words"),
+])
+def test_studies_that_are_refused(compare, change, says):
+    assert change[0] in STUDY + PARTS
+    status, _, err = compare((STUDY + PARTS).replace(*change, 1), "--dry-run")
+    if says:
+        assert_one_line(status, err, says)
+    else:
+        assert (status, err) == (0, "")
+
+
+def test_other_things_that_are_refused(compare, tmp_path):
+    def refused(*arguments, says, **environment):
+        status, _, err = compare(STUDY + PARTS, *arguments, **environment)
+        assert_one_line(status, err, says)
+
+    refused("--dry", says="unrecognized arguments: --dry")
+    refused("--program", "none", says="none is not there: run make")
+    refused("--dry-run", "--text", "none.txt", says="there is no none.txt: name other files with --text")
+    refused("--dry-run", "--out", "mine.toml", says="mine.toml: File exists")
+    (tmp_path / "without").mkdir()
+    for name in "matplotlib", "scipy", "tomllib":
+        (tmp_path / f"without/{name}.py").write_text("raise ImportError")
+        path = os.pathsep.join([str(tmp_path / "without"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        says = "needs Python 3.11" if name == "tomllib" else f"needs {name}: .* -m pip install {name}"
+        if name != "scipy":  # where matplotlib is missing too, it is asked for first
+            refused(says=says, PYTHONPATH=path)
+
+
+def test_a_folder_belongs_to_one_study(compare, tmp_path):
+    status, out, _ = compare(STUDY + PARTS, "--dry-run")
+    assert status == 0 and "tokens" in out
+    (tmp_path / "other.txt").write_bytes(bytes(made_up_tokens(5000, seed=1)[1:]))
+    status, _, err = compare(STUDY + PARTS, "--dry-run", "--text", "other.txt")
+    assert_one_line(status, err, "run/mine was begun with another text or tokenizer")
+    folder = os.open(tmp_path / "run/mine", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_SH)
+    status, _, err = compare(STUDY + PARTS, "--dry-run")
+    os.close(folder)
+    assert_one_line(status, err, "run/mine is in use by another compare.py")
+    assert compare(STUDY + PARTS, "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize("text, says", [
+    ("a,b\n1,2\n", "is not of train_gpt2"),
+    ("step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n1,x,,1,1,1,1\n", "is not of train_gpt2"),
+    ("step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n1,2.5,,1\n", "has no rows yet"),
+    ("", "has no rows yet"),
+    (None, "metrics.csv: No such file or directory; name the folder of a run"),
+])
+def test_a_plot_needs_runs(root, tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "metrics.csv").write_text(text)
+    done = subprocess.run([sys.executable, root / "dev/plot.py", tmp_path], capture_output=True, text=True)
+    assert_one_line(done.returncode, done.stderr, says)
