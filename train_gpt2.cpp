@@ -2652,8 +2652,8 @@ static size_t before_stop(const std::string& text, const std::vector<std::string
 static std::string generate_text(Model* model, const Config& c, const Options& o, const Tokenizer& tokenizer,
                                  const std::vector<int>& prompt, Random r) {
     Utf8Stream stream;
-    std::string held;  // bytes that may become a --stop text
-    bool first = true, stopped = false;
+    std::string held, space;  // bytes that may become a --stop text; what stands before a token's number
+    bool stopped = false;
     auto print = [&](const std::string& bytes) {
         stream.put(bytes);
         const std::string text = std::exchange(stream.ready, "");
@@ -2661,13 +2661,8 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
         fwrite(shown.data(), 1, shown.size(), stdout);
         fflush(stdout);
     };
-    auto print_token = [&](int token, bool generated) {
-        if (!tokenizer.known()) printf(first ? "%d" : " %d", token);
-        else if (generated || token != tokenizer.end_of_text) held += tokenizer.tokens[token];
-        const size_t n = generated ? before_stop(held, o.stop, stopped) : held.size();
-        print(held.substr(0, n));
-        held.erase(0, n);
-        first = false;
+    auto text_of = [&](int token) {
+        return tokenizer.known() ? tokenizer.tokens[token] : std::exchange(space, " ") + std::to_string(token);
     };
     std::vector<int> tokens;         // all so far
     std::vector<float> logits(c.V);  // of the next token
@@ -2678,7 +2673,8 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
         model_prefill(model, tokens.data() + tokens.size() - n, n, logits.data());
     };
 
-    for (int token : prompt) print_token(token, false);
+    for (int token : prompt)
+        if (token != tokenizer.end_of_text) print(text_of(token));
     model_reset_cache(model);
     const double start = seconds();
     read(prompt);
@@ -2689,7 +2685,10 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
         int token = choose_token(logits, o, r);
         made++;
         if (token == tokenizer.end_of_text && o.stop_at_end) break;
-        print_token(token, true);
+        held += text_of(token);
+        const size_t n = before_stop(held, o.stop, stopped);
+        print(held.substr(0, n));
+        held.erase(0, n);
         if (made < o.tokens && !stopped) read({token});
     }
     const double end = seconds();
