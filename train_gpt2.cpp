@@ -303,8 +303,7 @@ static size_t parameter_count(const Config& c) {
 // gradients and what backward needs (lse, h, mean, rstd, a) may be null.
 
 // Where an array has the HS channels of each head: at(b, h, t) points to those of sequence b, head h, position t.
-template <class X>
-struct Heads {
+template <class X> struct Heads {
     X* data;
     size_t batch, head, row;  // distance from sequence to sequence, head to head, position to position
 
@@ -314,8 +313,7 @@ struct Heads {
 
 // The keys and values that a layer attends to, or their gradients. Those of the first `skipping` heads are another
 // layer's, the one n_l below.
-template <class X>
-struct KeysValues {
+template <class X> struct KeysValues {
     Heads<X> k, v, k_below = {}, v_below = {};
     int skipping = 0;
 
@@ -417,8 +415,7 @@ static StepResults read_results(Results&);                                      
 // What a model holds
 
 // An array with a slot for each layer. If there are fewer slots than layers, layers take turns.
-template <class X>
-struct Slots {
+template <class X> struct Slots {
     X* data = nullptr;
     size_t stride = 0, count = 1;  // distance from slot to slot; number of slots
 
@@ -439,8 +436,7 @@ struct Allocator {
     Memory memory = {};
     std::vector<void*> blocks = {};
 
-    template <class T>
-    void take(T*& p, size_t n, size_t Memory::*purpose, bool zero = false) {
+    template <class T> void take(T*& p, size_t n, size_t Memory::*purpose, bool zero = false) {
         p = nullptr;
         if (n == 0) return;
         memory.*purpose += n * sizeof(T);
@@ -448,8 +444,7 @@ struct Allocator {
         p = (T*)device_allocate(n * sizeof(T), zero);
         blocks.push_back(p);
     }
-    template <class T>
-    void take(Slots<T>& slots, size_t count, size_t n, size_t Memory::*purpose) {
+    template <class T> void take(Slots<T>& slots, size_t count, size_t n, size_t Memory::*purpose) {
         slots.count = std::max<size_t>(1, count);
         slots.stride = round_up(n, SLOT_ALIGNMENT);
         take(slots.data, count * slots.stride, purpose);
@@ -485,8 +480,7 @@ struct Model {
 
 // X is float or bf16. Training keeps the activations of all layers, except ln and fch_gelu if the model recomputes()
 // these: then they have one slot, which backward fills again.
-template <class X>
-struct ModelOf : Model {
+template <class X> struct ModelOf : Model {
     X* weights;                   // the working copy of the parameters; the parameters themselves if X is float
     Slots<X> residual;            // (2L+1, B, T, C) the residual stream before each attention and MLP, and the last
     Slots<X> ln;                  // (2L+1, B, T, C) output of each LayerNorm
@@ -518,8 +512,7 @@ struct ModelOf : Model {
 // Adds the losses of the batch in m.inputs to m.results. With `train` this also begins the backward pass, since the
 // classifier never holds all logits: it computes the gradients of its input, m.dln, and of wte along with the loss, for
 // loss_scale · (mean loss of the batch).
-template <class X>
-static void forward(ModelOf<X>& m, bool train, float loss_scale) {
+template <class X> static void forward(ModelOf<X>& m, bool train, float loss_scale) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
@@ -553,8 +546,7 @@ static void forward(ModelOf<X>& m, bool train, float loss_scale) {
 // The chain rule, from the loss down: forward's calls in reverse. A block computes x2 = x + f(x), so dx = dx2 + (the
 // gradient through f). One array holds dx3, dx2 and dx in turn: what flows past a branch stays there, and the branch's
 // LayerNorm adds to it. The classifier has left the gradient of its input in dln.
-template <class X>
-static void backward(ModelOf<X>& m) {
+template <class X> static void backward(ModelOf<X>& m) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
@@ -597,8 +589,7 @@ static void backward(ModelOf<X>& m) {
 }
 
 // AdamW, with gradients scaled by min(1, clip/norm). Step 1 is the first.
-template <class X>
-static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
+template <class X> static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
     const float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
     const float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
     global_norm(m.ws, m.results, m.gradients, allocated_parameters(m.tensors), clip);  // gaps between layers hold 0
@@ -623,8 +614,7 @@ static size_t classifier_rows(size_t rows, size_t Vp) {
     return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
 }
 
-template <class X>
-static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
+template <class X> static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
     const Config& c = m.config;
     const size_t C = c.C, V = COMPUTES_PADDING ? c.Vp : c.V;
     const size_t rows = m.work.tokens(), at_once = classifier_rows(rows, c.Vp);
@@ -650,8 +640,7 @@ static void classifier(ModelOf<X>& m, const X* x, float gradient_scale) {
 // which k and v stand there. Training finds k and v in qkv, decoding in the cache; attend() serves both.
 
 // qkv (rows, 3C) = x qkvwᵀ + qkvb, in the columns that some layer needs (with skip, not all)
-template <class X>
-static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
+template <class X> static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
     const size_t C = m.config.C;
     const X *w = m.weight(QKVW, l), *b = m.weight(QKVB, l);
     for_live_columns(m, l, [&](size_t at, size_t count, bool, bool) {
@@ -661,8 +650,7 @@ static void qkv_forward(ModelOf<X>& m, int l, X* qkv, const X* x, size_t rows) {
 
 // m.dln = dqkv qkvw; the gradients of qkvw and qkvb = or +=, except in rows of columns that no layer needs: these keep
 // gradient 0. x is what qkv_forward was given.
-template <class X>
-static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
+template <class X> static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
     const size_t C = m.config.C, BT = m.work.tokens();
     for_live_columns(m, l, [&](size_t at, size_t count, bool first, bool last) {
         linear_backward_input(m.ws, m.dln, m.dqkv + at, m.weight(QKVW, l) + at * C, BT, C, count, 3 * C, first, last);
@@ -672,8 +660,7 @@ static void qkv_backward(ModelOf<X>& m, int l, const X* x, bool add) {
 }
 
 // Part 0, 1 or 2 of an array (B, T, parts, C): in qkv, these are queries, keys and values
-template <class X>
-static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
+template <class X> static Heads<X> heads(X* data, int part, int parts, const Config& c, size_t T) {
     const size_t C = c.C;
     return {data + part * C, T * parts * C, (size_t)c.head_size(), parts * C};
 }
@@ -683,8 +670,7 @@ static AttentionShape training_shape(const Model& m) {
 }
 
 // The last two parts of such an array: in qkv (B, T, 3C), or with parts = 2 in an array (B, T, 2C) of keys and values
-template <class X>
-static KeysValues<X> keys_values(X* data, int parts, const Config& c, size_t T) {
+template <class X> static KeysValues<X> keys_values(X* data, int parts, const Config& c, size_t T) {
     return {heads(data, parts - 2, parts, c, T), heads(data, parts - 1, parts, c, T)};
 }
 
@@ -699,8 +685,7 @@ static void attend(ModelOf<X>& m, int l, X* o, float* lse, float* a, Heads<X> q,
     attention_forward<X>(m.ws, heads(o, 0, 1, c, s.queries), lse, q, kv, s);
 }
 
-template <class X>
-static void attend_forward(ModelOf<X>& m, int l, X* o) {
+template <class X> static void attend_forward(ModelOf<X>& m, int l, X* o) {
     const Config& c = m.config;
     const int T = m.work.T;
     attend(m, l, o, m.lse[l], m.a + depth_place(m, l, 1), heads(m.qkv[l], 0, 3, c, T),
@@ -717,8 +702,7 @@ static void attention_gradients(ModelOf<X>& m, int l, const KeysValues<DKV>& dkv
                                training_shape(m));
 }
 
-template <class X>
-static void attend_backward(ModelOf<X>& m, int l) {
+template <class X> static void attend_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     if (c.attention == SKIP) return skip_attention_backward(m, l);
     if (c.attention == DEPTH) return depth_attention_backward(m, l);
@@ -787,8 +771,7 @@ static auto skip_keys_values(const Config& c, int l, auto kv_of) {
 
 // dk and dv of a head are the sum of up to two layers' shares. If there is only the layer's own, it goes straight to
 // m.dqkv. The shares of heads that skip go to layer l - n_l.
-template <class X>
-static void skip_attention_backward(ModelOf<X>& m, int l) {
+template <class X> static void skip_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     const int T = m.work.T;
     auto kv_of = [&](int j) { return keys_values(m.qkv[j], 3, c, T); };
@@ -855,8 +838,7 @@ static size_t depth_place(const Model& m, int l, int own) {
     return place;
 }
 
-template <class X>
-static void depth_attention_backward(ModelOf<X>& m, int l) {
+template <class X> static void depth_attention_backward(ModelOf<X>& m, int l) {
     const Config& c = m.config;
     attention_gradients(m, l, keys_values(m.dkv, 2, c, m.work.T), keys_values(m.qkv[l], 3, c, m.work.T));
     depth_backward(m.ws, m.dqkv, m.dkv, m.ds + depth_place(m, l, 0), m.a + depth_place(m, l, 1), m.qkv[l],
@@ -871,8 +853,7 @@ static void depth_attention_backward(ModelOf<X>& m, int l) {
 
 // The keys and values of layer j in the cache, which begin with the first live head's. So k points before the layer's
 // part of the cache if heads before that are not cached.
-template <class X>
-static KeysValues<X> cached_keys_values(const ModelOf<X>& m, int j) {
+template <class X> static KeysValues<X> cached_keys_values(const ModelOf<X>& m, int j) {
     const Config& c = m.config;
     const size_t HS = c.head_size(), head = c.maxT * HS, first = first_live_head(c, j), kept = c.NH - first;
     X* k = m.cache + m.cache_place[j] - first * head;
@@ -880,8 +861,7 @@ static KeysValues<X> cached_keys_values(const ModelOf<X>& m, int j) {
 }
 
 // Appends n tokens to each sequence; tokens (sequences, n), logits (sequences, V) after the last of them
-template <class X>
-static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
+template <class X> static void decode(ModelOf<X>& m, const int* tokens, int n, float* logits) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.sequences, rows = B * n, C = c.C, before = m.cache_length;
@@ -937,8 +917,7 @@ static void set_inputs(Inputs&, const int* x, const int* y, size_t BT, size_t V)
 // Memory
 
 // Everything a model holds. If m.allocator.dry, it is only counted.
-template <class X>
-static void lay_out(ModelOf<X>& m) {
+template <class X> static void lay_out(ModelOf<X>& m) {
     const Config& c = m.config;
     Allocator& all = m.allocator;
     const bool train = m.work.train, keeps = train && !m.recomputes(), reads_other_layers = c.attention != VANILLA;
@@ -3521,16 +3500,14 @@ static inline vec load(const bf16* p) {
     memcpy(&halves, p, sizeof halves);
     return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
 }
-template <class X>
-static inline vec load(const X* p, size_t n) {
+template <class X> static inline vec load(const X* p, size_t n) {
     if (n >= LANES) return load(p);
     const vec bytes = load_bytes(p, n * sizeof *p);
     return load((const X*)&bytes);
 }
 
 // Rounds to X, as bf16's constructor does.
-template <class X>
-static inline vec rounded(vec v) {
+template <class X> static inline vec rounded(vec v) {
     if constexpr (std::is_same_v<X, float>) return v;
     const bits_vec b = (bits_vec)v, up = b + 0x7fff + (b >> 16 & 1), nan = (bits_vec)(v != v);
     return (vec)((nan & 0x7fc00000) | (~nan & up & 0xffff0000));
@@ -3540,8 +3517,7 @@ static inline void store(bf16* p, vec v) {
     const half_vec halves = __builtin_convertvector((bits_vec)rounded<bf16>(v) >> 16, half_vec);
     memcpy(p, &halves, sizeof halves);
 }
-template <class X>
-static inline void store(X* p, vec v, size_t n) {  // the first n lanes
+template <class X> static inline void store(X* p, vec v, size_t n) {  // the first n lanes
     if (n >= LANES) return store(p, v);
     X all[LANES];
     store(all, v);
@@ -3551,8 +3527,7 @@ static inline void store(X* p, vec v, size_t n) {  // the first n lanes
 // e^x = 2^n · e^r with n = round(x/ln 2), |r| ≤ ln(2)/2 and a polynomial for e^r. F is float or vec; compilers
 // vectorize loops over the former. Relative error below 2^-23 for |x| ≤ 87; 0 below, the value at 87 above, whose
 // reciprocal is still a normal number; NaN stays NaN.
-template <class F>
-[[gnu::always_inline]] static inline F exp_approx(F x) {
+template <class F> [[gnu::always_inline]] static inline F exp_approx(F x) {
     using Bits = std::conditional_t<std::is_same_v<F, float>, uint32_t, bits_vec>;
     const F zero = {}, most = zero + 87.0f, clamped = x > most ? most : x;
     const F shifted = clamped * 1.44269504f + 0x1.8p23f;  // adding 1.5·2^23 leaves round(x/ln 2) in the low bits
@@ -3570,8 +3545,7 @@ template <class F>
 }
 
 // The largest of `start` and of `rows` registers at x, `stride` apart, lane by lane
-template <class X>
-static inline vec maxima(vec start, const X* x, size_t stride, size_t rows) {
+template <class X> static inline vec maxima(vec start, const X* x, size_t stride, size_t rows) {
     vec most[4] = {start, start, start, start};  // four comparisons do not wait for each other
     for (size_t r = 0; r < rows; r++) {
         const vec x_r = load(x + r * stride);
@@ -3580,8 +3554,7 @@ static inline vec maxima(vec start, const X* x, size_t stride, size_t rows) {
     for (int i = 1; i < 4; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
     return most[0];
 }
-template <class X>
-static float maximum(const X* x, size_t n) {
+template <class X> static float maximum(const X* x, size_t n) {
     const vec most = maxima(vec{} - INFINITY, x, LANES, n / LANES);
     float max = -INFINITY;
     for (int lane = 0; lane < LANES; lane++) max = std::max(max, most[lane]);
@@ -3589,8 +3562,7 @@ static float maximum(const X* x, size_t n) {
     return max;
 }
 
-template <class X, class Y>
-static float dot(const X* a, const Y* b, size_t n) {
+template <class X, class Y> static float dot(const X* a, const Y* b, size_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (size_t i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
@@ -3623,8 +3595,7 @@ static float* local_scratch(const Workspace& ws) { return ws.local + thread_id()
 
 // An operand's element (i, k) is data[i·stride + k] if k is the contiguous index, else data[k·stride + i]. i is a row
 // of A or a column of B; the product sums over k.
-template <class X>
-struct Operand {
+template <class X> struct Operand {
     const X* data;
     size_t stride;
     bool along_k;
@@ -3846,16 +3817,14 @@ static void layernorm_backward(const Workspace& ws, X* dx, float* dw, float* db,
 // Attention: o = softmax(causal(q kᵀ/√HS)) v, in each head of each sequence
 
 // One head's rows: row i begins at data + i·stride.
-template <class X>
-struct Rows {
+template <class X> struct Rows {
     X* data;
     size_t stride;
 
     X* operator[](size_t i) const { return data + i * stride; }
 };
 
-template <class X>
-static Rows<X> rows_of(const Heads<X>& heads, size_t b, size_t h) {
+template <class X> static Rows<X> rows_of(const Heads<X>& heads, size_t b, size_t h) {
     return {heads.at(b, h, 0), heads.row};
 }
 
@@ -4154,8 +4123,7 @@ static void adamw_update(X* working, float* w, float* m, float* v, const float* 
     }
 }
 
-template <class X>
-static void round_weights(X* working, const float* w, size_t n) {
+template <class X> static void round_weights(X* working, const float* w, size_t n) {
     if constexpr (!std::is_same_v<X, float>) std::copy_n(w, n, working);  // float: they are the same array
 }
 
@@ -4226,15 +4194,13 @@ static inline void transpose(vec (&rows)[LANES]) {
 }
 
 // The cells of a's first row from its first k on, of which `remaining` values are left; behind these, zeros
-template <class X>
-static inline vec cells_along_k(Operand<X> a, size_t remaining) {
+template <class X> static inline vec cells_along_k(Operand<X> a, size_t remaining) {
     if constexpr (PAIRS<X>) return load_bytes(a.data, remaining * sizeof(X));  // a pair is two neighbours as they lie
     else return load(a.data, remaining);
 }
 
 // One cell of each of a's first n rows, with `remaining` values each; others are 0.
-template <class X>
-static inline vec cells_across_k(Operand<X> a, size_t remaining, size_t n) {
+template <class X> static inline vec cells_across_k(Operand<X> a, size_t remaining, size_t n) {
     if (n == 0 || remaining == 0) return vec{};
     const vec low = load(a.data, n);
     if constexpr (!PAIRS<X>) return low;
@@ -4244,8 +4210,7 @@ static inline vec cells_across_k(Operand<X> a, size_t remaining, size_t n) {
 
 // Packs n rows of A, or columns of B, over K: into panels [n / width][step][width], or if `along` into rows [n][step]
 // as AMX takes A. Cells past n or K are 0, up to whole panels and steps. `width` is a multiple of LANES.
-template <class X>
-static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n, size_t K) {
+template <class X> static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
     const size_t S = steps<X>(K), high = round_up(n, width) / LANES, wide = ceil_div(S, LANES);
     for (size_t i = 0; i < high * wide; i++) {  // blocks of LANES × LANES cells, in the order in which they lie
@@ -4269,8 +4234,7 @@ static void pack(Cell<X>* out, bool along, size_t width, Operand<X> a, size_t n,
 // n rows of A as the microkernel takes them: where they lie, or packed into `buffer`, of steps(K) · round_up(n,
 // 2·LANES) cells. It packs pairs whose two values are not neighbours, or an odd K; bf16 on processors without pairs;
 // with AMX, rows or steps that do not fill whole tiles.
-template <class X>
-static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
+template <class X> static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size_t K) {
     constexpr size_t PER = K_PER_STEP<X>;
     if constexpr (sizeof(Cell<X>) == PER * sizeof(X)) {
         const bool whole = !AMX<X> || (n % MR<X> == 0 && steps<X>(K) * PER == K);
@@ -4283,8 +4247,7 @@ static Operand<Cell<X>> cells_of_A(Cell<X>* buffer, Operand<X> a, size_t n, size
 }
 
 // Columns of B as the microkernel takes them, in panels of NR
-template <class X>
-struct Panels {
+template <class X> struct Panels {
     const Cell<X>* data;
     size_t step_stride, panel_stride;
 
@@ -4303,8 +4266,7 @@ static Panels<X> cells_of_B(Cell<X>* buffer, Operand<X> b, size_t n, size_t K, b
 }
 
 // sum += x · y, lane by lane. A lane of bf16 holds a pair: sum += x.low y.low + x.high y.high.
-template <class X>
-static inline void add_products(vec& sum, vec x, vec y) {
+template <class X> static inline void add_products(vec& sum, vec x, vec y) {
     if constexpr (std::is_same_v<X, float>) return (void)(sum += x * y);
 #ifdef __AVX512BF16__
     sum = (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
@@ -4316,8 +4278,7 @@ static inline void add_products(vec& sum, vec x, vec y) {
 }
 
 // The same, with one cell of A in all lanes of x and a register of cells of B
-template <class CellType>
-static inline void multiply_add(vec& sum, CellType a, const CellType* b) {
+template <class CellType> static inline void multiply_add(vec& sum, CellType a, const CellType* b) {
     if constexpr (std::is_same_v<CellType, float>) sum += a * load(b);
     else add_products<bf16>(sum, (vec)(bits_vec{} + std::bit_cast<uint32_t>(a)), load((const float*)b));
 }
@@ -4410,8 +4371,7 @@ static inline vec add_up(vec (&sums)[LANES]) {
 // side by side: these keep enough cache misses in flight. Prefetching past a column's end reaches the stream's next.
 constexpr size_t FEW_ROWS = 4;
 
-template <class X>
-static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store) {
+template <class X> static void matmul_few_rows(size_t M, size_t N, size_t K, Operand<X> A, Operand<X> B, auto store) {
     constexpr size_t STREAMS = 8, STEP = sizeof(vec) / sizeof(X);
     constexpr size_t AHEAD = 512 / sizeof(X);  // 8 cache lines of each stream in flight: more than the queues hold
     const size_t parts = thread_count();
@@ -4533,8 +4493,7 @@ static void matmul(const Workspace& ws, size_t M, size_t N, size_t K, Operand<X>
 template <class X> constexpr size_t KEYS = 8 * MR<X>;  // scores of 112 keys and 32 queries: 14 KB, which stay in L1
 
 // A thread's scratch memory for one head of T keys, laid out from `local` on, or only counted if that is null
-template <class X>
-struct HeadScratch {
+template <class X> struct HeadScratch {
     float* local;
     size_t T, HS;
     bool backward;
@@ -4560,8 +4519,7 @@ struct HeadScratch {
     Cell<X>* v = take(backward * packed);
     Cell<X>* k_rows = take(backward * steps<X>(T) * columns);
 
-    template <class Element = Cell<X>>
-    Element* take(size_t n) {
+    template <class Element = Cell<X>> Element* take(size_t n) {
         float* array = local ? local + size : nullptr;
         size += round_up(n, CACHE_LINE);
         return (Element*)array;
@@ -4581,8 +4539,7 @@ static void multiply(float* c, size_t ldc, Operand<Cell<X>> a, size_t rows, Pane
 
 // Calls f(j0, keys, first) for each tile of keys that n queries, at positions i0, i0 + 1, ..., attend to. The tile's
 // keys begin with j0; queries before `first` see none of them.
-template <class X>
-static void for_key_tiles(size_t i0, size_t n, auto f) {
+template <class X> static void for_key_tiles(size_t i0, size_t n, auto f) {
     constexpr size_t PER = K_PER_STEP<X>, STRIP = AMX<X> ? NR : LANES;
     for (size_t j0 = 0, first = 0; first < n; first += STRIP) {
         const size_t end = first + STRIP < n ? round_up(i0 + first + STRIP, PER) : i0 + n;
