@@ -537,6 +537,7 @@ static void fuzz_all(const std::vector<std::string>& names, double most_seconds,
         }
         const std::string own = folder + "/" + names[next];
         std::filesystem::create_directory(own);
+        fflush(stdout);  // else the child has what is not yet written, too
         const pid_t pid = fork();
         if (pid == 0) {
             start(own);
