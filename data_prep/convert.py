@@ -278,7 +278,8 @@ def find_weights(folder):
 
 
 def read_safetensors(path):
-    """uint64 n; n bytes of JSON, by name dtype, shape and where the values begin and end; the values."""
+    """uint64 n; n bytes of JSON, by name dtype, shape and where the values begin and end; the values. (The package
+    safetensors gives numpy no bf16.)"""
     forms = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
     size = os.path.getsize(path)
     with open(path, "rb") as f:
