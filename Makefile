@@ -7,11 +7,19 @@
 # make plot      plots the loss, learning rate and speed of runs: RUN="run/mine run/other"
 # make clean     removes what was built; data/, run/ and .venv stay
 # make -C dev    lists the targets for developers
-# Variables: CXX=clang++, OPENMP= (builds without it), ARCH=-march=x86-64-v3 (for other machines), CUDA=/usr/local/cuda
+# Variables: CXX=clang++, OPENMP= (builds without it), ARCH=-march=x86-64-v3 (for other machines), CUDA=/usr/local/cuda,
+# MPI=1 (for several processes: builds with mpicxx, or the compiler that MPICXX names)
 
 # Build on all cores. A make called by another one gets JOBS=, since the two share their jobs.
 JOBS := -j$(shell getconf _NPROCESSORS_ONLN)
 MAKEFLAGS += $(JOBS)
+
+# MPI's compiler is a g++ or clang++ that knows where MPI is.
+MPICXX ?= mpicxx
+ifdef MPI
+CXX := $(MPICXX)
+MPIFLAGS := -DGPT2_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
+endif
 
 # $(call builds,FLAGS,PROGRAM) is "yes" if the compiler can build a program with these flags, else empty.
 builds = $(shell echo '$(or $(2),int main() {})' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
@@ -29,7 +37,7 @@ ARCH += $(if $(call builds,-mprefer-vector-width=512),-mprefer-vector-width=512)
 # sets no errno, so it is one instruction; no operation traps, so a vector loop may compute both sides of a condition;
 # a * b + c is rounded once. -fopenmp-simd applies `omp simd` without OpenMP too.
 MATH = -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd
-CXXFLAGS = -std=c++20 -O3 $(ARCH) $(MATH) -Wall -Wextra -pthread $(OPENMP)
+CXXFLAGS = -std=c++20 -O3 $(ARCH) $(MATH) -Wall -Wextra -pthread $(OPENMP) $(MPIFLAGS)
 
 all: train_gpt2 test_gpt2
 train_gpt2 test_gpt2 dev/bench/bench: %: %.cpp train_gpt2.cpp .flags | found

@@ -1447,7 +1447,8 @@ static void test_worst() {
 int main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     poison_memory = true;
-    device_init(argv);
+    device_start(argv);
+    device_init();
     std::vector<std::string> paths(argv + 1, argv + argc);
     bool verbose = !paths.empty() && paths[0] == "-v";
     if (verbose) paths.erase(paths.begin());

@@ -62,6 +62,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <queue>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -73,6 +74,9 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#ifdef GPT2_MPI
+#include <mpi.h>
+#endif
 
 // ====================================================================================================================
 // 1 · Utilities
@@ -107,14 +111,23 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     return out;
 }
 
-// Prints one line that says what is wrong and how to fix it, and exits with status 1.
+// The processes that train together ("Processes" below), in MPI's words ranks. Without MPI there is one.
+static int process = 0, processes = 1;              // this one's number; how many there are
+static int local_process = 0, local_processes = 1;  // the same among those on this machine
+
+// Prints one line that says what is wrong and how to fix it, and exits with status 1. It ends the other processes, too;
+// an error that all of them meet is printed by the first, since the others give it time.
 [[noreturn]] __attribute__((format(printf, 1, 2))) static void die(const char* form, ...) {
     va_list args;
     va_start(args, form);
     fflush(stdout);
+    if (process > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1000 + 100 * std::min(process, 40)));
     const char* over = isatty(STDERR_FILENO) ? "\r\x1b[K" : "";  // a progress line
     fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
+#ifdef GPT2_MPI
+    if (processes > 1) MPI_Abort(MPI_COMM_WORLD, 1);
+#endif
     exit(1);
 }
 
@@ -235,7 +248,7 @@ struct Workspace {
 #endif
 
 // One parameter tensor: `layers` matrices of rows × cols, or vectors where cols is 1. A file holds the tensors without
-// gaps; in memory each layer begins at a multiple of SLOT_ALIGNMENT.
+// gaps; in memory each layer has a slot, of which each process owns an equal share, a multiple of SLOT_ALIGNMENT.
 struct Tensor {
     const char* name;
     size_t layers, rows, cols;
@@ -246,7 +259,8 @@ struct Tensor {
 
     size_t layer_size() const { return rows * cols; }
     size_t size() const { return layers * rows * cols; }
-    size_t stride() const { return round_up(layer_size(), SLOT_ALIGNMENT); }  // from layer to layer in memory
+    size_t stride() const { return round_up(layer_size(), SLOT_ALIGNMENT * processes); }  // from layer to layer in memory
+    size_t share() const { return stride() / processes; }
 };
 
 enum { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB,
@@ -283,11 +297,66 @@ static TensorTable tensor_table(const Config& c) {
 }
 
 static size_t allocated_parameters(const TensorTable& t) { return t[LNFB].place + t[LNFB].stride(); }
+static size_t owned_parameters(const TensorTable& t) { return allocated_parameters(t) / processes; }
+
+// Calls f(t, place, share) for the slots in memory of layer l, or with l = -1 of the tensors that no layer has.
+static void for_slots(const TensorTable& tensors, int l, auto f) {
+    for (int i = 0; i < TENSORS; i++) {
+        const Tensor& t = tensors[i];
+        const bool of_layers = i > WPE && i < LNFW;
+        if (of_layers == (l >= 0)) f(t, t.place + std::max(0, l) * t.stride(), t.share());
+    }
+}
 
 static size_t parameter_count(const Config& c) {
     const Tensor last = tensor_table(c)[LNFB];
     return last.offset + last.size();
 }
+
+// --------------------------------------------------------------------------------------------------------------------
+// Processes
+//
+// Several processes train as one: each takes its share of a step's micro-batches, and they sum up their gradients. mpirun
+// or srun starts them, and they talk through MPI. Every sum over processes is made in their order, so that it is the same
+// to the bit in each of them and from run to run. Only process 0 writes files and to standard output.
+
+#ifdef GPT2_MPI
+static MPI_Comm local_world;  // the processes on this machine
+
+static void join_processes() {
+    int level = 0;
+    MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);
+    MPI_Comm_rank(MPI_COMM_WORLD, &process);
+    MPI_Comm_size(MPI_COMM_WORLD, &processes);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, process, MPI_INFO_NULL, &local_world);
+    MPI_Comm_rank(local_world, &local_process);
+    MPI_Comm_size(local_world, &local_processes);
+    if (level < MPI_THREAD_SERIALIZED) die("this MPI was built without MPI_THREAD_SERIALIZED, which is needed here");
+    if (process > 0 && !freopen("/dev/null", "w", stdout)) die("/dev/null: %s", strerror(errno));
+}
+static void leave_processes() { MPI_Finalize(); }
+
+static void sum_over_processes(double* x, size_t n) {
+    constexpr size_t MOST = 1 << 12;
+    std::vector<double> all(std::min(n, MOST) * processes);
+    for (size_t count; n > 0; x += count, n -= count) {
+        count = std::min(n, MOST);
+        MPI_Allgather(x, count, MPI_DOUBLE, all.data(), count, MPI_DOUBLE, MPI_COMM_WORLD);
+        std::fill_n(x, count, 0.0);
+        for (size_t i = 0; i < all.size() && i < count * processes; i++) x[i % count] += all[i];
+    }
+}
+
+static void or_over_processes(uint32_t* x, size_t n) {  // for process 0
+    const void* from = process == 0 ? MPI_IN_PLACE : x;
+    MPI_Reduce(from, x, n, MPI_UINT32_T, MPI_BOR, 0, MPI_COMM_WORLD);
+}
+#else
+static void join_processes() {}
+static void leave_processes() {}
+static void sum_over_processes(double*, size_t) {}
+static void or_over_processes(uint32_t*, size_t) {}
+#endif
 
 // --------------------------------------------------------------------------------------------------------------------
 // What a backend supplies: the layers
@@ -411,6 +480,15 @@ template <class X> static void adamw_update(X* working, float* w, float* m, floa
 template <class X> static void round_weights(X* working, const float* w, size_t n);  // working = w rounded to X
 static StepResults read_results(Results&);                                           // synchronizes
 
+// Of several processes. reduce_gradients begins to sum layer l's gradients (-1: of the tensors that no layer has) over the
+// processes, in their order, and backward goes on meanwhile; after finish_reduction, each has the sums of what it owns in
+// m.own_gradients. gather_weights gives all processes the weights (the working copy) that each owns.
+struct Model;
+template <class X> struct ModelOf;
+static void reduce_gradients(Model& m, int l);
+static void finish_reduction();
+template <class X> static void gather_weights(ModelOf<X>& m);
+
 // --------------------------------------------------------------------------------------------------------------------
 // What a model holds
 
@@ -461,7 +539,9 @@ struct Model {
     Workspace ws;
     Inputs inputs;
     Results results;
-    float *parameters, *gradients, *moment1, *moment2;  // where tensors[i].place says
+    float *parameters, *gradients;              // where tensors[i].place says
+    float *moment1, *moment2, *own_gradients;   // of what this process owns: a slot at `place` begins at place/processes
+    float* received;                            // its share of a layer's gradients, from each process
     int accumulated;              // backward passes since the last update
     size_t loss_count;            // tokens in results.loss_sum
     Slots<float> ln_mean, ln_rstd;  // (2L+1, B, T) LayerNorm 2l is before layer l's attention, 2l+1 before its MLP
@@ -546,7 +626,8 @@ template <class X> static void forward(ModelOf<X>& m, bool train, float loss_sca
 // The chain rule, from the loss down: forward's calls in reverse. A block computes x2 = x + f(x), so dx = dx2 + (the
 // gradient through f). One array holds dx3, dx2 and dx in turn: what flows past a branch stays there, and the branch's
 // LayerNorm adds to it. The classifier has left the gradient of its input in dln.
-template <class X> static void backward(ModelOf<X>& m) {
+// With `reduces`, each layer's gradients are summed over the processes as soon as they are complete.
+template <class X> static void backward(ModelOf<X>& m, bool reduces) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
     const size_t B = m.work.B, T = m.work.T, BT = B * T, C = c.C;
@@ -583,20 +664,30 @@ template <class X> static void backward(ModelOf<X>& m) {
         qkv_backward(m, l, ln1, add);
         // ln1 = layernorm(x); dx2 becomes dx
         layernorm_backward(ws, dx, d(LN1W), d(LN1B), dln, x, w(LN1W), m.ln_mean[i], m.ln_rstd[i], BT, C, true, add);
+        if (reduces) reduce_gradients(m, l);
     }
     embedding_backward(m.gradient(WTE), m.gradient(WPE), dx, m.inputs, B, T, C, add);
+    if (reduces) reduce_gradients(m, -1);
     m.accumulated++;
 }
 
-// AdamW, with gradients scaled by min(1, clip/norm). Step 1 is the first.
+// AdamW, with gradients scaled by min(1, clip/norm). Step 1 is the first. Each process updates what it owns, and gives the
+// others its new weights (ZeRO's first stage: Rajbhandari et al., arXiv 1910.02054).
 template <class X> static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
     const float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
     const float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
-    global_norm(m.ws, m.results, m.gradients, allocated_parameters(m.tensors), clip);  // gaps between layers hold 0
-    for (const Tensor& t : m.tensors)
-        adamw_update(m.weights + t.place, m.parameters + t.place, m.moment1 + t.place, m.moment2 + t.place,
-                     m.gradients + t.place, t.layers * t.stride(), a, t.decays ? a.weight_decay : 0.0f, m.results,
-                     m_correction, v_correction);
+    if (processes > 1) finish_reduction();
+    global_norm(m.ws, m.results, m.own_gradients, owned_parameters(m.tensors), clip);  // gaps between layers hold 0
+    for (const Tensor& t : m.tensors) {
+        const size_t pieces = processes > 1 ? t.layers : 1, n = t.layers * t.share() / pieces;
+        for (size_t i = 0; i < pieces; i++) {
+            const size_t slot = t.place + i * t.stride(), mine = slot + process * n, own = slot / processes;
+            adamw_update(m.weights + mine, m.parameters + mine, m.moment1 + own, m.moment2 + own,
+                         m.own_gradients + own, n, a, t.decays ? a.weight_decay : 0.0f, m.results, m_correction,
+                         v_correction);
+        }
+    }
+    if (processes > 1) gather_weights(m);
     m.accumulated = 0;
 }
 
@@ -895,7 +986,8 @@ template <class X> static void decode(ModelOf<X>& m, const int* tokens, int n, f
 
 // device_precision, device_build and device_help work at any time. device_init is called before all others, and exits
 // if there is no device that this binary can use. If `computes` is false, only model_memory will be used after it.
-static void device_init(char** argv, bool computes = true);
+static void device_start(char** argv);
+static void device_init(bool computes = true);
 static std::string device_name();               // "2 threads, AVX-512"
 static Precision device_precision();            // the default for --precision
 static std::string device_build();              // what the program was compiled for: "AVX-512, OpenMP"
@@ -929,8 +1021,14 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     if constexpr (std::is_same_v<X, float>) m.weights = m.parameters;
     else all.take(m.weights, P, &Memory::parameters);
     all.take(m.gradients, P_trained, &Memory::gradients, true);
-    all.take(m.moment1, P_trained, &Memory::moments, true);
-    all.take(m.moment2, P_trained, &Memory::moments, true);
+    all.take(m.moment1, P_trained / processes, &Memory::moments, true);
+    all.take(m.moment2, P_trained / processes, &Memory::moments, true);
+    size_t of_layer = 0, of_none = 0;
+    for_slots(m.tensors, 0, [&](const Tensor& t, size_t, size_t) { of_layer += t.stride(); });
+    for_slots(m.tensors, -1, [&](const Tensor& t, size_t, size_t) { of_none += t.stride(); });
+    all.take(m.received, train && processes > 1 ? std::max(of_layer, of_none) : 0, &Memory::gradients);
+    all.take(m.own_gradients, processes > 1 ? P_trained / processes : 0, &Memory::gradients);
+    if (processes == 1) m.own_gradients = m.gradients;
 
     // Activations. Backward needs those of all layers. Without it layers share a slot, except in qkv, which skip and
     // depth read in later layers.
@@ -1016,29 +1114,35 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
     return memory;
 }
 
-// Calls f(place, done, count) for each run of values, of those from element `begin` of a file's order on, that lies in
-// memory without gaps: from `place` on lie `count` values, after `done` others.
-static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, auto f) {
+// Calls f(place, own, done, count) for each run of values, of those from element `begin` of a file's order on, that lies
+// in memory without gaps: from `place` on lie `count` values, after `done` others. With own_only, only of those that this
+// process owns; they lie from `own` on in the arrays that hold just these.
+static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, bool own_only, auto f) {
     for (const Tensor& t : tensors)
         for (size_t l = 0; l < t.layers; l++) {
-            size_t first = t.offset + l * t.layer_size(), end = std::min(first + t.layer_size(), begin + n);
-            size_t from = std::max(first, begin);
-            if (from < end) f(t.place + l * t.stride() + from - first, from - begin, end - from);
+            const size_t slot = t.place + l * t.stride(), first = t.offset + l * t.layer_size();
+            const size_t owned = first + process * t.share(), share = own_only ? t.share() : t.stride();
+            const size_t from = std::max(begin, own_only ? owned : first);
+            const size_t end = std::min({begin + n, first + t.layer_size(), (own_only ? owned : first) + share});
+            if (from < end) f(slot + from - first, slot / processes + from - owned, from - begin, end - from);
         }
 }
 
-// Copy n values, from element `begin` of all parameters in file order (Tensor::offset) on.
+// Copy n values, from element `begin` of all parameters in file order (Tensor::offset) on. All processes must call
+// model_get, and process 0 gets the values. They are 32 bits that no other process has, so that "or" puts them together.
 using Quantity = float* Model::*;
-[[maybe_unused]] constexpr Quantity PARAMETERS = &Model::parameters, GRADIENTS = &Model::gradients,
+[[maybe_unused]] constexpr Quantity PARAMETERS = &Model::parameters, GRADIENTS = &Model::own_gradients,
                                     MOMENT1 = &Model::moment1, MOMENT2 = &Model::moment2;
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
-    for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
-        copy_to_host(out + done, m->*q + place, count * sizeof(float));
+    if (processes > 1) std::fill_n(out, n, 0.0f);
+    for_each_contiguous(m->tensors, begin, n, true, [&](size_t place, size_t own, size_t done, size_t count) {
+        copy_to_host(out + done, m->*q + (q == PARAMETERS ? place : own), count * sizeof(float));
     });
+    if (processes > 1) or_over_processes((uint32_t*)out, n);
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
-    for_each_contiguous(m->tensors, begin, n, [&](size_t place, size_t done, size_t count) {
-        copy_to_device(m->*q + place, in + done, count * sizeof(float));
+    for_each_contiguous(m->tensors, begin, n, q != PARAMETERS, [&](size_t place, size_t own, size_t done, size_t count) {
+        copy_to_device(m->*q + (q == PARAMETERS ? place : own), in + done, count * sizeof(float));
         if (q == PARAMETERS)
             with_type(m, [&](auto& model) { round_weights(model.weights + place, model.parameters + place, count); });
     });
@@ -1054,8 +1158,10 @@ static void model_set_inputs(Model* m, const int* x, const int* y) {
 static void model_forward(Model* m, bool train, float loss_scale) {
     with_type(m, [=](auto& model) { forward(model, train, loss_scale); });
 }
-static void model_backward(Model* m) {  // gradients = (first since model_update or model_create) or +=
-    with_type(m, [](auto& model) { backward(model); });
+// Gradients = (first since model_update or model_create) or +=. Of several processes, each must call the last of a step
+// with reduces = true.
+static void model_backward(Model* m, bool reduces = false) {
+    with_type(m, [=](auto& model) { backward(model, reduces); });
 }
 static void model_update(Model* m, const AdamW& a, float clip, int step) {  // clip 0: gradients as they are
     with_type(m, [&](auto& model) { update(model, a, clip, step); });
@@ -1529,6 +1635,7 @@ struct OutputFile {
 }
 
 static void write_file(OutputFile& f, const void* data, size_t n) {
+    if (process > 0) return;
     const char* p = (const char*)data;
     f.crc = crc32(f.crc, data, n);
     f.size += n;
@@ -1544,6 +1651,7 @@ static void write_file(OutputFile& f, const void* data, size_t n) {
 // With the content, if that is given.
 static OutputFile create_file(const std::string& path, const std::string& content = "") {
     OutputFile f = {.path = path, .temporary = path + ".tmp"};
+    if (process > 0) return f;
     unlink(f.temporary.c_str());  // a killed run may have left it, and it may be a link
     f.fd = open(f.temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (f.fd < 0) die_writing(f);
@@ -1560,6 +1668,7 @@ static int sync_to_disk(int fd) {
 }
 
 static void commit_file(OutputFile& f) {
+    if (process > 0) return;
     if (sync_to_disk(f.fd) != 0 || close(f.fd) != 0 || rename(f.temporary.c_str(), f.path.c_str()) != 0) die_writing(f);
     int folder = open(folder_of(f.path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (folder < 0) return;
@@ -2219,6 +2328,7 @@ static void write_quantity(OutputFile& f, const Model* model, Quantity quantity,
     for (size_t begin = 0; begin < total; begin += chunk_values) {
         size_t n = std::min(chunk_values, total - begin);
         model_get(model, quantity, begin, n, values.data());
+        if (process > 0) continue;
         if (!finite(values, n))
             die_writing(f, "the weights became infinite or NaN (try a lower --lr or a longer --warmup)");
         write_file(f, values.data(), n * sizeof(float));
@@ -2424,13 +2534,13 @@ static void show_line(const std::string& text, bool stays) {
 }
 
 // Computes the losses of windows 0 ... n-1, of T tokens and targets, B at a time: read(i, x, y) sets those of window i,
-// take(i, y, losses) gets their losses.
+// take(i, y, losses) gets their losses. Processes take turns.
 static void for_each_window(Model* model, size_t n, const char* name, auto read, auto take) {
     const size_t B = model->work.B, T = model->work.T;
     std::vector<int> x(B * T), y(B * T);
     std::vector<float> losses(B * T);
     double shown = seconds();
-    for (size_t first = 0; first < n; first += B) {
+    for (size_t first = process * B; first < n; first += processes * B) {
         const size_t count = std::min(B, n - first);  // of the last batch, other rows do not count
         for (size_t b = 0; b < count; b++) read(first + b, &x[b * T], &y[b * T]);
         model_set_inputs(model, x.data(), y.data());
@@ -2441,7 +2551,7 @@ static void for_each_window(Model* model, size_t n, const char* name, auto read,
         show_line(format("%s: %zu of %zu", name, first + count, n), false);
         shown = seconds();
     }
-    model_loss(model);  // so that these forwards do not count in the next training loss
+    if (model->loss_count > 0) model_loss(model);  // so that these forwards do not count in the next training loss
 }
 
 struct Evaluation {
@@ -2463,7 +2573,7 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
         close(f.fd);
     }
     Evaluation e = {.tokens = total * T, .by_position = std::vector<double>(T)};
-    std::vector<size_t> counts(c.V);
+    std::vector<double> counts(c.V);
     if (!o.depth_weights.empty())
         for (int l = 0; l < c.L; l++) e.depth_weights.emplace_back((depth_source_count(c, l) + 1) * c.NH);
     auto read = [&](size_t i, int* x, int* y) { read_window(shards, i * all / total, x, y, T, c.V); };
@@ -2479,9 +2589,11 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
             for (size_t k = 0; k < a.size(); k++) e.depth_weights[l][k % weights] += a[k] / (total * T);
         }
     });
+    sum_over_processes(&e.loss, 1);
+    sum_over_processes(counts.data(), c.V);
     e.loss /= e.tokens;
     for (int i = 0; i < c.V; i++) {
-        double p = (double)counts[i] / e.tokens;
+        double p = counts[i] / e.tokens;
         if (p > 0) e.entropy -= p * log(p);
         if (tokenizer.known() && i != tokenizer.end_of_text) e.bytes += counts[i] * tokenizer.tokens[i].size();
     }
@@ -2756,6 +2868,7 @@ struct Run {
 
 // Opens DIR, if it exists, and locks it until the process ends. Dies if it does not suit what is asked.
 static void check_folder(Run& run) {
+    if (process > 0) return;
     const Options& o = run.o;
     const char* out = o.out.c_str();
     run.folder = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -2853,9 +2966,13 @@ static void open_data(Run& run) {
 static void complete_options(Run& run) {
     Options& o = run.o;
     const int B = o.batch, T = o.sequence;
-    if (o.total_batch < 1) o.total_batch = B * T;
+    if (o.total_batch < 1) o.total_batch = B * T * processes;
     if (o.total_batch % (B * T) != 0)
         die("--total-batch %d is not a multiple of batch x sequence, %d x %d = %d", o.total_batch, B, T, B * T);
+    if (const int n = o.total_batch / (B * T), nearest = std::max(1, (n + processes / 2) / processes) * processes;
+        n != nearest)
+        die("--total-batch %d is %d micro-batches of %d x %d, which %d processes cannot share equally; %d is the nearest",
+            o.total_batch, n, B, T, processes, nearest * B * T);
     if (o.steps < 1) o.steps = std::clamp<size_t>(window_count(run.train, T) / (o.total_batch / T), 1000, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
     if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps; use more", o.steps, o.warmup);
@@ -2868,6 +2985,7 @@ static void complete_options(Run& run) {
 }
 
 static bool can_sample(const Run& run) {
+    if (process > 0) return false;
     const bool known = run.tokenizer.known() || !run.o.prompt_tokens.empty();
     return prompt_of(run.o, run.tokenizer, run.c.V)[0] >= 0 && known;
 }
@@ -2898,6 +3016,10 @@ static void print_start(const Run& run, size_t memory_needed) {
     printf("step       %s of %zu tokens%s: %s tokens\n", plural(B, "sequence").c_str(), T,
            o.total_batch == o.batch * o.sequence ? "" : format(", %zu times", o.total_batch / (B * T)).c_str(),
            commas(o.total_batch).c_str());
+    if (processes > 1)
+        printf("processes  %d; each computes %s of a step, and updates %s of the parameters\n", processes,
+               plural(o.total_batch / (B * T * processes), "micro-batch").c_str(),
+               processes == 2 ? "half" : format("1/%d", processes).c_str());
     Options former = o;
     if (o.resume) former.steps = atoi(run.state.at("--steps").c_str());
     if (o.steps != former.steps)
@@ -2960,6 +3082,7 @@ static State run_state(const Run& run) {
 
 // Opens DIR/metrics.csv to append to it, without the rows that a killed run wrote after its last checkpoint.
 static FILE* open_metrics(const Run& run) {
+    if (process > 0) return fopen("/dev/null", "a");
     const std::string path = run.path("metrics.csv"), names = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s";
     std::string kept = names + "\n";
     if (run.step == 0) kept += run.first_row;
@@ -3004,6 +3127,7 @@ static bool is_due(int every, const Run& run) {
 
 // Gives DIR/model.bin its second names: best.bin, and a numbered one with --keep. They cost no space.
 static void name_checkpoint(const Run& run) {
+    if (process > 0) return;
     const std::string model = run.path("model.bin");
     std::vector<std::string> names;
     if (run.best_step == run.step) names.push_back("best.bin");
@@ -3030,7 +3154,7 @@ static void name_checkpoint(const Run& run) {
 // former run stays whole until this one replaces it, and a disk without room for a checkpoint is noticed now.
 static void open_folder(Run& run) {
     const Options& o = run.o;
-    if (run.folder < 0) {
+    if (process == 0 && run.folder < 0) {
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (error) die("--out %s cannot be created: %s", o.out.c_str(), error.message().c_str());
@@ -3041,14 +3165,14 @@ static void open_folder(Run& run) {
     if (!o.resume) write_checkpoint(run.path("model.bin"), run.model, run.c, run_state(run));
     if (run.tokenizer.known()) commit_file(tokenizer);
     run.metrics = open_metrics(run);
-    if (o.overwrite) remove_old_run(run);
+    if (o.overwrite && process == 0) remove_old_run(run);
     name_checkpoint(run);  // also when it resumes: a killed run may not have come to it
 }
 
 static void save_run(Run& run) {
     struct stat opened, named;
-    if (fstat(run.folder, &opened) != 0 || stat(run.o.out.c_str(), &named) != 0 || opened.st_ino != named.st_ino ||
-        opened.st_dev != named.st_dev)
+    if (process == 0 && (fstat(run.folder, &opened) != 0 || stat(run.o.out.c_str(), &named) != 0 ||
+                         opened.st_ino != named.st_ino || opened.st_dev != named.st_dev))
         die("--out %s: the folder was removed or replaced during the run; step %d could not be saved",
             run.o.out.c_str(), run.step);
     if (run.loss > 2 * log(run.c.V))
@@ -3102,28 +3226,42 @@ static void log_step(Run& run, double loss, double norm, double lr, double step_
     if (fflush(run.metrics) != 0) die("%s: %s", run.path("metrics.csv").c_str(), strerror(errno));
 }
 
-// Trains until the last step, or until a signal. The model already has the first batch.
+// Did a signal ask any of the processes to stop?
+static bool must_stop() {
+    double signals = interrupts;
+    sum_over_processes(&signals, 1);
+    return signals > 0;
+}
+
+// Trains until the last step, or until a signal. The model already has the first batch. Of a step's micro-batches, process
+// p computes number p·own ... p·own + own - 1.
 static void train_steps(Run& run) {
     const Options& o = run.o;
     const int first_step = run.step, micro_batches = o.total_batch / (o.batch * o.sequence);
+    const int own = micro_batches / processes;
     const double start = seconds();
-    while (run.step < o.steps && interrupts == 0) {
+    while (run.step < o.steps && !must_stop()) {
         const double step_start = seconds();
         run.step++;
-        for (int i = 1; i <= micro_batches; i++) {
-            model_forward(run.model, true, 1.0f / micro_batches);
-            model_backward(run.model);
+        for (int i = 0; i < micro_batches; i++) {
+            if (i / own == process) {
+                model_forward(run.model, true, 1.0f / micro_batches);
+                model_backward(run.model, processes > 1 && i % own == own - 1);
+            }
             run.epoch = run.loader.epoch;
             run.position = run.loader.position;
-            if (i == micro_batches && run.step == o.steps) break;  // the last batch
+            const int next = (i + 1) % micro_batches;
+            if (next == 0 && run.step == o.steps) break;  // the last batch
             loader_batch(run.loader, run.x.data(), run.y.data(), o.batch);  // while a GPU is still computing
-            model_set_inputs(run.model, run.x.data(), run.y.data());
+            if (next / own == process) model_set_inputs(run.model, run.x.data(), run.y.data());
         }
         const double lr = learning_rate(o, run.step);
         const AdamW adamw = {.lr = (float)lr, .beta1 = (float)o.beta1, .beta2 = (float)o.beta2, .eps = 1e-8f,
                              .weight_decay = (float)o.weight_decay};
         model_update(run.model, adamw, o.clip, run.step);
-        const double norm = model_norm(run.model), loss = model_loss(run.model), now = seconds();
+        double norm = model_norm(run.model), loss = model_loss(run.model) / processes;
+        sum_over_processes(&loss, 1);
+        const double now = seconds();
         check_finite(run, "the loss", loss);
         check_finite(run, "the gradient's norm", norm);
         run.loss = loss;
@@ -3196,7 +3334,7 @@ static void train(Options& o, OptionTable& table) {
         run.first_row = format("0,,%.9g,,,,\n", run.validation.loss);
         show_line(format("step 0/%d  val %.4f", o.steps, run.validation.loss), true);
     }
-    if (!o.resume && interrupts > 0) return show_line("stopped before the first step; nothing is saved", true);
+    if (!o.resume && must_stop()) return show_line("stopped before the first step; nothing is saved", true);
     open_folder(run);  // from here on, files are written
     const double start = seconds();
     train_steps(run);
@@ -3406,6 +3544,8 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
     setvbuf(stdout, nullptr, _IOLBF, 0);  // lines appear at once in a pipe, too
     signal(SIGXFSZ, SIG_IGN);             // a limit on file sizes makes writes fail instead of ending the process
+    device_start(argv);
+    join_processes();
     o.program = argv[0];
     const std::string word = argc > 1 ? argv[1] : "";
     const Command* command = std::ranges::find(commands, word, &Command::name);
@@ -3424,7 +3564,8 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         print_help(stdout, argv[0], table, command);
         return 0;
     }
-    device_init(argv, command->bit != DESCRIBE);
+    if (processes > 1 && command->bit & (EVAL | GENERATE)) die("%s takes one process; start it without mpirun", command->name);
+    device_init(command->bit != DESCRIBE);
     command->run(o, table);
     if (command->bit != TRAIN && (fflush(stdout) != 0 || ferror(stdout))) die("standard output could not be written");
     return 0;
@@ -3435,7 +3576,11 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
 }
 
 #ifndef GPT2_NO_MAIN
-int main(int argc, char** argv) { return run_program(argc, argv); }
+int main(int argc, char** argv) {
+    const int status = run_program(argc, argv);
+    leave_processes();
+    return status;
+}
 #endif
 
 #ifndef GPT2_CUDA
@@ -4096,6 +4241,7 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
     }
     double sum = 0;
     for (size_t chunk = 0; chunk < chunks; chunk++) sum += ws.squares[chunk];
+    sum_over_processes(&sum, 1);
     results.norm = sqrt(sum);
     results.gradient_scale = clip_scale(results.norm, clip);
     choose_threads();
@@ -4128,6 +4274,53 @@ template <class X> static void round_weights(X* working, const float* w, size_t 
 }
 
 static StepResults read_results(Results& results) { return results; }
+
+// --------------------------------------------------------------------------------------------------------------------
+// Sums over processes
+
+#ifdef GPT2_MPI
+static std::future<void> reduction;  // of the last layer that began
+
+// In a thread of its own, which looks after the messages now and then: MPI sends them only while it is called.
+static void reduce_gradients(Model& m, int l) {
+    reduction = std::async(std::launch::async, [&m, l, former = std::move(reduction)] {
+        if (former.valid()) former.wait();  // every process takes the layers in the same order
+        std::vector<MPI_Request> requests;
+        float* to = m.received;
+        for_slots(m.tensors, l, [&](const Tensor& t, size_t place, size_t share) {
+            MPI_Ialltoall(m.gradients + place, share, MPI_FLOAT, to, share, MPI_FLOAT, MPI_COMM_WORLD,
+                          &requests.emplace_back());
+            to += t.stride();
+        });
+        for (int done = 0; !done; std::this_thread::sleep_for(std::chrono::microseconds(50)))
+            MPI_Testall(requests.size(), requests.data(), &done, MPI_STATUSES_IGNORE);
+        const float* from = m.received;
+        for_slots(m.tensors, l, [&](const Tensor&, size_t place, size_t share) {
+            float* sum = m.own_gradients + place / processes;
+            std::copy_n(from, share, sum);
+            for (int p = 1; p < processes; p++)
+                for (size_t i = 0; i < share; i++) sum[i] += from[p * share + i];
+            from += processes * share;
+        });
+    });
+}
+static void finish_reduction() { reduction.get(); }
+
+template <class X> static void gather_weights(ModelOf<X>& m) {
+    const MPI_Datatype type = std::is_same_v<X, float> ? MPI_FLOAT : MPI_UINT16_T;
+    std::vector<MPI_Request> requests;
+    for (int l = -1; l < m.config.L; l++)
+        for_slots(m.tensors, l, [&](const Tensor&, size_t place, size_t share) {
+            MPI_Iallgather(MPI_IN_PLACE, 0, type, m.weights + place, share, type, MPI_COMM_WORLD,
+                           &requests.emplace_back());
+        });
+    MPI_Waitall(requests.size(), requests.data(), MPI_STATUSES_IGNORE);
+}
+#else
+static void reduce_gradients(Model&, int) {}
+static void finish_reduction() {}
+template <class X> static void gather_weights(ModelOf<X>&) {}
+#endif
 
 // --------------------------------------------------------------------------------------------------------------------
 // What makes the layers fast: matmul
@@ -4863,7 +5056,7 @@ static const char* const instruction_set =
     return allowed;
 }
 
-static void device_init([[maybe_unused]] char** argv, bool) {
+static void device_start([[maybe_unused]] char** argv) {
 #ifdef _OPENMP
     // By default, OpenMP's threads spin for milliseconds when they wait for each other, which on cores that other
     // programs use too makes small steps many times slower. 10,000 rounds are a fraction of a millisecond: enough to
@@ -4879,11 +5072,36 @@ static void device_init([[maybe_unused]] char** argv, bool) {
         std::error_code error;  // on macOS there is no such file, and OpenMP reads the variables when it is first used
         execv(std::filesystem::read_symlink("/proc/self/exe", error).c_str(), argv);
     }
-    if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
-        omp_set_num_threads(std::min(allowed_threads(), omp_get_num_procs()));
+#endif
+}
+
+// The cores that the affinity mask allows, each divided by the number of local processes that may use it
+[[maybe_unused]] static int own_cores() {
+#ifdef GPT2_MPI
+    std::vector<int> mine(CPU_SETSIZE), users(CPU_SETSIZE);
+    cpu_set_t mask;
+    sched_getaffinity(0, sizeof mask, &mask);
+    for (int i = 0; i < CPU_SETSIZE; i++) mine[i] = CPU_ISSET(i, &mask);
+    MPI_Allreduce(mine.data(), users.data(), CPU_SETSIZE, MPI_INT, MPI_SUM, local_world);
+    double cores = 0;
+    for (int i = 0; i < CPU_SETSIZE; i++) cores += mine[i] ? 1.0 / users[i] : 0;
+    return cores + 1e-9;
+#elif _OPENMP
+    return omp_get_num_procs();
+#endif
+}
+
+static void device_init(bool) {
+#ifdef _OPENMP
+    const int cores = std::min(allowed_threads() / local_processes, own_cores());
+    if (!getenv("OMP_NUM_THREADS")) {
+        omp_set_num_threads(std::max(1, cores));
     } else if (thread_count() > 4096) {
         die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", getenv("OMP_NUM_THREADS"));
     }
+    if (processes > 1 && thread_count() > cores)
+        printf("note: %d processes with %s each are more than this machine's cores\n", local_processes,
+               plural(thread_count(), "thread").c_str());
 #endif
 }
 
@@ -4906,7 +5124,7 @@ static size_t device_free_memory() {
                              number_after(group + "memory.stat", "total_" + caches, 0));
         if (limit > 0) free_bytes = std::min(free_bytes, limit - used);
     });
-    return (size_t)std::max(0.0, free_bytes);
+    return (size_t)std::max(0.0, free_bytes) / local_processes;
 }
 
 static bool device_is_host() { return true; }

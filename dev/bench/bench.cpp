@@ -322,7 +322,8 @@ int main(int argc, char** argv) {
         printf("\n%s\n", device_help());
         return 0;
     }
-    device_init(argv);
+    device_start(argv);
+    device_init();
     bench(o, table, profile);
     if (fflush(stdout) != 0 || ferror(stdout)) die("standard output could not be written");
 }

@@ -271,7 +271,8 @@ int main(int argc, char** argv) {
         if (argc != 4 || n < 1 || n > 1 << 17 || n % 16) die("usage: %s [ROWS C OC], multiples of 16", argv[0]);
         size[i - 1] = (size_t)n;
     }
-    device_init(argv);
+    device_start(argv);
+    device_init();
     const int threads = thread_count();
     if (argc > 1) return !climb(size[0], size[1], size[2], threads);
     // The MLP's first layer of models with 128, 384 and 768 channels
