@@ -9,8 +9,8 @@ attentions that share the same sixteen parameter tensors:
     depth     each value is first mixed with the values of earlier layers at the same token      arXiv 2606.05014
 
 It is not a framework: it has no automatic differentiation, no class for arrays with shapes, and no dependency but
-OpenMP. data_prep/prepare.py turns text into tokens. train_gpt2.cu is the same program on a GPU: it includes this file
-and replaces section 4. `make && ./train_gpt2 --help` shows what it can do.
+OpenMP, and MPI to train on several machines. data_prep/prepare.py turns text into tokens. train_gpt2.cu is the same
+program on a GPU: it includes this file and replaces section 4. `make && ./train_gpt2 --help` shows what it can do.
 
 How to read it. These functions, in this order, are GPT-2 and its training. § is the section that they are in.
      1  forward                                    §2   the whole model: a transformer block is seven calls
@@ -28,7 +28,7 @@ The program uses a faster matmul and attention than the plain ones: "What makes 
 Contents
      1  utilities
      2  the model     config, tensors · what a backend supplies · what a model holds · forward · backward · attention:
-                      vanilla, skip, depth · decoding · memory · the interface for the program and the tests
+                      vanilla, skip, depth · decoding · several processes · memory · the interface for program and tests
      3  the program   options · files · tokenizer · data · checkpoints · generation · training · main
      4  the layers    on a CPU, in the order of a step; what makes them fast; the machine
 
@@ -62,7 +62,6 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <queue>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -111,17 +110,16 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     return out;
 }
 
-// The processes that train together ("Processes" below), in MPI's words ranks. Without MPI there is one.
-static int process = 0, processes = 1;              // this one's number; how many there are
-static int local_process = 0, local_processes = 1;  // the same among those on this machine
+// This process's number and how many there are ("Several processes", section 2); the same of those on this machine
+[[maybe_unused]] static int process = 0, processes = 1, local_process = 0, local_processes = 1;
 
-// Prints one line that says what is wrong and how to fix it, and exits with status 1. It ends the other processes, too;
-// an error that all of them meet is printed by the first, since the others give it time.
+// Prints one line that says what is wrong and how to fix it, and ends all processes with status 1. If all meet the same
+// error, only the first prints it, since the others wait first.
 [[noreturn]] __attribute__((format(printf, 1, 2))) static void die(const char* form, ...) {
     va_list args;
     va_start(args, form);
     fflush(stdout);
-    if (process > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1000 + 100 * std::min(process, 40)));
+    sleep(std::min(process, 5));
     const char* over = isatty(STDERR_FILENO) ? "\r\x1b[K" : "";  // a progress line
     fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
@@ -259,7 +257,7 @@ struct Tensor {
 
     size_t layer_size() const { return rows * cols; }
     size_t size() const { return layers * rows * cols; }
-    size_t stride() const { return round_up(layer_size(), SLOT_ALIGNMENT * processes); }  // from layer to layer in memory
+    size_t stride() const { return round_up(layer_size(), SLOT_ALIGNMENT * processes); }  // from slot to slot
     size_t share() const { return stride() / processes; }
 };
 
@@ -297,66 +295,17 @@ static TensorTable tensor_table(const Config& c) {
 }
 
 static size_t allocated_parameters(const TensorTable& t) { return t[LNFB].place + t[LNFB].stride(); }
-static size_t owned_parameters(const TensorTable& t) { return allocated_parameters(t) / processes; }
 
-// Calls f(t, place, share) for the slots in memory of layer l, or with l = -1 of the tensors that no layer has.
+// Calls f(t, slot) for each slot in memory of layer l, or with l = -1 of the tensors that no layer has.
 static void for_slots(const TensorTable& tensors, int l, auto f) {
-    for (int i = 0; i < TENSORS; i++) {
-        const Tensor& t = tensors[i];
-        const bool of_layers = i > WPE && i < LNFW;
-        if (of_layers == (l >= 0)) f(t, t.place + std::max(0, l) * t.stride(), t.share());
-    }
+    for (int i = 0; i < TENSORS; i++)
+        if ((i > WPE && i < LNFW) == (l >= 0)) f(tensors[i], tensors[i].place + std::max(l, 0) * tensors[i].stride());
 }
 
 static size_t parameter_count(const Config& c) {
     const Tensor last = tensor_table(c)[LNFB];
     return last.offset + last.size();
 }
-
-// --------------------------------------------------------------------------------------------------------------------
-// Processes
-//
-// Several processes train as one: each takes its share of a step's micro-batches, and they sum up their gradients. mpirun
-// or srun starts them, and they talk through MPI. Every sum over processes is made in their order, so that it is the same
-// to the bit in each of them and from run to run. Only process 0 writes files and to standard output.
-
-#ifdef GPT2_MPI
-static MPI_Comm local_world;  // the processes on this machine
-
-static void join_processes() {
-    int level = 0;
-    MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);
-    MPI_Comm_rank(MPI_COMM_WORLD, &process);
-    MPI_Comm_size(MPI_COMM_WORLD, &processes);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, process, MPI_INFO_NULL, &local_world);
-    MPI_Comm_rank(local_world, &local_process);
-    MPI_Comm_size(local_world, &local_processes);
-    if (level < MPI_THREAD_SERIALIZED) die("this MPI was built without MPI_THREAD_SERIALIZED, which is needed here");
-    if (process > 0 && !freopen("/dev/null", "w", stdout)) die("/dev/null: %s", strerror(errno));
-}
-static void leave_processes() { MPI_Finalize(); }
-
-static void sum_over_processes(double* x, size_t n) {
-    constexpr size_t MOST = 1 << 12;
-    std::vector<double> all(std::min(n, MOST) * processes);
-    for (size_t count; n > 0; x += count, n -= count) {
-        count = std::min(n, MOST);
-        MPI_Allgather(x, count, MPI_DOUBLE, all.data(), count, MPI_DOUBLE, MPI_COMM_WORLD);
-        std::fill_n(x, count, 0.0);
-        for (size_t i = 0; i < all.size() && i < count * processes; i++) x[i % count] += all[i];
-    }
-}
-
-static void or_over_processes(uint32_t* x, size_t n) {  // for process 0
-    const void* from = process == 0 ? MPI_IN_PLACE : x;
-    MPI_Reduce(from, x, n, MPI_UINT32_T, MPI_BOR, 0, MPI_COMM_WORLD);
-}
-#else
-static void join_processes() {}
-static void leave_processes() {}
-static void sum_over_processes(double*, size_t) {}
-static void or_over_processes(uint32_t*, size_t) {}
-#endif
 
 // --------------------------------------------------------------------------------------------------------------------
 // What a backend supplies: the layers
@@ -480,15 +429,6 @@ template <class X> static void adamw_update(X* working, float* w, float* m, floa
 template <class X> static void round_weights(X* working, const float* w, size_t n);  // working = w rounded to X
 static StepResults read_results(Results&);                                           // synchronizes
 
-// Of several processes. reduce_gradients begins to sum layer l's gradients (-1: of the tensors that no layer has) over the
-// processes, in their order, and backward goes on meanwhile; after finish_reduction, each has the sums of what it owns in
-// m.own_gradients. gather_weights gives all processes the weights (the working copy) that each owns.
-struct Model;
-template <class X> struct ModelOf;
-static void reduce_gradients(Model& m, int l);
-static void finish_reduction();
-template <class X> static void gather_weights(ModelOf<X>& m);
-
 // --------------------------------------------------------------------------------------------------------------------
 // What a model holds
 
@@ -539,9 +479,9 @@ struct Model {
     Workspace ws;
     Inputs inputs;
     Results results;
-    float *parameters, *gradients;              // where tensors[i].place says
-    float *moment1, *moment2, *own_gradients;   // of what this process owns: a slot at `place` begins at place/processes
-    float* received;                            // its share of a layer's gradients, from each process
+    float *parameters, *gradients;  // where tensors[i].place says
+    float *moment1, *moment2, *own_gradients;  // of this process's shares only: that of a slot lies at slot/processes
+    float* received;              // in reduce_gradients: (processes, share) of a slot, or of all slots of a layer
     int accumulated;              // backward passes since the last update
     size_t loss_count;            // tokens in results.loss_sum
     Slots<float> ln_mean, ln_rstd;  // (2L+1, B, T) LayerNorm 2l is before layer l's attention, 2l+1 before its MLP
@@ -625,8 +565,7 @@ template <class X> static void forward(ModelOf<X>& m, bool train, float loss_sca
 //
 // The chain rule, from the loss down: forward's calls in reverse. A block computes x2 = x + f(x), so dx = dx2 + (the
 // gradient through f). One array holds dx3, dx2 and dx in turn: what flows past a branch stays there, and the branch's
-// LayerNorm adds to it. The classifier has left the gradient of its input in dln.
-// With `reduces`, each layer's gradients are summed over the processes as soon as they are complete.
+// LayerNorm adds to it. The classifier has left the gradient of its input in dln. `reduces`: calls reduce_gradients.
 template <class X> static void backward(ModelOf<X>& m, bool reduces) {
     const Config& c = m.config;
     const Workspace& ws = m.ws;
@@ -671,23 +610,22 @@ template <class X> static void backward(ModelOf<X>& m, bool reduces) {
     m.accumulated++;
 }
 
-// AdamW, with gradients scaled by min(1, clip/norm). Step 1 is the first. Each process updates what it owns, and gives the
-// others its new weights (ZeRO's first stage: Rajbhandari et al., arXiv 1910.02054).
+// AdamW, with gradients scaled by min(1, clip/norm). Step 1 is the first. Of several processes, each updates its shares
+// (ZeRO's first stage: Rajbhandari et al., arXiv 1910.02054).
 template <class X> static void update(ModelOf<X>& m, const AdamW& a, float clip, int step) {
     const float m_correction = (float)(1.0 / (1.0 - pow(a.beta1, step)));
     const float v_correction = (float)(1.0 / (1.0 - pow(a.beta2, step)));
-    if (processes > 1) finish_reduction();
-    global_norm(m.ws, m.results, m.own_gradients, owned_parameters(m.tensors), clip);  // gaps between layers hold 0
+    global_norm(m.ws, m.results, m.own_gradients, allocated_parameters(m.tensors) / processes, clip);  // gaps hold 0
     for (const Tensor& t : m.tensors) {
-        const size_t pieces = processes > 1 ? t.layers : 1, n = t.layers * t.share() / pieces;
-        for (size_t i = 0; i < pieces; i++) {
-            const size_t slot = t.place + i * t.stride(), mine = slot + process * n, own = slot / processes;
-            adamw_update(m.weights + mine, m.parameters + mine, m.moment1 + own, m.moment2 + own,
+        const size_t n = processes == 1 ? t.layers * t.stride() : t.share();  // of one process, all layers at once
+        for (size_t slot = t.place; slot < t.place + t.layers * t.stride(); slot += n * processes) {
+            const size_t share = slot + process * n, own = slot / processes;
+            adamw_update(m.weights + share, m.parameters + share, m.moment1 + own, m.moment2 + own,
                          m.own_gradients + own, n, a, t.decays ? a.weight_decay : 0.0f, m.results, m_correction,
                          v_correction);
         }
     }
-    if (processes > 1) gather_weights(m);
+    gather_weights(m);
     m.accumulated = 0;
 }
 
@@ -982,11 +920,52 @@ template <class X> static void decode(ModelOf<X>& m, const int* tokens, int n, f
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// Several processes
+//
+// mpirun or srun starts them. In a step, each computes its share of micro-batches, they sum up their gradients, each
+// updates its share of the parameters, and they exchange them. They talk through MPI, GPUs through NCCL. All sums are
+// in the order of the processes, so they repeat to the bit. Only process 0 writes files and to standard output.
+
+#ifdef GPT2_MPI
+static MPI_Comm local_world;  // the processes on this machine
+static void join_processes() {
+    int level = 0;
+    MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);
+    MPI_Comm_rank(MPI_COMM_WORLD, &process);
+    MPI_Comm_size(MPI_COMM_WORLD, &processes);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, process, MPI_INFO_NULL, &local_world);
+    MPI_Comm_rank(local_world, &local_process);
+    MPI_Comm_size(local_world, &local_processes);
+    if (level < MPI_THREAD_SERIALIZED) die("this MPI was built without MPI_THREAD_SERIALIZED, which is needed here");
+    if (process > 0 && !freopen("/dev/null", "w", stdout)) die("/dev/null: %s", strerror(errno));
+    atexit([] { MPI_Finalize(); });
+}
+static double sum_all(double x) {  // over processes
+    std::vector<double> all(processes);
+    MPI_Allgather(&x, 1, MPI_DOUBLE, all.data(), 1, MPI_DOUBLE, MPI_COMM_WORLD);
+    return std::accumulate(all.begin(), all.end(), 0.0);
+}
+static void sum_in_process_0(uint32_t* x, size_t n) {  // of integers, so the order does not matter
+    MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
+}
+// These two are a backend's. m.own_gradients = the sums of this process's shares of layer l, while backward goes on;
+// with l = -1, those of the tensors that no layer has, and then all are complete
+static void reduce_gradients(Model& m, int l);
+template <class X> static void gather_weights(ModelOf<X>& m);  // gives each process the weights in others' shares
+#else
+static void join_processes() {}
+static double sum_all(double x) { return x; }
+static void sum_in_process_0(uint32_t*, size_t) {}
+static void reduce_gradients(Model&, int) {}
+template <class X> static void gather_weights(ModelOf<X>&) {}
+#endif
+
+// --------------------------------------------------------------------------------------------------------------------
 // What a backend supplies: the device
 
 // device_precision, device_build and device_help work at any time. device_init is called before all others, and exits
 // if there is no device that this binary can use. If `computes` is false, only model_memory will be used after it.
-static void device_start(char** argv);
+static void device_start(char** argv);          // called first of all, since it may start the program again
 static void device_init(bool computes = true);
 static std::string device_name();               // "2 threads, AVX-512"
 static Precision device_precision();            // the default for --precision
@@ -1023,12 +1002,10 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     all.take(m.gradients, P_trained, &Memory::gradients, true);
     all.take(m.moment1, P_trained / processes, &Memory::moments, true);
     all.take(m.moment2, P_trained / processes, &Memory::moments, true);
-    size_t of_layer = 0, of_none = 0;
-    for_slots(m.tensors, 0, [&](const Tensor& t, size_t, size_t) { of_layer += t.stride(); });
-    for_slots(m.tensors, -1, [&](const Tensor& t, size_t, size_t) { of_none += t.stride(); });
-    all.take(m.received, train && processes > 1 ? std::max(of_layer, of_none) : 0, &Memory::gradients);
-    all.take(m.own_gradients, processes > 1 ? P_trained / processes : 0, &Memory::gradients);
+    const size_t of_layers = m.tensors[LNFW].place - m.tensors[LN1W].place, of_none = P - of_layers;
     if (processes == 1) m.own_gradients = m.gradients;
+    else all.take(m.own_gradients, P_trained / processes, &Memory::gradients);
+    all.take(m.received, processes > 1 && train ? std::max(of_layers / L, of_none) : 0, &Memory::gradients);
 
     // Activations. Backward needs those of all layers. Without it layers share a slot, except in qkv, which skip and
     // depth read in later layers.
@@ -1114,35 +1091,37 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
     return memory;
 }
 
-// Calls f(place, own, done, count) for each run of values, of those from element `begin` of a file's order on, that lies
-// in memory without gaps: from `place` on lie `count` values, after `done` others. With own_only, only of those that this
-// process owns; they lie from `own` on in the arrays that hold just these.
-static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, bool own_only, auto f) {
+// Calls f(place, done, count, owner, own) for each run of the n values from element `begin` of a file's order on: after
+// `done` others, `count` lie from `place` on. They are process `owner`'s; in arrays of its shares, from `own` on.
+static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, auto f) {
     for (const Tensor& t : tensors)
-        for (size_t l = 0; l < t.layers; l++) {
-            const size_t slot = t.place + l * t.stride(), first = t.offset + l * t.layer_size();
-            const size_t owned = first + process * t.share(), share = own_only ? t.share() : t.stride();
-            const size_t from = std::max(begin, own_only ? owned : first);
-            const size_t end = std::min({begin + n, first + t.layer_size(), (own_only ? owned : first) + share});
-            if (from < end) f(slot + from - first, slot / processes + from - owned, from - begin, end - from);
+        for (size_t i = 0; i < t.layers * processes; i++) {
+            const size_t l = i / processes, owner = i % processes, slot = t.place + l * t.stride();
+            const size_t first = t.offset + l * t.layer_size(), share = first + owner * t.share();
+            const size_t from = std::max(share, begin);
+            const size_t end = std::min({share + t.share(), first + t.layer_size(), begin + n});
+            const size_t own = slot / processes + from - share;
+            if (from < end) f(slot + from - first, from - begin, end - from, (int)owner, own);
         }
 }
 
-// Copy n values, from element `begin` of all parameters in file order (Tensor::offset) on. All processes must call
-// model_get, and process 0 gets the values. They are 32 bits that no other process has, so that "or" puts them together.
+// Copy n values, from element `begin` of all parameters in file order (Tensor::offset) on. All must call model_get, and
+// process 0 gets the values, each as a sum of its bits and zeros.
 using Quantity = float* Model::*;
 [[maybe_unused]] constexpr Quantity PARAMETERS = &Model::parameters, GRADIENTS = &Model::own_gradients,
                                     MOMENT1 = &Model::moment1, MOMENT2 = &Model::moment2;
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
-    if (processes > 1) std::fill_n(out, n, 0.0f);
-    for_each_contiguous(m->tensors, begin, n, true, [&](size_t place, size_t own, size_t done, size_t count) {
-        copy_to_host(out + done, m->*q + (q == PARAMETERS ? place : own), count * sizeof(float));
+    std::fill_n(out, n, 0.0f);
+    for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
+        if (owner == process)
+            copy_to_host(out + done, m->*q + (q == PARAMETERS ? place : own), count * sizeof(float));
     });
-    if (processes > 1) or_over_processes((uint32_t*)out, n);
+    sum_in_process_0((uint32_t*)out, n);
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
-    for_each_contiguous(m->tensors, begin, n, q != PARAMETERS, [&](size_t place, size_t own, size_t done, size_t count) {
-        copy_to_device(m->*q + (q == PARAMETERS ? place : own), in + done, count * sizeof(float));
+    for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
+        if (q == PARAMETERS || owner == process)
+            copy_to_device(m->*q + (q == PARAMETERS ? place : own), in + done, count * sizeof(float));
         if (q == PARAMETERS)
             with_type(m, [&](auto& model) { round_weights(model.weights + place, model.parameters + place, count); });
     });
@@ -1158,8 +1137,7 @@ static void model_set_inputs(Model* m, const int* x, const int* y) {
 static void model_forward(Model* m, bool train, float loss_scale) {
     with_type(m, [=](auto& model) { forward(model, train, loss_scale); });
 }
-// Gradients = (first since model_update or model_create) or +=. Of several processes, each must call the last of a step
-// with reduces = true.
+// Gradients = (first since model_update or model_create) or +=. Of several processes, each `reduces` in a step's last.
 static void model_backward(Model* m, bool reduces = false) {
     with_type(m, [=](auto& model) { backward(model, reduces); });
 }
@@ -2328,7 +2306,6 @@ static void write_quantity(OutputFile& f, const Model* model, Quantity quantity,
     for (size_t begin = 0; begin < total; begin += chunk_values) {
         size_t n = std::min(chunk_values, total - begin);
         model_get(model, quantity, begin, n, values.data());
-        if (process > 0) continue;
         if (!finite(values, n))
             die_writing(f, "the weights became infinite or NaN (try a lower --lr or a longer --warmup)");
         write_file(f, values.data(), n * sizeof(float));
@@ -2573,7 +2550,7 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
         close(f.fd);
     }
     Evaluation e = {.tokens = total * T, .by_position = std::vector<double>(T)};
-    std::vector<double> counts(c.V);
+    std::vector<uint32_t> counts(c.V);
     if (!o.depth_weights.empty())
         for (int l = 0; l < c.L; l++) e.depth_weights.emplace_back((depth_source_count(c, l) + 1) * c.NH);
     auto read = [&](size_t i, int* x, int* y) { read_window(shards, i * all / total, x, y, T, c.V); };
@@ -2589,13 +2566,12 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
             for (size_t k = 0; k < a.size(); k++) e.depth_weights[l][k % weights] += a[k] / (total * T);
         }
     });
-    sum_over_processes(&e.loss, 1);
-    sum_over_processes(counts.data(), c.V);
-    e.loss /= e.tokens;
+    e.loss = sum_all(e.loss) / e.tokens;
+    sum_in_process_0(counts.data(), c.V);
     for (int i = 0; i < c.V; i++) {
-        double p = counts[i] / e.tokens;
+        double p = (double)counts[i] / e.tokens;
         if (p > 0) e.entropy -= p * log(p);
-        if (tokenizer.known() && i != tokenizer.end_of_text) e.bytes += counts[i] * tokenizer.tokens[i].size();
+        if (tokenizer.known() && i != tokenizer.end_of_text) e.bytes += (size_t)counts[i] * tokenizer.tokens[i].size();
     }
     return e;
 }
@@ -2966,13 +2942,11 @@ static void open_data(Run& run) {
 static void complete_options(Run& run) {
     Options& o = run.o;
     const int B = o.batch, T = o.sequence;
-    if (o.total_batch < 1) o.total_batch = B * T * processes;
-    if (o.total_batch % (B * T) != 0)
-        die("--total-batch %d is not a multiple of batch x sequence, %d x %d = %d", o.total_batch, B, T, B * T);
-    if (const int n = o.total_batch / (B * T), nearest = std::max(1, (n + processes / 2) / processes) * processes;
-        n != nearest)
-        die("--total-batch %d is %d micro-batches of %d x %d, which %d processes cannot share equally; %d is the nearest",
-            o.total_batch, n, B, T, processes, nearest * B * T);
+    const int least = B * T * processes, nearest = std::max(1, (o.total_batch + least / 2) / least) * least;
+    if (o.total_batch < 1) o.total_batch = least;
+    if (o.total_batch % least != 0)
+        die("--total-batch %d is not a multiple of batch x sequence%s, %d; the nearest is %d", o.total_batch,
+            processes > 1 ? " x processes" : "", least, nearest);
     if (o.steps < 1) o.steps = std::clamp<size_t>(window_count(run.train, T) / (o.total_batch / T), 1000, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
     if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps; use more", o.steps, o.warmup);
@@ -2985,9 +2959,8 @@ static void complete_options(Run& run) {
 }
 
 static bool can_sample(const Run& run) {
-    if (process > 0) return false;
     const bool known = run.tokenizer.known() || !run.o.prompt_tokens.empty();
-    return prompt_of(run.o, run.tokenizer, run.c.V)[0] >= 0 && known;
+    return process == 0 && prompt_of(run.o, run.tokenizer, run.c.V)[0] >= 0 && known;
 }
 
 static void print_sample(const Run& run) {
@@ -3017,9 +2990,7 @@ static void print_start(const Run& run, size_t memory_needed) {
            o.total_batch == o.batch * o.sequence ? "" : format(", %zu times", o.total_batch / (B * T)).c_str(),
            commas(o.total_batch).c_str());
     if (processes > 1)
-        printf("processes  %d; each computes %s of a step, and updates %s of the parameters\n", processes,
-               plural(o.total_batch / (B * T * processes), "micro-batch").c_str(),
-               processes == 2 ? "half" : format("1/%d", processes).c_str());
+        printf("processes  %1$d; each computes 1/%1$d of a step, updates 1/%1$d of the parameters\n", processes);
     Options former = o;
     if (o.resume) former.steps = atoi(run.state.at("--steps").c_str());
     if (o.steps != former.steps)
@@ -3047,7 +3018,7 @@ static void create_run_model(Run& run) {
                   .epoch = run.epoch, .position = run.position};
     const Workload work = {.B = B, .T = T, .train = true, .sequences = can_sample(run), .recompute = o.recompute};
     const size_t loading = device_is_host() ? loader_bytes(run.loader.shards, T) : 0;
-    const int sequences = is_given(run.table, "total-batch") ? o.total_batch / T : 0;
+    const int sequences = is_given(run.table, "total-batch") ? o.total_batch / T / processes : 0;
     const Memory memory = check_memory(run.c, o.precision, work, loading, sequences);
     run.x.resize((size_t)B * T);
     run.y.resize((size_t)B * T);
@@ -3057,6 +3028,7 @@ static void create_run_model(Run& run) {
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
+    sum_all(0);  // waits until all have found enough memory free
     run.model = model_create(run.c, o.precision, work);
     if (run.start) read_parameters(*run.start, run.model);
     else initialize_parameters(run.model, run.c, o.seed);
@@ -3226,41 +3198,30 @@ static void log_step(Run& run, double loss, double norm, double lr, double step_
     if (fflush(run.metrics) != 0) die("%s: %s", run.path("metrics.csv").c_str(), strerror(errno));
 }
 
-// Did a signal ask any of the processes to stop?
-static bool must_stop() {
-    double signals = interrupts;
-    sum_over_processes(&signals, 1);
-    return signals > 0;
-}
-
-// Trains until the last step, or until a signal. The model already has the first batch. Of a step's micro-batches, process
-// p computes number p·own ... p·own + own - 1.
+// Trains until the last step, or until a signal comes to a process. The model already has the first batch.
 static void train_steps(Run& run) {
     const Options& o = run.o;
     const int first_step = run.step, micro_batches = o.total_batch / (o.batch * o.sequence);
-    const int own = micro_batches / processes;
     const double start = seconds();
-    while (run.step < o.steps && !must_stop()) {
+    while (run.step < o.steps && sum_all(interrupts) == 0) {
         const double step_start = seconds();
         run.step++;
-        for (int i = 0; i < micro_batches; i++) {
-            if (i / own == process) {
+        for (int i = 1; i <= micro_batches; i++) {
+            if ((i - 1) % processes == process) {  // processes take turns
                 model_forward(run.model, true, 1.0f / micro_batches);
-                model_backward(run.model, processes > 1 && i % own == own - 1);
+                model_backward(run.model, processes > 1 && i + processes > micro_batches);
             }
             run.epoch = run.loader.epoch;
             run.position = run.loader.position;
-            const int next = (i + 1) % micro_batches;
-            if (next == 0 && run.step == o.steps) break;  // the last batch
+            if (i == micro_batches && run.step == o.steps) break;  // the last batch
             loader_batch(run.loader, run.x.data(), run.y.data(), o.batch);  // while a GPU is still computing
-            if (next / own == process) model_set_inputs(run.model, run.x.data(), run.y.data());
+            if (i % processes == process) model_set_inputs(run.model, run.x.data(), run.y.data());
         }
         const double lr = learning_rate(o, run.step);
         const AdamW adamw = {.lr = (float)lr, .beta1 = (float)o.beta1, .beta2 = (float)o.beta2, .eps = 1e-8f,
                              .weight_decay = (float)o.weight_decay};
         model_update(run.model, adamw, o.clip, run.step);
-        double norm = model_norm(run.model), loss = model_loss(run.model) / processes;
-        sum_over_processes(&loss, 1);
+        const double norm = model_norm(run.model), loss = sum_all(model_loss(run.model) / processes);
         const double now = seconds();
         check_finite(run, "the loss", loss);
         check_finite(run, "the gradient's norm", norm);
@@ -3334,7 +3295,7 @@ static void train(Options& o, OptionTable& table) {
         run.first_row = format("0,,%.9g,,,,\n", run.validation.loss);
         show_line(format("step 0/%d  val %.4f", o.steps, run.validation.loss), true);
     }
-    if (!o.resume && must_stop()) return show_line("stopped before the first step; nothing is saved", true);
+    if (!o.resume && sum_all(interrupts) > 0) return show_line("stopped before the first step; nothing is saved", true);
     open_folder(run);  // from here on, files are written
     const double start = seconds();
     train_steps(run);
@@ -3506,7 +3467,9 @@ static const Command commands[] = {
      "has one row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C\n"
      "stops at once. --resume takes options from the checkpoint. With it, you may\n"
      "change --steps, the paths of the shards, and what and how often it logs,\n"
-     "validates, samples and saves; nothing else that the result depends on."},
+     "validates, samples and saves; nothing else that the result depends on. If built\n"
+     "with MPI, N processes that mpirun starts each compute every N-th micro-batch of\n"
+     "a step and update an N-th of the parameters; the first one writes."},
     {"eval", EVAL, eval, "measures a model's loss on text",
      "Needs --model FILE, and --val GLOB or --hellaswag FILE. With --by-position, all\n"
      "but the CSV goes to standard error."},
@@ -3564,7 +3527,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         print_help(stdout, argv[0], table, command);
         return 0;
     }
-    if (processes > 1 && command->bit & (EVAL | GENERATE)) die("%s takes one process; start it without mpirun", command->name);
+    if (processes > 1 && command->bit & (EVAL | GENERATE)) die("%s needs one process: leave out mpirun", command->name);
     device_init(command->bit != DESCRIBE);
     command->run(o, table);
     if (command->bit != TRAIN && (fflush(stdout) != 0 || ferror(stdout))) die("standard output could not be written");
@@ -3576,11 +3539,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
 }
 
 #ifndef GPT2_NO_MAIN
-int main(int argc, char** argv) {
-    const int status = run_program(argc, argv);
-    leave_processes();
-    return status;
-}
+int main(int argc, char** argv) { return run_program(argc, argv); }
 #endif
 
 #ifndef GPT2_CUDA
@@ -4241,8 +4200,7 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
     }
     double sum = 0;
     for (size_t chunk = 0; chunk < chunks; chunk++) sum += ws.squares[chunk];
-    sum_over_processes(&sum, 1);
-    results.norm = sqrt(sum);
+    results.norm = sqrt(sum_all(sum));
     results.gradient_scale = clip_scale(results.norm, clip);
     choose_threads();
 }
@@ -4276,50 +4234,33 @@ template <class X> static void round_weights(X* working, const float* w, size_t 
 static StepResults read_results(Results& results) { return results; }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Sums over processes
+// Several processes (explained in section 2)
 
 #ifdef GPT2_MPI
-static std::future<void> reduction;  // of the last layer that began
+static std::future<void> reduction;  // the newest, which waits for those before it
 
-// In a thread of its own, which looks after the messages now and then: MPI sends them only while it is called.
+// In a thread of its own, which sleeps in between: MPI goes on with a message only when it is called.
 static void reduce_gradients(Model& m, int l) {
     reduction = std::async(std::launch::async, [&m, l, former = std::move(reduction)] {
-        if (former.valid()) former.wait();  // every process takes the layers in the same order
-        std::vector<MPI_Request> requests;
-        float* to = m.received;
-        for_slots(m.tensors, l, [&](const Tensor& t, size_t place, size_t share) {
-            MPI_Ialltoall(m.gradients + place, share, MPI_FLOAT, to, share, MPI_FLOAT, MPI_COMM_WORLD,
-                          &requests.emplace_back());
-            to += t.stride();
-        });
-        for (int done = 0; !done; std::this_thread::sleep_for(std::chrono::microseconds(50)))
-            MPI_Testall(requests.size(), requests.data(), &done, MPI_STATUSES_IGNORE);
-        const float* from = m.received;
-        for_slots(m.tensors, l, [&](const Tensor&, size_t place, size_t share) {
-            float* sum = m.own_gradients + place / processes;
-            std::copy_n(from, share, sum);
+        if (former.valid()) former.wait();
+        for_slots(m.tensors, l, [&](const Tensor& t, size_t slot) {
+            const size_t n = t.share();
+            MPI_Request request;
+            MPI_Ialltoall(m.gradients + slot, n, MPI_FLOAT, m.received, n, MPI_FLOAT, MPI_COMM_WORLD, &request);
+            for (int done = 0; !done; usleep(50)) MPI_Test(&request, &done, MPI_STATUS_IGNORE);
+            float* sum = std::copy_n(m.received, n, m.own_gradients + slot / processes) - n;
             for (int p = 1; p < processes; p++)
-                for (size_t i = 0; i < share; i++) sum[i] += from[p * share + i];
-            from += processes * share;
+                for (size_t i = 0; i < n; i++) sum[i] += m.received[p * n + i];
         });
     });
+    if (l < 0) reduction.get();
 }
-static void finish_reduction() { reduction.get(); }
 
 template <class X> static void gather_weights(ModelOf<X>& m) {
-    const MPI_Datatype type = std::is_same_v<X, float> ? MPI_FLOAT : MPI_UINT16_T;
-    std::vector<MPI_Request> requests;
-    for (int l = -1; l < m.config.L; l++)
-        for_slots(m.tensors, l, [&](const Tensor&, size_t place, size_t share) {
-            MPI_Iallgather(MPI_IN_PLACE, 0, type, m.weights + place, share, type, MPI_COMM_WORLD,
-                           &requests.emplace_back());
-        });
-    MPI_Waitall(requests.size(), requests.data(), MPI_STATUSES_IGNORE);
+    for (const Tensor& t : m.tensors)
+        for (size_t slot = t.place; slot < t.place + t.layers * t.stride(); slot += t.stride())
+            MPI_Allgather(MPI_IN_PLACE, 0, MPI_BYTE, m.weights + slot, t.share() * sizeof(X), MPI_BYTE, MPI_COMM_WORLD);
 }
-#else
-static void reduce_gradients(Model&, int) {}
-static void finish_reduction() {}
-template <class X> static void gather_weights(ModelOf<X>&) {}
 #endif
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -5075,33 +5016,23 @@ static void device_start([[maybe_unused]] char** argv) {
 #endif
 }
 
-// The cores that the affinity mask allows, each divided by the number of local processes that may use it
-[[maybe_unused]] static int own_cores() {
-#ifdef GPT2_MPI
-    std::vector<int> mine(CPU_SETSIZE), users(CPU_SETSIZE);
-    cpu_set_t mask;
-    sched_getaffinity(0, sizeof mask, &mask);
-    for (int i = 0; i < CPU_SETSIZE; i++) mine[i] = CPU_ISSET(i, &mask);
-    MPI_Allreduce(mine.data(), users.data(), CPU_SETSIZE, MPI_INT, MPI_SUM, local_world);
-    double cores = 0;
-    for (int i = 0; i < CPU_SETSIZE; i++) cores += mine[i] ? 1.0 / users[i] : 0;
-    return cores + 1e-9;
-#elif _OPENMP
-    return omp_get_num_procs();
-#endif
-}
-
 static void device_init(bool) {
 #ifdef _OPENMP
-    const int cores = std::min(allowed_threads() / local_processes, own_cores());
-    if (!getenv("OMP_NUM_THREADS")) {
+    int sharers = local_processes;  // processes that may use the same cores
+#if defined(GPT2_MPI) && defined(__linux__)
+    std::vector<cpu_set_t> masks(local_processes);
+    sched_getaffinity(0, sizeof masks[0], &masks[local_process]);
+    MPI_Allgather(MPI_IN_PLACE, 0, MPI_BYTE, masks.data(), sizeof masks[0], MPI_BYTE, local_world);
+    sharers = std::ranges::count_if(masks, [&](auto& mask) { return CPU_EQUAL(&mask, &masks[local_process]); });
+#endif
+    const int cores = std::min(allowed_threads() / local_processes, omp_get_num_procs() / sharers);
+    if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
         omp_set_num_threads(std::max(1, cores));
     } else if (thread_count() > 4096) {
         die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", getenv("OMP_NUM_THREADS"));
     }
     if (processes > 1 && thread_count() > cores)
-        printf("note: %d processes with %s each are more than this machine's cores\n", local_processes,
-               plural(thread_count(), "thread").c_str());
+        printf("note: there are fewer cores than %d processes x %d threads\n", local_processes, thread_count());
 #endif
 }
 
