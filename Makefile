@@ -8,17 +8,17 @@
 # make clean     removes what was built; data/, run/ and .venv stay
 # make -C dev    lists the targets for developers
 # Variables: CXX=clang++, OPENMP= (builds without it), ARCH=-march=x86-64-v3 (for other machines), CUDA=/usr/local/cuda,
-# MPI=1 (for several processes: builds with mpicxx, or the compiler that MPICXX names)
+# MPI=1 (for several processes: builds with mpicxx, or what MPICXX names; the GPU's with NCCL, too)
 
 # Build on all cores. A make called by another one gets JOBS=, since the two share their jobs.
 JOBS := -j$(shell getconf _NPROCESSORS_ONLN)
 MAKEFLAGS += $(JOBS)
 
-# MPI's compiler is a g++ or clang++ that knows where MPI is.
+# MPI's compiler is a g++ or clang++ that knows where MPI is. Its old C++ interface is left out.
 MPICXX ?= mpicxx
+MPIFLAGS = -DGPT2_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
 ifdef MPI
 CXX := $(MPICXX)
-MPIFLAGS := -DGPT2_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
 endif
 
 # $(call builds,FLAGS,PROGRAM) is "yes" if the compiler can build a program with these flags, else empty.
@@ -37,7 +37,7 @@ ARCH += $(if $(call builds,-mprefer-vector-width=512),-mprefer-vector-width=512)
 # sets no errno, so it is one instruction; no operation traps, so a vector loop may compute both sides of a condition;
 # a * b + c is rounded once. -fopenmp-simd applies `omp simd` without OpenMP too.
 MATH = -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd
-CXXFLAGS = -std=c++20 -O3 $(ARCH) $(MATH) -Wall -Wextra -pthread $(OPENMP) $(MPIFLAGS)
+CXXFLAGS = -std=c++20 -O3 $(ARCH) $(MATH) -Wall -Wextra -pthread $(OPENMP) $(if $(MPI),$(MPIFLAGS))
 
 all: train_gpt2 test_gpt2
 train_gpt2 test_gpt2 dev/bench/bench: %: %.cpp train_gpt2.cpp .flags | found
@@ -48,21 +48,22 @@ found:
 
 # Machine code for A100 (sm_80) and H100 or H200 (sm_90), and PTX for later GPUs. Kernels call constexpr functions.
 NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90] \
-            --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-parentheses
+            --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-parentheses \
+            $(if $(MPI),$(MPIFLAGS) -ccbin $(MPICXX))
 NVCC := $(firstword $(wildcard $(addsuffix /nvcc,$(or $(CUDA:=/bin),$(subst :, ,$(PATH)) /usr/local/cuda/bin))))
 no_nvcc = no nvcc in $(or $(CUDA),PATH and /usr/local/cuda)
 nvcc = $(or $(NVCC),$(error $(no_nvcc): CUDA=FOLDER names its folder))
-# The program loads the cuBLASLt that belongs to nvcc, whatever LD_LIBRARY_PATH says.
-CUBLASLT = -lcublasLt -Xlinker -rpath=$(abspath $(dir $(realpath $(NVCC)))../lib64)
+# The program loads the libraries that belong to nvcc, whatever LD_LIBRARY_PATH says.
+LIBRARIES = -lcublasLt $(if $(MPI),-lnccl) -Xlinker -rpath=$(abspath $(dir $(realpath $(NVCC)))../lib64)
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
 	@echo "train_gpt2cu and test_gpt2cu are $(if $(NVCC),built by $(NVCC),left out: $(no_nvcc))"
 train_gpt2cu: train_gpt2.cu train_gpt2.cpp .flags_gpu
-	$(nvcc) $(NVCCFLAGS) $< -o $@ $(CUBLASLT)
+	$(nvcc) $(NVCCFLAGS) $< -o $@ $(LIBRARIES)
 test_gpt2cu: test_gpt2.cpp train_gpt2.cu train_gpt2.cpp .flags_gpu
-	$(nvcc) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ $(CUBLASLT)
+	$(nvcc) $(NVCCFLAGS) -DGPT2_CUDA -x cu $< -o $@ $(LIBRARIES)
 
 # These files hold the flags of the last build; other flags build everything again.
-.flags: made_by = $(CXX) $(CXXFLAGS)
+.flags: made_by = $(CXX) $(CXXFLAGS) $(MPICXX)
 .flags_gpu: made_by = $(NVCC) $(NVCCFLAGS)
 .flags .flags_gpu: always
 	@echo '$(made_by)' | cmp -s - $@ || echo '$(made_by)' > $@

@@ -119,7 +119,7 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     va_list args;
     va_start(args, form);
     fflush(stdout);
-    sleep(std::min(process, 5));
+    sleep(std::min(2 * process, 6));
     const char* over = isatty(STDERR_FILENO) ? "\r\x1b[K" : "";  // a progress line
     fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
@@ -481,7 +481,7 @@ struct Model {
     Results results;
     float *parameters, *gradients;  // where tensors[i].place says
     float *moment1, *moment2, *own_gradients;  // of this process's shares only: that of a slot lies at slot/processes
-    float* received;              // in reduce_gradients: (processes, share) of a slot, or of all slots of a layer
+    float* received;              // in reduce_gradients: (processes, share) of a slot
     int accumulated;              // backward passes since the last update
     size_t loss_count;            // tokens in results.loss_sum
     Slots<float> ln_mean, ln_rstd;  // (2L+1, B, T) LayerNorm 2l is before layer l's attention, 2l+1 before its MLP
@@ -625,7 +625,7 @@ template <class X> static void update(ModelOf<X>& m, const AdamW& a, float clip,
                          v_correction);
         }
     }
-    gather_weights(m);
+    if (processes > 1) gather_weights(m);
     m.accumulated = 0;
 }
 
@@ -1002,10 +1002,10 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     all.take(m.gradients, P_trained, &Memory::gradients, true);
     all.take(m.moment1, P_trained / processes, &Memory::moments, true);
     all.take(m.moment2, P_trained / processes, &Memory::moments, true);
-    const size_t of_layers = m.tensors[LNFW].place - m.tensors[LN1W].place, of_none = P - of_layers;
+    const size_t largest = std::max({m.tensors[WTE].stride(), m.tensors[WPE].stride(), m.tensors[FCW].stride()});
+    all.take(m.received, processes > 1 && train ? largest : 0, &Memory::gradients);
     if (processes == 1) m.own_gradients = m.gradients;
     else all.take(m.own_gradients, P_trained / processes, &Memory::gradients);
-    all.take(m.received, processes > 1 && train ? std::max(of_layers / L, of_none) : 0, &Memory::gradients);
 
     // Activations. Backward needs those of all layers. Without it layers share a slot, except in qkv, which skip and
     // depth read in later layers.
@@ -2495,7 +2495,7 @@ static Model* load_model(const ModelFile& file, const Config& c, const Options& 
 
 static std::atomic<int> interrupts{0};  // number of signals that asked the program to stop
 
-static bool on_terminal() { return isatty(STDOUT_FILENO); }
+static bool on_terminal() { return processes == 1 && isatty(STDOUT_FILENO); }  // mpirun's may be of its own
 
 // Prints a line of progress. On a terminal, the next line is drawn over it unless it stays.
 static void show_line(const std::string& text, bool stays) {
@@ -4178,6 +4178,36 @@ static void logits_forward(const Workspace& ws, float* logits, const X* x, const
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// Several processes (explained in section 2)
+
+#ifdef GPT2_MPI
+static std::future<void> reduction;  // the newest, which waits for those before it
+
+// In a thread of its own, which sleeps in between: MPI goes on with a message only when it is called.
+static void reduce_gradients(Model& m, int l) {
+    reduction = std::async(std::launch::async, [&m, l, former = std::move(reduction)] {
+        if (former.valid()) former.wait();
+        for_slots(m.tensors, l, [&](const Tensor& t, size_t slot) {
+            const size_t n = t.share();
+            MPI_Request request;
+            MPI_Ialltoall(m.gradients + slot, n, MPI_FLOAT, m.received, n, MPI_FLOAT, MPI_COMM_WORLD, &request);
+            for (int done = 0; !done; usleep(50)) MPI_Test(&request, &done, MPI_STATUS_IGNORE);
+            float* sum = std::copy_n(m.received, n, m.own_gradients + slot / processes) - n;
+            for (int p = 1; p < processes; p++)
+                for (size_t i = 0; i < n; i++) sum[i] += m.received[p * n + i];
+        });
+    });
+    if (l < 0) reduction.get();
+}
+
+template <class X> static void gather_weights(ModelOf<X>& m) {
+    for (const Tensor& t : m.tensors)
+        for (size_t slot = t.place; slot < t.place + t.layers * t.stride(); slot += t.stride())
+            MPI_Allgather(MPI_IN_PLACE, 0, MPI_BYTE, m.weights + slot, t.share() * sizeof(X), MPI_BYTE, MPI_COMM_WORLD);
+}
+#endif
+
+// --------------------------------------------------------------------------------------------------------------------
 // Losses, norm, AdamW
 
 static void sum_losses(Results& results, const float* losses, size_t n, bool add) {
@@ -4232,36 +4262,6 @@ template <class X> static void round_weights(X* working, const float* w, size_t 
 }
 
 static StepResults read_results(Results& results) { return results; }
-
-// --------------------------------------------------------------------------------------------------------------------
-// Several processes (explained in section 2)
-
-#ifdef GPT2_MPI
-static std::future<void> reduction;  // the newest, which waits for those before it
-
-// In a thread of its own, which sleeps in between: MPI goes on with a message only when it is called.
-static void reduce_gradients(Model& m, int l) {
-    reduction = std::async(std::launch::async, [&m, l, former = std::move(reduction)] {
-        if (former.valid()) former.wait();
-        for_slots(m.tensors, l, [&](const Tensor& t, size_t slot) {
-            const size_t n = t.share();
-            MPI_Request request;
-            MPI_Ialltoall(m.gradients + slot, n, MPI_FLOAT, m.received, n, MPI_FLOAT, MPI_COMM_WORLD, &request);
-            for (int done = 0; !done; usleep(50)) MPI_Test(&request, &done, MPI_STATUS_IGNORE);
-            float* sum = std::copy_n(m.received, n, m.own_gradients + slot / processes) - n;
-            for (int p = 1; p < processes; p++)
-                for (size_t i = 0; i < n; i++) sum[i] += m.received[p * n + i];
-        });
-    });
-    if (l < 0) reduction.get();
-}
-
-template <class X> static void gather_weights(ModelOf<X>& m) {
-    for (const Tensor& t : m.tensors)
-        for (size_t slot = t.place; slot < t.place + t.layers * t.stride(); slot += t.stride())
-            MPI_Allgather(MPI_IN_PLACE, 0, MPI_BYTE, m.weights + slot, t.share() * sizeof(X), MPI_BYTE, MPI_COMM_WORLD);
-}
-#endif
 
 // --------------------------------------------------------------------------------------------------------------------
 // What makes the layers fast: matmul

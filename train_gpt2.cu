@@ -12,7 +12,7 @@ comments here say which thread computes what.
 Contents
      types and constants that train_gpt2.cpp expects
      numbers · matmul · linear layers · embedding · LayerNorm · attention: plain, in tiles · skip · depth · KV cache ·
-     classifier · losses, norm, AdamW · the machine
+     classifier · several processes · losses, norm, AdamW · the machine
 
 B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are row-major, in device memory.
 */
@@ -24,6 +24,9 @@ B, T, C, NH, HS, L, V, Vp, maxT are as in train_gpt2.cpp. Arrays in comments are
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef GPT2_MPI
+#include <nccl.h>
+#endif
 #endif
 #include <cstddef>
 #include <cstdint>
@@ -66,7 +69,7 @@ struct Workspace {
     char* cublas;        // (CUBLAS_WORKSPACE bytes) cuBLASLt's own
     float* partial;      // sums over chunks of tokens: layernorm_backward, linear_backward_weight
     float* delta;        // attention_backward: (B, NH, T)
-    double* squares;     // global_norm: sums over chunks of gradients
+    double* squares;     // global_norm: sums over chunks of each process's gradients
     float* dx_sum;       // linear_backward_input, in chunks: (B, T, C), or null if no layer has any
     float* logits;       // logits_forward: (logits_rows, Vp)
     size_t logits_rows;
@@ -83,8 +86,8 @@ struct Workspace {
 // Arithmetic is in float, whatever X is: a bf16 is converted when it is read and rounded when it is written. Products
 // of bf16 are computed on tensor cores, which add in float.
 //
-// Everything runs on one stream, in order, except for the copies of batches, which have a stream of their own. The host
-// queues a whole step (forward, backward, update) and the next batch. It waits only for results: the norm and the loss.
+// Everything runs on one stream, in order, but copies of batches and sums over processes have streams of their own. The
+// host queues a whole step (forward, backward, update) and the next batch. It waits only for the norm and the loss.
 //
 // The head size is a multiple of 8 (device_check), and so are the lengths of rows and the distances between them. Slots
 // begin at multiples of 256 bytes. So every row consists of whole vectors of 8 values.
@@ -235,9 +238,10 @@ __global__ void sum_partials_kernel(float* out, float* second, const float* part
     out[i] = add ? out[i] + total : total;
 }
 
-static void sum_partials(float* out, float* second, const float* partial, size_t chunks, size_t n, bool add) {
+static void sum_partials(float* out, float* second, const float* partial, size_t chunks, size_t n, bool add,
+                         cudaStream_t stream = gpu.stream) {
     dim3 grid((unsigned)ceil_div(n, WARP), second ? 2 : 1), block(WARP, (unsigned)std::min<size_t>(WARP, chunks));
-    sum_partials_kernel<<<grid, block, 0, gpu.stream>>>(out, second, partial, (int)chunks, (int)n, add);
+    sum_partials_kernel<<<grid, block, 0, stream>>>(out, second, partial, (int)chunks, (int)n, add);
     CHECK(cudaGetLastError());
 }
 
@@ -1915,6 +1919,48 @@ static void logits_forward(const Workspace& ws, float* logits, const X* x, const
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// Several processes (explained in section 2)
+
+#ifdef GPT2_MPI
+static ncclComm_t world;            // all processes
+static cudaStream_t sums;           // on which gradients are exchanged and summed
+static cudaEvent_t reached;         // what one of the streams has reached when the other one waits for it
+
+static void check(ncclResult_t e, const char* call, int line) {
+    if (e != ncclSuccess)
+        die("NCCL failed: %s: %s (%s, train_gpt2.cu:%d)", ncclGetErrorString(e), ncclGetLastError(world), call, line);
+}
+
+static void reduce_gradients(Model& m, int l) {
+    CHECK(cudaEventRecord(reached, gpu.stream));
+    CHECK(cudaStreamWaitEvent(sums, reached, 0));
+    for_slots(m.tensors, l, [&](const Tensor& t, size_t slot) {
+        const size_t n = t.share();
+        CHECK(ncclGroupStart());
+        for (int p = 0; p < processes; p++) {
+            CHECK(ncclSend(m.gradients + slot + p * n, n, ncclFloat, p, world, sums));
+            CHECK(ncclRecv(m.received + p * n, n, ncclFloat, p, world, sums));
+        }
+        CHECK(ncclGroupEnd());
+        sum_partials(m.own_gradients + slot / processes, nullptr, m.received, processes, n, false, sums);
+    });
+    if (l >= 0) return;
+    CHECK(cudaEventRecord(reached, sums));
+    CHECK(cudaStreamWaitEvent(gpu.stream, reached, 0));
+}
+
+template <class X>
+static void gather_weights(ModelOf<X>& m) {
+    CHECK(ncclGroupStart());
+    for (const Tensor& t : m.tensors)
+        for (size_t slot = t.place; slot < t.place + t.layers * t.stride(); slot += t.stride())
+            CHECK(ncclAllGather(m.weights + slot + process * t.share(), m.weights + slot, t.share() * sizeof(X),
+                                ncclChar, world, gpu.stream));
+    CHECK(ncclGroupEnd());
+}
+#endif
+
+// --------------------------------------------------------------------------------------------------------------------
 // Losses, norm, AdamW
 
 constexpr int SUM_BLOCK = 256;
@@ -1971,10 +2017,13 @@ __global__ void norm_kernel(StepResults* results, const double* partial, int chu
 }
 
 static void global_norm(const Workspace& ws, Results& results, const float* g, size_t n, float clip) {
-    size_t chunks = ceil_div(n, UPDATE_CHUNK);
-    sum_of_squares_kernel<<<(unsigned)chunks, SUM_BLOCK, 0, gpu.stream>>>(ws.squares, g, n);
+    const size_t chunks = ceil_div(n, UPDATE_CHUNK), own = process * chunks;
+    sum_of_squares_kernel<<<(unsigned)chunks, SUM_BLOCK, 0, gpu.stream>>>(ws.squares + own, g, n);
     CHECK(cudaGetLastError());
-    norm_kernel<<<1, SUM_BLOCK, 0, gpu.stream>>>(results.device, ws.squares, (int)chunks, clip);
+#ifdef GPT2_MPI
+    if (processes > 1) CHECK(ncclAllGather(ws.squares + own, ws.squares, chunks, ncclDouble, world, gpu.stream));
+#endif
+    norm_kernel<<<1, SUM_BLOCK, 0, gpu.stream>>>(results.device, ws.squares, (int)(processes * chunks), clip);
     CHECK(cudaGetLastError());
     results.fresh = false;
 }
@@ -2062,13 +2111,13 @@ template <class X>
 static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Results& results, const Config& c,
                            const Workload& work) {
     const size_t C = c.C, BT = work.tokens(), BT_trained = work.train ? BT : 0;
-    const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;
+    const size_t own_gradients = work.train ? allocated_parameters(tensor_table(c)) / processes : 0;
     all.take(ws.cublas, CUBLAS_WORKSPACE, &Memory::scratch);
     // dw and db of a LayerNorm; db of a linear layer with at most 4C outputs
     const size_t sums = std::max(ceil_div(BT_trained, LAYERNORM_CHUNK) * 2, ceil_div(BT_trained, BIAS_CHUNK) * 4);
     all.take(ws.partial, sums * C, &Memory::scratch);
     all.take(ws.delta, BT_trained * c.NH, &Memory::scratch);
-    all.take(ws.squares, ceil_div(parameters, UPDATE_CHUNK), &Memory::scratch);
+    all.take(ws.squares, processes * ceil_div(own_gradients, UPDATE_CHUNK), &Memory::scratch);
     all.take(ws.dx_sum, has_chunks(c) ? BT_trained * C : 0, &Memory::scratch);
     ws.logits_rows = std::max(1, work.sequences);
     all.take(ws.logits, ws.logits_rows * c.Vp, &Memory::scratch);
@@ -2145,16 +2194,18 @@ static void device_check(const Config& c, const Workload& work) {
                                                           std::max(work.B, work.sequences), GRID_MOST);
 }
 
-static void device_init(char**, bool computes) {
+static void device_start(char**) {}
+static void device_init(bool computes) {
     if (!computes) return;
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
         die("no GPU can be used here (%s): ./train_gpt2 and ./test_gpt2 run on the CPU",
             error == cudaSuccess ? "there is none" : cudaGetErrorString(error));
-    CHECK(cudaSetDevice(0));
+    if (count > 1 && count < local_processes) die("%d GPUs are too few for %d processes", count, local_processes);
+    CHECK(cudaSetDevice(local_process % count));  // with a count of 1, a scheduler may show each process another one
     cudaDeviceProp properties;
-    CHECK(cudaGetDeviceProperties(&properties, 0));
+    CHECK(cudaGetDeviceProperties(&properties, local_process % count));
     if (properties.major < 8)
         die("this program needs a GPU of compute capability 8.0 or later; the %s has %d.%d", properties.name,
             properties.major, properties.minor);
@@ -2165,6 +2216,15 @@ static void device_init(char**, bool computes) {
         std::min(properties.sharedMemPerBlockOptin, properties.sharedMemPerMultiprocessor / 2 - RESERVED);
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CHECK(cudaStreamCreateWithFlags(&gpu.copies, cudaStreamNonBlocking));
+#ifdef GPT2_MPI
+    if (processes == 1) return;
+    ncclUniqueId id;
+    if (process == 0) CHECK(ncclGetUniqueId(&id));
+    MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    CHECK(ncclCommInitRank(&world, processes, id, process));
+    CHECK(cudaStreamCreateWithFlags(&sums, cudaStreamNonBlocking));
+    CHECK(cudaEventCreateWithFlags(&reached, cudaEventDisableTiming));
+#endif
 }
 
 static std::string device_name() { return gpu.name; }

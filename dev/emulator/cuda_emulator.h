@@ -40,6 +40,8 @@ What is caught                                                                  
     pinned memory overwritten before its copy has run, or read before               result     result     result
     an error path of the program: GPT2_EMULATOR_FAIL makes any one call fail        always     always     always
     cuBLASLt: another product's algorithm, pointers aligned less than was promised  always     always     always
+    NCCL: no communicator, a group that is not ended, a number of bytes that is not
+        the sender's, memory that is not the device's                               always     always     always
 "result": a value is wrong, mostly NaN; the caller's test must see it. "some seeds": likewise, but not for every order.
 "-": nothing, or a crash. test.py tries each of these.
 
@@ -50,6 +52,7 @@ Environment                                                                     
     GPT2_EMULATOR_COUNT=0       1: prints at the end how many calls there were
     GPT2_EMULATOR_MEMORY=N      bytes of device memory; 16 GiB if not set
     GPT2_EMULATOR_DEVICES=1     0: there is no device; -1: no driver
+    GPT2_EMULATOR_FIRST=0       number of the first device, so that processes can have different ones
     GPT2_EMULATOR_CAPABILITY=   8.0 (as an A100 has it), 8.6 (RTX 3090), 8.9 (RTX 4090), 9.0 (H100), 10.0 (B200) or 12.0
                                 (RTX 5090): the compute capability, with that GPU's number of multiprocessors, shared
                                 memory and L2 cache. If not set, 9.0 with 4 multiprocessors and 1 MiB of cache
@@ -81,7 +84,8 @@ than a GPU: threads of a warp, or of a block, must meet on the same line.
 Raw PTX cannot be run: put it into small functions, each under #ifndef GPT2_EMULATED, which is defined here. Those that
 are replaced: exp2_approx, mma_m16n8k16, ldmatrix_x4, ldmatrix_x4_trans, cp_async_16, cp_async_wait. cuBLASLt is there
 as far as products of fp32 or bf16 matrices with these epilogues need it; sums are fp32, alpha 1, beta 0 or 1. Before
-compute capability 9.0 it offers no DGELU.
+compute capability 9.0 it offers no DGELU. NCCL is there if GPT2_MPI is defined, for groups of ncclSend, ncclRecv and
+ncclAllGather on one stream.
 
 Contents
      1  the language         keywords, vector types
@@ -93,7 +97,8 @@ Contents
      7  device functions     shuffles and votes, atomics, mathematics, bf16
      8  tensor cores         mma, ldmatrix, cp.async
      9  matrix products      the stand-in for cuBLASLt
-    10  what the compiler calls in the checked build
+    10  messages             the stand-in for NCCL, over MPI
+    11  what the compiler calls in the checked build
 */
 
 #pragma once
@@ -126,6 +131,9 @@ Contents
 #include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef GPT2_MPI
+#include <mpi.h>
+#endif
 
 #ifndef __has_feature
 #define __has_feature(x) 0
@@ -280,6 +288,7 @@ struct Settings {
     bool count = environment("GPT2_EMULATOR_COUNT", 0) != 0;
     size_t memory = (size_t)environment("GPT2_EMULATOR_MEMORY", 1ll << 34);
     int devices = (int)environment("GPT2_EMULATOR_DEVICES", 1);
+    int first_device = (int)environment("GPT2_EMULATOR_FIRST", 0);
     Gpu gpu = gpu_of_environment();
     bool approximate = environment("GPT2_EMULATOR_APPROXIMATE", 0) != 0;
     int algorithms = (int)std::clamp(environment("GPT2_EMULATOR_ALGORITHMS", 1), 1ll, 8ll);
@@ -978,6 +987,8 @@ inline std::vector<cudaStream_t> streams = {&default_stream};
 inline uint64_t serials = 0;
 inline long long calls = 0;
 inline cudaError_t last_error = cudaSuccess;
+inline int device = 0;        // the one in use
+inline int groups_begun = 0;  // of NCCL's calls; they have not ended
 
 inline cudaError_t error(cudaError_t e) { if (e != cudaSuccess) last_error = e; return e; }
 
@@ -1041,6 +1052,7 @@ inline bool run_one() {
 template <class Done>
 void wait_until(Done done) {
     if (grid) fail(self, "calls the host's functions from within a kernel");
+    if (groups_begun) fail(nullptr, "NCCL: the program waits within a group, which ncclGroupEnd has not ended");
     while (!done())
         if (!run_one()) fail(nullptr, "streams wait for each other");
 }
@@ -1167,6 +1179,7 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 }
 inline cudaError_t cudaSetDevice(int device) {
     EMULATOR_CALL("cudaSetDevice");
+    emulator::device = device;
     return emulator::error(device >= 0 && device < emulator::settings.devices ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
@@ -2118,7 +2131,165 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t oper
 }
 
 // ====================================================================================================================
-// 10 · What the compiler calls in the checked build
+// 10 · Messages between processes: the stand-in for NCCL, over MPI
+//
+// A group of calls becomes one work on its stream. Works of a communicator run in the order in which they were put on
+// their streams, as NCCL's do.
+
+#ifdef GPT2_MPI
+enum ncclResult_t { ncclSuccess = 0, ncclUnhandledCudaError = 1, ncclInvalidUsage = 5 };
+enum ncclDataType_t { ncclChar = 0, ncclFloat = 7, ncclDouble = 8, ncclBfloat16 = 9 };
+struct ncclUniqueId {
+    char internal[128];
+};
+struct ncclComm {
+    MPI_Comm processes;
+    int rank, size;
+    std::shared_ptr<emulator::EventState> works = std::make_shared<emulator::EventState>();
+};
+using ncclComm_t = ncclComm*;
+
+#define EMULATOR_NCCL(name) \
+    ::emulator::Call call(name); \
+    if (call.fault) return ncclUnhandledCudaError
+
+namespace emulator {
+
+struct Message {
+    bool sent;
+    char* at;
+    size_t bytes;
+    int peer;
+};
+struct Group {
+    ncclComm_t comm;
+    cudaStream_t stream;
+    std::vector<Message> messages = {};
+};
+inline std::string nccl_error;
+inline Group group;  // what the calls since the first ncclGroupStart have asked for
+
+inline size_t size_of(ncclDataType_t type) {
+    return type == ncclDouble ? 8 : type == ncclFloat ? 4 : type == ncclBfloat16 ? 2 : 1;
+}
+
+inline void run_group(const Group& g) {
+    std::vector<MPI_Request> requests;
+    std::vector<MPI_Status> statuses(g.messages.size());
+    for (const Message& m : g.messages) {
+        MPI_Request& request = requests.emplace_back();
+        if (m.sent) MPI_Isend(m.at, (int)m.bytes, MPI_BYTE, m.peer, 0, g.comm->processes, &request);
+        else MPI_Irecv(m.at, (int)m.bytes, MPI_BYTE, m.peer, 0, g.comm->processes, &request);
+    }
+    bool fits = true;
+    for (int done = 0; !done; usleep(50))
+        fits &= MPI_Testall((int)requests.size(), requests.data(), &done, statuses.data()) == MPI_SUCCESS;
+    for (size_t i = 0; i < statuses.size(); i++) {
+        int bytes = 0;
+        if (g.messages[i].sent) continue;
+        MPI_Get_count(&statuses[i], MPI_BYTE, &bytes);
+        if (!fits || (size_t)bytes != g.messages[i].bytes)
+            fail(nullptr, "NCCL: process %d receives %zu bytes from process %d, which sends another number",
+                 g.comm->rank, g.messages[i].bytes, g.messages[i].peer);
+    }
+}
+
+inline ncclResult_t end_group() {
+    if (groups_begun || group.messages.empty()) return ncclSuccess;
+    const Group g = std::exchange(group, {});
+    auto works = g.comm->works;
+    submit(g.stream, [=] {
+        if (!settings.log) run_group(g);
+        works->done++;
+    }, works, works->recorded);
+    works->recorded++;
+    return ncclSuccess;
+}
+
+inline void add_message(const char* call, bool sent, const void* at, size_t bytes, int peer, ncclComm_t comm,
+                        cudaStream_t stream) {
+    if (!comm) fail(nullptr, "%s without a communicator", call);
+    if (peer < 0 || peer >= comm->size) fail(nullptr, "%s: there is no process %d", call, peer);
+    if (!on_device(at, bytes)) fail(nullptr, "%s: %zu bytes that are not all in device memory", call, bytes);
+    if (!known(stream)) fail(nullptr, "%s on a stream that is not one", call);
+    if (group.messages.empty()) group.comm = comm, group.stream = stream;
+    if (group.comm != comm || group.stream != stream) fail(nullptr, "%s: its group is on another stream", call);
+    group.messages.push_back({sent, (char*)at, bytes, peer});
+}
+
+}  // namespace emulator
+
+inline const char* ncclGetErrorString(ncclResult_t e) {
+    return e == ncclSuccess ? "no error" : e == ncclInvalidUsage ? "invalid usage" : "unhandled cuda error";
+}
+inline const char* ncclGetLastError(ncclComm_t) { return emulator::nccl_error.c_str(); }
+
+inline ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
+    EMULATOR_NCCL("ncclGetUniqueId");
+    snprintf(id->internal, sizeof id->internal, "%d", (int)getpid());
+    return ncclSuccess;
+}
+inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int size, ncclUniqueId id, int rank) {
+    *comm = nullptr;
+    EMULATOR_NCCL("ncclCommInitRank");
+    ncclUniqueId first = id;
+    MPI_Bcast(&first, sizeof first, MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (strcmp(id.internal, first.internal)) emulator::fail(nullptr, "ncclCommInitRank: not the id of process 0");
+    std::vector<int> devices(size);
+    const int own = emulator::settings.first_device + emulator::device;
+    MPI_Allgather(&own, 1, MPI_INT, devices.data(), 1, MPI_INT, MPI_COMM_WORLD);
+    for (int p = 0; p < size; p++) {
+        if (p == rank || devices[p] != own) continue;
+        emulator::nccl_error = emulator::text("Duplicate GPU detected : rank %d and rank %d both on CUDA device %d",
+                                              rank, p, own);
+        return ncclInvalidUsage;
+    }
+    *comm = new ncclComm{MPI_COMM_NULL, rank, size};
+    MPI_Comm_dup(MPI_COMM_WORLD, &(*comm)->processes);
+    MPI_Comm_set_errhandler((*comm)->processes, MPI_ERRORS_RETURN);
+    return ncclSuccess;
+}
+inline ncclResult_t ncclGroupStart() {
+    EMULATOR_NCCL("ncclGroupStart");
+    emulator::groups_begun++;
+    return ncclSuccess;
+}
+inline ncclResult_t ncclGroupEnd() {
+    EMULATOR_NCCL("ncclGroupEnd");
+    if (emulator::groups_begun == 0) emulator::fail(nullptr, "ncclGroupEnd without ncclGroupStart");
+    emulator::groups_begun--;
+    return emulator::end_group();
+}
+inline ncclResult_t ncclSend(const void* from, size_t n, ncclDataType_t type, int peer, ncclComm_t comm,
+                             cudaStream_t stream) {
+    EMULATOR_NCCL("ncclSend");
+    emulator::add_message("ncclSend", true, from, n * emulator::size_of(type), peer, comm, stream);
+    return emulator::end_group();
+}
+inline ncclResult_t ncclRecv(void* to, size_t n, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream) {
+    EMULATOR_NCCL("ncclRecv");
+    emulator::add_message("ncclRecv", false, to, n * emulator::size_of(type), peer, comm, stream);
+    return emulator::end_group();
+}
+inline ncclResult_t ncclAllGather(const void* from, void* to, size_t n, ncclDataType_t type, ncclComm_t comm,
+                                  cudaStream_t stream) {
+    EMULATOR_NCCL("ncclAllGather");
+    if (!comm) emulator::fail(nullptr, "ncclAllGather without a communicator");
+    const size_t bytes = n * emulator::size_of(type);
+    emulator::groups_begun++;
+    for (int p = 0; p < comm->size; p++) {
+        char* place = (char*)to + p * bytes;
+        if (p == comm->rank && place == from) continue;
+        emulator::add_message("ncclAllGather", true, from, bytes, p, comm, stream);
+        emulator::add_message("ncclAllGather", false, place, bytes, p, comm, stream);
+    }
+    emulator::groups_begun--;
+    return emulator::end_group();
+}
+#endif
+
+// ====================================================================================================================
+// 11 · What the compiler calls in the checked build
 //
 // -fsanitize=thread has it call these before each access, and in place of atomic operations.
 

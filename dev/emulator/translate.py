@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 
-CUDA_HEADER = re.compile(r"^[ \t]*#[ \t]*(include[ \t]*<(cuda|cublas|nv|vector_types|device_launch|sm_\d)[^>]*>|"
+CUDA_HEADER = re.compile(r"^[ \t]*#[ \t]*(include[ \t]*<(cuda|cublas|nccl|nv|vector_types|device_launch|sm_\d)[^>]*>|"
                          r"pragma[ \t]+unroll)[^\n]*", re.M)
 QUOTED_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"[^\n]*$', re.M)
 NOT_CODE = re.compile(r"""//(?:\\\n|[^\n])*|/\*.*?\*/|R"([^(\s]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|"""
