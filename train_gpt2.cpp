@@ -62,6 +62,7 @@ A comment like (B, T, C) is the shape of a row-major array. dx is the gradient d
 #include <queue>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -113,13 +114,12 @@ static std::string escaped(const std::string& text, const char* kept = "") {
 // This process's number and how many there are ("Several processes", section 2); the same of those on this machine
 [[maybe_unused]] static int process = 0, processes = 1, local_process = 0, local_processes = 1;
 
-// Prints one line that says what is wrong and how to fix it, and ends all processes with status 1. If all meet the same
-// error, only the first prints it, since the others wait first.
+// Prints one line that says what is wrong and how to fix it, and ends all processes with status 1.
 [[noreturn]] __attribute__((format(printf, 1, 2))) static void die(const char* form, ...) {
     va_list args;
     va_start(args, form);
     fflush(stdout);
-    sleep(std::min(2 * process, 6));
+    std::this_thread::sleep_for(std::chrono::seconds(std::min(2 * process, 6)));  // one line of what all meet
     const char* over = isatty(STDERR_FILENO) ? "\r\x1b[K" : "";  // a progress line
     fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
@@ -3028,7 +3028,9 @@ static void create_run_model(Run& run) {
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
-    sum_all(0);  // waits until all have found enough memory free
+    const std::string data = fingerprints(run.train) + fingerprints(run.val);
+    const double crc = crc32(0, data.data(), data.size());  // sum_all also waits till all have found memory free
+    if (sum_all(crc) != processes * crc) die("the processes find different shards; on every machine, use copies");
     run.model = model_create(run.c, o.precision, work);
     if (run.start) read_parameters(*run.start, run.model);
     else initialize_parameters(run.model, run.c, o.seed);
@@ -3467,9 +3469,8 @@ static const Command commands[] = {
      "has one row per step. Ctrl-C finishes the step, saves and stops; a second Ctrl-C\n"
      "stops at once. --resume takes options from the checkpoint. With it, you may\n"
      "change --steps, the paths of the shards, and what and how often it logs,\n"
-     "validates, samples and saves; nothing else that the result depends on. If built\n"
-     "with MPI, N processes that mpirun starts each compute every N-th micro-batch of\n"
-     "a step and update an N-th of the parameters; the first one writes."},
+     "validates, samples and saves; nothing else that the result depends on.\n"
+     "Built with MPI=1, N processes under mpirun each compute an N-th of a step."},
     {"eval", EVAL, eval, "measures a model's loss on text",
      "Needs --model FILE, and --val GLOB or --hellaswag FILE. With --by-position, all\n"
      "but the CSV goes to standard error."},

@@ -243,7 +243,8 @@ static const int chosen_break = getenv("GPT2_BREAK") ? atoi(getenv("GPT2_BREAK")
 int main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     poison_memory = true;
-    device_init(argv);
+    device_start(argv);
+    device_init();
     const std::string what = argv[1], path = std::string("dev/reference/") + (argc > 2 ? argv[2] : "");
     auto number = [&](int i) { return i < argc ? atoi(argv[i]) : 0; };
     if (what == "products") {
