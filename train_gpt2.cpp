@@ -124,7 +124,7 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
 #ifdef GPT2_MPI
-    if (processes > 1) MPI_Abort(MPI_COMM_WORLD, 1);
+    if (processes > 1) usleep(300'000), MPI_Abort(MPI_COMM_WORLD, 1);  // mpirun could lose a line that is newer
 #endif
     exit(1);
 }
