@@ -1,5 +1,5 @@
-"""The program as several processes, which mpirun starts: on CPUs, and in the emulator on GPUs. MPIRUN=mpirun.mpich tries
-another MPI, which must be the one of MPICXX."""
+"""The program as several processes, which mpirun starts: on CPUs, and in the emulator on GPUs. MPIRUN=mpirun.mpich and
+MPICXX=mpicxx.mpich, the latter for make, too, try another MPI."""
 
 import math
 import os
@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -18,7 +20,7 @@ from helpers import (
     write_shard,
 )
 
-MPIRUN = os.environ.get("MPIRUN", "mpirun")
+MPIRUN, MPICXX = os.environ.get("MPIRUN", "mpirun"), os.environ.get("MPICXX", "mpicxx")
 CPU, GPU = "train_gpt2_mpi", "train_gpt2cu_emulated_mpi"
 pytestmark = pytest.mark.skipif(not shutil.which(MPIRUN) or not all((ROOT / name).exists() for name in (CPU, GPU)),
                                 reason="needs MPI: mpicxx for make, and mpirun")
@@ -187,7 +189,8 @@ def assert_gone(processes):
 
 
 def resumes(out, number, *more):
-    saved = int(re.search(r"checkpoint of step (\d+)", Program(ROOT / CPU).run("describe", "--model", out / "model.bin"))[1])
+    said = Program(ROOT / CPU).run("describe", "--model", out / "model.bin")
+    saved = int(re.search(r"checkpoint of step (\d+)", said)[1])
     Processes(CPU, number).run("train", "--out", out, "--resume", "--steps", saved + 2, *more)
     assert metrics(out)[-1][0] == str(saved + 2)
 
@@ -290,6 +293,35 @@ def test_describe_shards_moments():
 
 
 # GPUs
+
+
+@pytest.fixture(scope="module")
+def nccl(tmp_path_factory):
+    """test_nccl.cu"""
+    emulator, place = ROOT / "dev/emulator", tmp_path_factory.mktemp("nccl")
+    code, program = place / "test.cpp", place / "test"
+    subprocess.run([sys.executable, emulator / "translate.py", emulator / "test_nccl.cu", code], check=True)
+    subprocess.run([MPICXX, "-std=c++20", "-g", "-DGPT2_MPI", "-DOMPI_SKIP_MPICXX", "-DMPICH_SKIP_MPICXX", "-include",
+                    emulator / "cuda_emulator.h", code, "-o", program], check=True)
+    return Processes(program, 2)
+
+
+@pytest.mark.parametrize("what, says", [
+    ("right", None),
+    ("another id", "ncclCommInitRank: not the id of process 0"),
+    ("no communicator", "ncclSend without a communicator"),
+    ("end without start", "ncclGroupEnd without ncclGroupStart"),
+    ("group not ended", "NCCL: the program waits within a group, which ncclGroupEnd has not ended"),
+    ("host memory", "ncclSend: 40 bytes that are not all in device memory"),
+    ("fewer sent", r"NCCL: process \d receives 40 bytes from process \d, which sends another number"),
+    ("more sent", r"NCCL: process \d receives 36 bytes from process \d, which sends another number"),
+    ("two streams", "ncclRecv: its group is on another stream")])
+def test_emulated_nccl(nccl, what, says):
+    for seed in range(1, 5 if what == "right" else 2):
+        nccl.settings["GPT2_EMULATOR_SEED"] = str(seed)
+        status, _, err = nccl.finish(what)
+        assert (status == 0) == (says is None)
+        assert says is None or re.search(f"^emulator: {says}$", err.decode(), re.M), err.decode()
 
 
 def test_more_processes_than_gpus(data, tmp_path):
