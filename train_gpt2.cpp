@@ -4202,9 +4202,13 @@ static void reduce_gradients(Model& m, int l) {
 }
 
 template <class X> static void gather_weights(ModelOf<X>& m) {
-    for (const Tensor& t : m.tensors)
-        for (size_t slot = t.place; slot < t.place + t.layers * t.stride(); slot += t.stride())
-            MPI_Allgather(MPI_IN_PLACE, 0, MPI_BYTE, m.weights + slot, t.share() * sizeof(X), MPI_BYTE, MPI_COMM_WORLD);
+    std::vector<MPI_Request> requests;  // all slots at once, so that the link need not wait for any
+    for (int l = -1; l < m.config.L; l++)
+        for_slots(m.tensors, l, [&](const Tensor& t, size_t slot) {
+            MPI_Iallgather(MPI_IN_PLACE, 0, MPI_BYTE, m.weights + slot, t.share() * sizeof(X), MPI_BYTE,
+                           MPI_COMM_WORLD, &requests.emplace_back());
+        });
+    MPI_Waitall(requests.size(), requests.data(), MPI_STATUSES_IGNORE);
 }
 #endif
 
