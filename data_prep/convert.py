@@ -12,9 +12,12 @@ train_gpt2 or llm.c. Without --to, a model for train_gpt2 is written. OUT is a f
 folder, in which the model is named model.bin, and the tokenizer that IN has becomes tokenizer.bin. Only weights are
 kept, not the state of the training.
 
-The folder of a skip or depth model holds the code of its attention, so it needs trust_remote_code=True:
+The folder of a skip or depth model holds the code of its attention, so Transformers needs trust_remote_code=True:
 
     AutoModelForCausalLM.from_pretrained("mine", trust_remote_code=True)
+    AutoTokenizer.from_pretrained("mine", trust_remote_code=True)
+
+There, a vocabulary of characters leaves out those that it lacks, where train_gpt2 refuses them.
 
 Needs numpy; for tokenizers of byte-level BPE, tiktoken; for ckpt.pt and pytorch_model.bin, torch.
 """
@@ -675,7 +678,7 @@ def bin_files(o, model, bf16):
         files = {o.out: last}
         if others:
             model.tokenizer, model.note = None, "if OUT is a folder, it becomes tokenizer.bin there"
-    for path in files:
+    for path in reversed(files):
         if os.path.isdir(path):
             fail(f"{path} is a folder")
         if os.path.lexists(path) and not o.overwrite:

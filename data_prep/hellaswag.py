@@ -70,7 +70,7 @@ def main():
     if not 1 <= len(lines) <= BEGIN:
         fail(f"{o.input}: has {count(len(lines), 'question')}; the format holds from 1 to {BEGIN:,}")
     questions = [question(f"{o.input}, line {i:,}", line, tokenizer, index) for index, (i, line) in enumerate(lines)]
-    head = header(QUESTIONS, 1, len(questions), max(map(len, questions)))
+    head = header(QUESTIONS, 1, len(questions), max(map(len, questions)), tokenizer.fingerprint())
     write({o.out: [head, *questions]}, [])
     prepare.say([f"{o.out}: {count(len(questions), 'question')}, {sum(map(len, questions)) // 2:,} numbers"])
 

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import sys
 import tempfile
 import zlib
@@ -26,6 +27,12 @@ SPLITS = {"train": "training", "val": "validation"}
 MANY = 1000  # documents: from here on a hash says for each whether it is for validation
 LONG = 1 << 20  # bytes: longer documents are divided even among many
 BLOCK = 1 << 20
+# What begins like this is no text.
+BINARY = {b"\x1f\x8b": "gzip: its name must end in .gz", b"\x28\xb5\x2f\xfd": "zstandard: its name must end in .zst",
+          b"PAR1": "Parquet: its name must end in .parquet", b"BZh": "bzip2: decompress it first",
+          b"\xfd7zXZ": "xz: decompress it first", b"PK\x03\x04": "zip: unpack it first", b"%PDF": "PDF",
+          b"\x89PNG": "PNG", b"\x7fELF": "a program", struct.pack("<i", 20240520): "a shard, as prepare.py writes them",
+          struct.pack("<i", 20240326): "a model", struct.pack("<i", 20240328): "a tokenizer"}
 COMPRESSED_BLOCK = 1 << 13  # for zstandard, up to 256 MB of text
 
 
@@ -60,7 +67,7 @@ def open_file(path):
     """Opens a regular file. O_NONBLOCK: a pipe is refused, even one without a writer."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        fail(f"{path}: not a regular file")
+        fail(f"{path}: not a regular file; for standard input name -")
     return file
 
 
@@ -132,6 +139,11 @@ class Source:
             start, damage = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj, zstandard.ZstdError
         stream = None  # a file is one of these after the other
         with self.open() as f:
+            begin = f.read(8)
+            for magic, kind in BINARY.items():
+                if begin.startswith(magic) and not self.compression and self.kind != "parquet":
+                    fail(f"{self.name}: is no text but {kind}")
+            f.seek(0)
             for block in iter(lambda: f.read(COMPRESSED_BLOCK if self.compression else BLOCK), b""):
                 progress(len(block))
                 if not self.compression:

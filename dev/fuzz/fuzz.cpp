@@ -246,7 +246,7 @@ static void encode_prompt(const Bytes& text) {
     }
 }
 
-static void read_a_question(const Bytes&) { read_questions("questions", V); }
+static void read_a_question(const Bytes&) { read_questions("questions", V, {}); }
 
 static void read_model(const Bytes& input) {
     const ModelFile m = open_model("run/model.bin");

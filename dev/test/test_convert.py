@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import pytest
 from helpers import (ATTENTIONS, BYTES_AND_END_OF_TEXT, CHANNELS, CONTEXT, EVAL_MAGIC, HEADER_BYTES, HEADS, LAYERS,
@@ -476,9 +477,10 @@ def test_nothing_is_replaced_unasked(convert, finished, folder, tmp_path):
     model = finished["skip"] / "model.bin"
     prepared(convert(model, tmp_path / "run"))
     before = contents(tmp_path / "run")
-    refused(convert(model, tmp_path / "run"), "run/tokenizer.bin exists; give another OUT, or --overwrite")
-    (tmp_path / "run" / "tokenizer.bin").unlink()
-    refused(convert(model, tmp_path / "run"), "run/model.bin exists")
+    refused(convert(model, tmp_path / "run"), "run/model.bin exists; give another OUT, or --overwrite")
+    (tmp_path / "run" / "model.bin").rename(tmp_path / "model.bin")
+    refused(convert(model, tmp_path / "run"), "run/tokenizer.bin exists")
+    (tmp_path / "model.bin").rename(tmp_path / "run" / "model.bin")
     refused(convert(model, tmp_path / "run" / "model.bin"), "run/model.bin exists")
     prepared(convert(model, tmp_path / "run", "--overwrite"))
     assert contents(tmp_path / "run") == before
@@ -582,13 +584,17 @@ def test_questions(hellaswag, program, finished, tmp_path):
     numbers = [0, 3, 4, *text(QUESTION["ctx"]), *text(" wraps"), *text(" é"), *text(" rips"), *text(" starts")]
     others = [1, 0, 2, *text("<|endoftext|>"), *text(" a"), *text(" b")]
     sizes = [2 * (2 + len(n)) for n in (numbers, others)]
-    assert out.read_bytes() == header(EVAL_MAGIC, 1, 2, sizes[0]) + tokens_bytes(
+    tokenizer = (finished["skip"] / "tokenizer.bin").read_bytes()
+    crc = struct.unpack("<i", struct.pack("<I", zlib.crc32(tokenizer[12:16], zlib.crc32(tokenizer[HEADER_BYTES:]))))[0]
+    assert out.read_bytes() == header(EVAL_MAGIC, 1, 2, sizes[0], crc) + tokens_bytes(
         [65535, sizes[0], *numbers, 65535, sizes[1], *others])
     refused(hellaswag(questions, out), "out.bin exists")
     short = write_questions(tmp_path / "short", QUESTION | {"ctx": "A"})
     prepared(hellaswag(short, out, "--tokenizer", "bytes", "--overwrite"))
     said = program.run("eval", "--model", finished["skip"] / "model.bin", "--hellaswag", out)
     assert "1 question with 4 endings" in said
+    out.write_bytes(out.read_bytes()[:16] + b"abcd" + out.read_bytes()[20:])
+    program.fails("eval", "--model", finished["skip"] / "model.bin", "--hellaswag", out, says="another tokenizer than")
 
 
 def test_questions_in_gpt2s_tokens(hellaswag, gpt2_bpe, tmp_path):

@@ -1,6 +1,7 @@
 """train_gpt2 generate, eval and describe: text from a model, its loss, its shape."""
 
 import math
+import os
 import random
 import re
 import shutil
@@ -185,7 +186,7 @@ def test_samples_are_those_of_the_next_seeds(program, model):
 def test_prompt_longer_than_the_context_says_what_is_dropped(each_build, no_tokenizer, length):
     args = ["generate", "--model", no_tokenizer, "--prompt-tokens", ",".join(["5"] * length), "--tokens", 2]
     _, _, err = each_build.finish(*args)
-    said = re.search(rb"note: of (\d+) prompt tokens, the last (\d+) count: a full context, 32, keeps its last", err)
+    said = re.search(rb"note: the prompt has (\d+) tokens, more than the context, 32; only the last (\d+) are", err)
     assert bool(said) == (length > CONTEXT)
     assert not said or (int(said[1]) == length and CONTEXT // 2 <= int(said[2]) <= CONTEXT)
 
@@ -211,7 +212,10 @@ def test_prompt_from_a_file(each_build, model, tmp_path):
     piped = subprocess.run(each_build.command([*args, "--prompt-file", "-"]), input=text.encode(), capture_output=True)
     assert piped.stdout.decode() == said
     each_build.fails(*args, "--prompt-file", tmp_path / "none", says="none: No such file")
-    each_build.fails(*args, "--prompt-file", tmp_path, says="is a folder")
+    each_build.fails(*args, "--prompt-file", tmp_path, says="[Ii]s a directory")
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", 'printf %s "$0" > "$1"', text, tmp_path / "pipe"])
+    assert each_build.run(*args, "--prompt-file", tmp_path / "pipe") == said and writer.wait() == 0
     each_build.fails(*args, "--prompt-file", "-", "--prompt", "x", says="give one of --prompt, --prompt-file and")
 
 
@@ -366,7 +370,7 @@ def test_damaged_questions(each_build, model, questions, tmp_path):
     refuses(changed(good, HEADER_BYTES + 10, "<H", 0), "a number of tokens must be from 1")
     refuses(changed(good, HEADER_BYTES + 12, "<H", 257), "a token must be from 0 to 256, but is 257")
     (tmp_path / "bad.bin").write_bytes(questions_bytes([([97] * CONTEXT, [[98], [98, 99]], 0)]))
-    each_build.fails(*args, says="a question has 34 tokens, more than the model's context, 32")
+    each_build.fails(*args, says="question 1 with an ending has 34 tokens, but the model's context is 32")
     each_build.fails(*args, "--val", path, says="eval needs --val GLOB, .*or --hellaswag FILE")
 
 
