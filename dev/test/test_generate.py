@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 
 from helpers import (
-    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, EVAL_MAGIC, HEADER_BYTES, HEADS, LAYERS,
+    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CHANNELS, CONTEXT, END_OF_TEXT, EVAL_MAGIC, HEADER_BYTES, HEADS, LAYERS,
     PARAMETERS, SEQUENCE, VOCABULARY, changed, header, metrics, on_terminal, read_shard, tokens_bytes, weights_only,
     write_shard, write_tokenizer,
 )
@@ -24,6 +24,17 @@ from helpers import (
 def no_tokenizer(model, tmp_path):
     """The model in a folder of its own: it reads and writes numbers of tokens."""
     return shutil.copy(model, tmp_path / "model.bin")
+
+
+@pytest.fixture
+def lively(no_tokenizer):
+    """With large random weights: the likeliest tokens vary, and depend on all that it reads."""
+    r = random.Random(1)
+    last_norm = [1] * CHANNELS + [0] * CHANNELS
+    values = [r.gauss(0, 1) for _ in range(PARAMETERS - len(last_norm))] + last_norm
+    begin = weights_only(no_tokenizer.read_bytes())[:HEADER_BYTES]
+    no_tokenizer.write_bytes(begin + struct.pack(f"<{PARAMETERS}f", *values))
+    return no_tokenizer
 
 
 def tokens_after(program, model, prompt, n):
@@ -70,10 +81,12 @@ def test_generate_without_tokenizer_writes_numbers(each_build, no_tokenizer):
 
 
 @pytest.mark.parametrize("length", range(1, 3 * CONTEXT + 10, 7))
-def test_prompt_of_any_length_goes_on_as_if_generated(program, no_tokenizer, length):
+def test_prompt_of_any_length_goes_on_as_if_generated(program, lively, length):
     """Tokens read in one pass and tokens decoded one by one leave the same behind, past the context's end too."""
-    prompt = tokens_after(program, no_tokenizer, [97], length)
-    assert tokens_after(program, no_tokenizer, prompt, 20) == tokens_after(program, no_tokenizer, [97], length + 20)
+    prompt = tokens_after(program, lively, [97], length)
+    whole = tokens_after(program, lively, [97], length + 20)
+    assert len(set(whole)) > 3
+    assert tokens_after(program, lively, prompt, 20) == whole
 
 
 def test_reader_that_goes_away_ends_generate(program, model):
@@ -161,7 +174,8 @@ def test_stop_ends_the_text_before_it(program, without_state, tmp_path):
     for seed in range(8):
         text = program.run(*args, "--seed", seed)[:-1]
         prompt, rest = text[:len(tokens[1])], text[len(tokens[1]):]
-        for stops in ["bbb"], ["aaaa", "bab"], ["ababa", "bb", "aa"], ["a"], ["x"], ["b" * 30, "ab"]:
+        for stops in (["bbb"], ["aaaa", "bab"], ["ababa", "bb", "aa"], ["a"], ["x"], ["b" * 30, "ab"],
+                      ["a" * 30, "b" * 30]):
             words = [word for stop in stops for word in ("--stop", stop)]
             ends = [rest.find(stop) for stop in stops if stop in rest]
             said = program.run(*args, "--seed", seed, *words)
@@ -219,6 +233,7 @@ def test_end_of_text_ends_the_text_if_asked(program, model):
     """At this temperature all tokens are equally likely."""
     args = ["generate", "--model", model, "--prompt", "abc", "--temperature", 100, "--top-p", 1]
     end = "<|endoftext|>"
+    assert program.run(*args[:3], "--prompt-tokens", f"{END_OF_TEXT},97", "--tokens", 0) == "a\n"
     for seed in range(5):
         text = program.run(*args, "--tokens", 1000, "--seed", seed)
         stopped = program.run(*args, "--tokens", 1000, "--seed", seed, "--stop-at-end")
