@@ -3238,6 +3238,7 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
         Ending& e = all.endings[i];
         const float* own = losses + all.contexts[e.question].size() - 1;
         e.loss = std::accumulate(own, own + e.tokens.size(), 0.0);
+        if (!std::isfinite(e.loss)) die("%s: a loss is not finite: its training failed", o.model.c_str());
         e.mean = e.loss / e.tokens.size();
     });
     show_line(format("data       %s with %s", plural(all.contexts.size(), "question").c_str(),
@@ -3251,6 +3252,8 @@ static void eval(Options& o, OptionTable&) {
     ModelFile file = open_weights(o, "eval");
     if (o.val.empty() == o.hellaswag.empty())
         die("eval needs --val GLOB, the shards to measure the loss on, or --hellaswag FILE");
+    if (o.val.empty() && (o.by_position || !o.depth_weights.empty()))
+        die("--by-position and --depth-weights need --val GLOB");
     std::vector<std::string> paths = o.val.empty() ? std::vector<std::string>{} : expand_glob("val", o.val);
     Tokenizer tokenizer = find_tokenizer(o.tokenizer, file, paths);
     Config c = configure(o, file, tokenizer);
@@ -3283,6 +3286,8 @@ static void generate(Options& o, OptionTable&) {
     if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
     if (!o.stop.empty() && !tokenizer.known()) die("--stop needs a tokenizer: name one with --tokenizer");
+    if (o.stop_at_end && tokenizer.end_of_text < 0)
+        die("--stop-at-end needs a tokenizer that has an end-of-text; name one with --tokenizer");
     if (prompt.size() > (size_t)c.maxT)
         fprintf(stderr, "note: of %zu prompt tokens, the last %d count: a full context, %d, keeps its last half\n",
                 prompt.size(), tokens_to_read(c.maxT, 0, prompt.size()), c.maxT);

@@ -242,6 +242,13 @@ def test_end_of_text_ends_the_text_if_asked(program, model):
         assert text.startswith(stopped[:-2]) and end not in stopped  # the last character may have been cut off
 
 
+def test_no_end_of_text_to_stop_at(each_build, without_state, tmp_path):
+    args = ["generate", "--model", without_state, "--stop-at-end", "--prompt-tokens", 1]
+    each_build.fails(*args, says="--stop-at-end needs a tokenizer that has an end-of-text")
+    write_tokenizer(tmp_path / "t.bin", BYTES_AND_END_OF_TEXT)
+    each_build.fails(*args, "--tokenizer", tmp_path / "t.bin", says="--stop-at-end needs a tokenizer")
+
+
 def test_penalty_avoids_repetition(program, no_tokenizer):
     args = ["generate", "--model", no_tokenizer, "--prompt-tokens", 97, "--tokens", CONTEXT - 1, "--temperature", 0]
     tokens = program.run(*args).split()
@@ -383,6 +390,16 @@ def test_damaged_questions(each_build, model, questions, tmp_path):
     (tmp_path / "bad.bin").write_bytes(questions_bytes([([97] * CONTEXT, [[98], [98, 99]], 0)]))
     each_build.fails(*args, says="a question has 34 tokens, more than the model's context, 32")
     each_build.fails(*args, "--val", path, says="eval needs --val GLOB, .*or --hellaswag FILE")
+
+
+def test_questions_without_finite_losses(each_build, no_tokenizer, questions):
+    """The last LayerNorm's weights are too large."""
+    args = ["eval", "--model", no_tokenizer, "--hellaswag", questions[0]]
+    data = weights_only(no_tokenizer.read_bytes())
+    no_tokenizer.write_bytes(data[:-8 * CHANNELS] + struct.pack("<f", 3e38) * CHANNELS + data[-4 * CHANNELS:])
+    each_build.fails(*args, says="model.bin: a loss is not finite: its training failed")
+    for more in ["--by-position"], ["--depth-weights", "w.csv"]:
+        each_build.fails(*args, *more, says="--by-position and --depth-weights need --val")
 
 
 # describe
