@@ -2566,13 +2566,9 @@ static int tokens_to_read(int maxT, int cached, int n) {
 
 // Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become
 // l/penalty where l > 0, else l·penalty.
-static void penalize_repetition(std::vector<float>& logits, const std::vector<int>& tokens, double penalty) {
-    if (penalty == 1) return;
-    std::vector<bool> seen(logits.size());
-    for (int token : tokens) {
-        if (!seen[token]) logits[token] *= logits[token] > 0 ? 1 / penalty : penalty;
-        seen[token] = true;
-    }
+static void penalize_repetition(std::vector<float>& logits, const std::vector<bool>& seen, double penalty) {
+    for (size_t i = 0; i < logits.size(); i++)
+        if (seen[i]) logits[i] *= logits[i] > 0 ? 1 / penalty : penalty;
 }
 
 // Samples a token from softmax(logits/temperature), restricted to the top_k likeliest, and of these to the likeliest
@@ -2644,10 +2640,12 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
         return tokenizer.known() ? tokenizer.tokens[token] : std::exchange(space, " ") + std::to_string(token);
     };
     std::vector<int> tokens;         // all so far
+    std::vector<bool> seen(c.V);     // which of the vocabulary these are
     std::vector<float> logits(c.V);  // of the next token
     auto read = [&](const std::vector<int>& more) {
         const int cached = model_cache_length(model), n = tokens_to_read(c.maxT, cached, more.size());
         tokens.insert(tokens.end(), more.begin(), more.end());
+        for (int token : more) seen[token] = true;
         if (cached + more.size() > (size_t)c.maxT) model_reset_cache(model);
         model_prefill(model, tokens.data() + tokens.size() - n, n, logits.data());
     };
@@ -2660,7 +2658,7 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
     const double middle = seconds();
     int made = 0;
     while (made < o.tokens && !stopped && interrupts == 0) {
-        penalize_repetition(logits, tokens, o.repetition_penalty);
+        penalize_repetition(logits, seen, o.repetition_penalty);
         int token = choose_token(logits, o, r);
         made++;
         if (token == tokenizer.end_of_text && o.stop_at_end) break;
