@@ -229,6 +229,12 @@ def test_prompt_from_a_file(each_build, model, tmp_path):
     each_build.fails(*args, "--prompt-file", "-", "--prompt", "x", says="give one of --prompt, --prompt-file and")
 
 
+def test_prompt_like_an_option(each_build, model):
+    args = ["generate", "--model", model, "--prompt"]
+    assert each_build.run(*args, "--token", "--tokens", 0) == "--token\n"
+    each_build.fails(*args, "--tokens", 5, says="--prompt needs a value: --prompt TEXT")
+
+
 def test_end_of_text_ends_the_text_if_asked(program, model):
     """At this temperature all tokens are equally likely."""
     args = ["generate", "--model", model, "--prompt", "abc", "--temperature", 100, "--top-p", 1]
@@ -291,6 +297,13 @@ def test_eval_figures_agree(each_build, model, data):
 def test_eval_under_another_attention(each_build, model, data):
     said = each_build.run("eval", "--model", model, "--val", data / "val_0.bin", "--attention", "vanilla")
     assert "attention  vanilla" in said
+
+
+def test_eval_of_so_many_tokens(each_build, model, data):
+    """Whole windows, one at least."""
+    args = ["eval", "--model", model, "--val", data / "val_0.bin", "--sequence", SEQUENCE, "--val-tokens"]
+    for asked, measured in (1, SEQUENCE), (3 * SEQUENCE, 3 * SEQUENCE), (4 * SEQUENCE - 1, 3 * SEQUENCE), (0, 384):
+        assert f"data       {measured} tokens " in each_build.run(*args, asked)
 
 
 def test_eval_by_position(each_build, model, data, tmp_path):
