@@ -2573,13 +2573,9 @@ static int tokens_to_read(int maxT, int cached, int n) {
 
 // Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become
 // l/penalty where l > 0, else l·penalty.
-static void penalize_repetition(std::vector<float>& logits, const std::vector<int>& tokens, double penalty) {
-    if (penalty == 1) return;
-    std::vector<bool> seen(logits.size());
-    for (int token : tokens) {
-        if (!seen[token]) logits[token] *= logits[token] > 0 ? 1 / penalty : penalty;
-        seen[token] = true;
-    }
+static void penalize_repetition(std::vector<float>& logits, const std::vector<bool>& seen, double penalty) {
+    for (size_t i = 0; i < logits.size(); i++)
+        if (seen[i]) logits[i] *= logits[i] > 0 ? 1 / penalty : penalty;
 }
 
 // Samples a token from softmax(logits/temperature), restricted to the top_k likeliest, and of these to the likeliest
@@ -2651,10 +2647,12 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
         return tokenizer.known() ? tokenizer.tokens[token] : std::exchange(space, " ") + std::to_string(token);
     };
     std::vector<int> tokens;         // all so far
+    std::vector<bool> seen(c.V);     // which of the vocabulary these are
     std::vector<float> logits(c.V);  // of the next token
     auto read = [&](const std::vector<int>& more) {
         const int cached = model_cache_length(model), n = tokens_to_read(c.maxT, cached, more.size());
         tokens.insert(tokens.end(), more.begin(), more.end());
+        for (int token : more) seen[token] = true;
         if (cached + more.size() > (size_t)c.maxT) model_reset_cache(model);
         model_prefill(model, tokens.data() + tokens.size() - n, n, logits.data());
     };
@@ -2667,7 +2665,7 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
     const double middle = seconds();
     int made = 0;
     while (made < o.tokens && !stopped && interrupts == 0) {
-        penalize_repetition(logits, tokens, o.repetition_penalty);
+        penalize_repetition(logits, seen, o.repetition_penalty);
         int token = choose_token(logits, o, r);
         made++;
         if (token == tokenizer.end_of_text && o.stop_at_end) break;
@@ -3249,6 +3247,7 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
         Ending& e = all.endings[i];
         const float* own = losses + all.contexts[e.question].size() - 1;
         e.loss = std::accumulate(own, own + e.tokens.size(), 0.0);
+        if (!std::isfinite(e.loss)) die("%s: a loss is not finite: its training failed", o.model.c_str());
         e.mean = e.loss / e.tokens.size();
     });
     show_line(format("data       %s with %s", plural(all.contexts.size(), "question").c_str(),
@@ -3296,6 +3295,8 @@ static void generate(Options& o, OptionTable&) {
     if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
     if (!o.stop.empty() && !tokenizer.known()) die("--stop needs a tokenizer: name one with --tokenizer");
+    if (o.stop_at_end && tokenizer.end_of_text < 0)
+        die("--stop-at-end needs a tokenizer that has an end-of-text; name one with --tokenizer");
     if (prompt.size() > (size_t)c.maxT)
         fprintf(stderr, "note: the prompt has %s, more than the context, %d; only the last %d are read\n",
                 plural(prompt.size(), "token").c_str(), c.maxT, tokens_to_read(c.maxT, 0, prompt.size()));
