@@ -24,6 +24,7 @@ Needs numpy; for tokenizers of byte-level BPE, tiktoken; for ckpt.pt and pytorch
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -39,7 +40,7 @@ from types import SimpleNamespace
 
 import prepare
 from prepare import HEADER_BYTES, Tokenizer, header, read_vocabulary
-from texts import count, fail, open_file, package, reason
+from texts import count, fail, lock, make_folder, open_file, package, reason, remove_empty
 
 MODEL, TRAILER = 20240326, 20240329  # magic numbers
 CODE = "modeling_gpt2x3.py"  # Transformers' GPT-2 with skip and depth
@@ -193,7 +194,9 @@ def read_model(path):
     for name in "tokenizer.bin", "gpt2_tokenizer.bin":  # llm.c's name
         beside = os.path.join(os.path.dirname(path), name)
         if not model.tokenizer and os.path.exists(beside):
-            model.tokenizer = read_vocabulary(beside)
+            model.tokenizer = tokens, end_of_text, _ = read_vocabulary(beside)
+            if name == "gpt2_tokenizer.bin" and importlib.util.find_spec("tiktoken"):  # it lacks what prompts need
+                model.tokenizer = tokens, end_of_text, Tokenizer(beside, tokens, end_of_text).content
             n = len(model.tokenizer[0])
             if n != c["V"]:
                 fail(f"{beside} has {count(n, 'token')}, but {path} has a vocabulary of {c['V']:,}: it is another's")
@@ -593,9 +596,10 @@ def write(files, former):
     instant, it leaves the old files, the new ones, or some without the last, which makes a model of them."""
     *others, last = files
     folder = os.path.dirname(last) or "."
-    made = not os.path.isdir(folder)
+    made = []
     try:
-        os.makedirs(folder, exist_ok=True)
+        made = make_folder(folder)
+        lock(folder)
         for path, pieces in files.items():
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path + ".tmp")  # of a run that was killed; it could be a link
@@ -611,7 +615,6 @@ def write(files, former):
                     os.remove(path)
             for path in files:
                 os.replace(path + ".tmp", path)
-            made = False
             with contextlib.suppress(OSError):  # some file systems cannot
                 number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 os.fsync(number)
@@ -623,9 +626,7 @@ def write(files, former):
         for path in files:
             with contextlib.suppress(OSError):
                 os.remove(path + ".tmp")
-        if made:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+        remove_empty(made)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -673,6 +674,13 @@ def bin_files(o, model, bf16):
         files[os.path.join(o.out, "tokenizer.bin")] = [model.tokenizer[2]]
     if model.config:
         files[os.path.join(o.out, "model.bin")] = model_file(model, bf16, trailer=o.to == "train_gpt2")
+        former = os.path.join(o.out, "tokenizer.bin")
+        if not model.tokenizer and in_folder and os.path.exists(former):
+            n = len(read_vocabulary(former)[0])
+            if n != model.config["V"]:
+                fail(f"{former} has {count(n, 'token')}, but {o.input} has a vocabulary of {model.config['V']:,}; give "
+                     "another OUT, or remove that file")
+            model.note = f"{o.input} has none; {former}, which was there, is taken to be its"
     if not in_folder:
         *others, last = files.values()
         files = {o.out: last}

@@ -17,7 +17,9 @@
 A text is a file, all files in a folder, those that match a pattern in quotes, or - for standard input. In .jsonl files
 (JSON lines) each line is a document, in .parquet files (which need pyarrow) each row. Any other file is a document, or
 with --separator each part of it. All of them can be compressed, as .gz or .zst (which needs zstandard). --dataset needs
-datasets. On a terminal tqdm, if it is installed, shows how far it is.
+datasets; it copies the set beside DIR for the time being, and takes its split validation, if there is one, for
+validation. Of a folder of plain text files it makes a row of each line. On a terminal tqdm, if it is installed, shows
+how far it is.
 
 A document begins with the token <|endoftext|>; those letters in a text are only text.
 
@@ -35,7 +37,6 @@ DIR/gpt2x3_manifest.txt lists the other files with sizes and checksums; it says 
 import argparse
 import array
 import contextlib
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -337,14 +338,10 @@ class Output:
     """Writes files into a hidden folder in DIR, and moves them to DIR together."""
 
     def __init__(self, o):
-        self.folder, self.manifest, self.is_new = o.out, {}, not os.path.isdir(o.out)
+        self.folder, self.manifest = o.out, {}
         try:
-            os.makedirs(self.folder, exist_ok=True)
-            self.lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"--out {self.folder}: another process is writing there; wait for it, or give another --out")
+            self.made = texts.make_folder(self.folder)
+            self.lock = texts.lock(self.folder)
             check_former_files(o)  # again, since another run may just have ended
             for name in os.listdir(self.folder):
                 if re.fullmatch(r"\.prepare-\w{8}", name):  # of a run that was killed: one that lives has the lock
@@ -401,9 +398,7 @@ class Output:
 
     def clear(self):
         shutil.rmtree(self.aside, ignore_errors=True)
-        if self.is_new:
-            with contextlib.suppress(OSError):  # it is not empty, if all went well
-                os.rmdir(self.folder)
+        texts.remove_empty(self.made)
 
 
 class Shards:
@@ -491,7 +486,7 @@ def options():
     o = p.parse_args()
 
     if bool(o.files) == bool(o.dataset):
-        fail("FILEs and --dataset: give one of both" if o.files else "no text: name a FILE, or a --dataset")
+        fail("FILEs and --dataset: give one or the other" if o.files else "no text: name a FILE, or a --dataset")
     if len(o.dataset) > 2:
         fail(f"--dataset {' '.join(o.dataset)}: takes a name and a configuration")
     if o.val and (o.val_tail or o.val_fraction is not None):
@@ -501,7 +496,7 @@ def options():
     if o.separator == "" or o.processes < 1:
         fail("--separator: must not be empty" if o.separator == "" else f"--processes {o.processes}: must be 1 or more")
     if (o.tokenizer == "bpe") != (o.vocab_size is not None):
-        fail("--tokenizer bpe and --vocab-size N (8192, say) take each other")
+        fail("--vocab-size N (8192, say) goes with --tokenizer bpe, and with no other: give both")
     if o.vocab_size is not None and not 257 <= o.vocab_size <= 1 << 16:
         fail(f"--vocab-size {o.vocab_size}: must be from 257 to 65,536: 256 bytes, merges, and <|endoftext|>")
     if not 1 <= o.shard_tokens <= MOST_SHARD_TOKENS:
@@ -515,7 +510,7 @@ def usable_cores():
 
 
 def find_sources(o):
-    """Those of the training text, then those of the validation text, if that is given."""
+    """The sources of the training text, then those of the validation text, if that is given."""
     def find(names):
         return list(texts.find(names, o.field, o.separator and os.fsencode(o.separator), folder))
 
@@ -547,7 +542,7 @@ def find_sources(o):
 
 
 def survey(corpus, tokenizer, o):
-    """The lengths of the documents, in characters (bytes are some, too), and all characters. It ends when the documents
+    """The lengths of the documents, in characters (of bytes: in bytes), and all characters. It ends when the documents
     are many, if nothing else is to be learned from them."""
     lengths, characters = array.array("Q"), set()
     for d in corpus.read("reading"):

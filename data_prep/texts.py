@@ -7,6 +7,7 @@ library are imported when an input needs them.
 
 import bisect
 import contextlib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -52,6 +53,35 @@ def count(n, noun):
 def reason(e):
     """What an exception of another package says, on one line."""
     return " ".join(str(e).split())[:200] or type(e).__name__
+
+
+def make_folder(path):
+    """Makes the folder and those above it. Returns those that it made, from the bottom up."""
+    made = []
+    while path and not os.path.isdir(path):
+        made.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(made):
+        os.mkdir(folder)
+    return made
+
+
+def remove_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is not empty
+            os.rmdir(folder)
+
+
+def lock(folder):
+    """Locks it against other processes that write there, until this one ends. Returns its file descriptor."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another process is writing there; wait for it, or give another folder")
+    except OSError:  # some file systems cannot
+        pass
+    return number
 
 
 def package(name):
@@ -150,6 +180,8 @@ class Source:
                     yield block
                     continue
                 while block:
+                    if not stream and self.compression == ".gz" and not (block := block.lstrip(b"\0")):
+                        break  # tapes and some disks pad with zeros
                     stream = stream or start()
                     try:
                         text = stream.decompress(block)
@@ -175,6 +207,8 @@ class Source:
                         yield place, self.text_of(row, place)
                     if not self.compression:
                         progress(self.size * batch.num_rows / file.metadata.num_rows)
+            except MemoryError:
+                raise
             except Exception as e:  # whatever damage leads to
                 fail(f"{self.name}: not Parquet, or damaged after row {number:,}: {reason(e)}")
 
@@ -372,7 +406,7 @@ def hashed(d, fraction):
 
 
 def nearest_beginning(text, at, reach):
-    """That of a paragraph within reach, else of a line or word, else of a UTF-8 character."""
+    """The position nearest to `at`, within reach, where a paragraph begins, else a line, a word, a UTF-8 character."""
     low, high = max(at - reach, 0), min(at + reach, len(text))
     for mark in "\n\n", "\n", " ":
         before, after = text.rfind(mark, low, at), text.find(mark, max(at - len(mark), 0), high)
