@@ -33,11 +33,13 @@ import os
 import pickle
 import re
 import struct
+import sys
 import warnings
 import zipfile
 import zlib
 from types import SimpleNamespace
 
+sys.dont_write_bytecode = True  # on a full disk, Python would cache half of one, and fail from then on
 import prepare
 from prepare import HEADER_BYTES, Tokenizer, header, read_vocabulary
 from texts import count, fail, lock, make_folder, open_file, package, reason, remove_empty

@@ -12,7 +12,9 @@ train_gpt2.cpp, "HellaSwag and its like". llm.c takes questions with four ending
 import argparse
 import json
 import os
+import sys
 
+sys.dont_write_bytecode = True  # on a full disk, Python would cache half of one, and fail from then on
 import prepare
 from convert import read_file, write
 from prepare import header, uint16

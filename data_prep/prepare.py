@@ -49,6 +49,7 @@ import tempfile
 import zlib
 from types import SimpleNamespace
 
+sys.dont_write_bytecode = True  # on a full disk, Python would cache half of one, and fail from then on
 import texts
 from texts import MANY, SPLITS, Corpus, count, fail, package, reason
 

@@ -267,7 +267,10 @@ def find(names, field, separator, folder):
         if not sys.stdin:
             fail("-: standard input is closed")
         source = Source("standard input", field, separator, tempfile.TemporaryFile(dir=folder), field and "jsonl")
-        shutil.copyfileobj(sys.stdin.buffer, source.copy)
+        try:
+            shutil.copyfileobj(sys.stdin.buffer, source.copy)
+        except OSError as e:
+            fail(f"standard input could not be copied into {folder}: {e.strerror}")
         source.size = source.copy.tell()
         yield source
 

@@ -14,7 +14,7 @@ import pytest
 from helpers import (BYTES_AND_END_OF_TEXT, changed, contents, header, heed_signals, read_shard, wait_until,
                      write_tokenizer)
 from prepare_helpers import (EOT, FILES, SAMPLE, check_manifest, command, decode, encode_by_file, parts, prepared,
-                             read_shards, read_tokenizer, refused, write)
+                             read_shards, read_tokenizer, refused, run, write)
 
 
 def contents_of_files(folder):
@@ -530,7 +530,7 @@ def test_tail_of_several_files(prepare, tmp_path):
 # Full disks, signals, other runs, files that change
 
 
-def test_full_disk(prepare, tmp_path):
+def test_full_disk(root, prepare, tmp_path):
     """A limit on the size of files stands for one."""
     def limit(most):
         def before():
@@ -551,6 +551,12 @@ def test_full_disk(prepare, tmp_path):
             assert contents(out) == before if former else not out.exists()
         refused(prepare(*arguments, write(tmp_path / "c", "ab"), "--overwrite", before=limit(1100)), "tokenizer.bin")
         assert contents(out) == before if former else not out.exists()
+    refused(prepare(*arguments, "-", "--overwrite", before=limit(1000), stdin=b"some text" * 1000),
+            f"standard input could not be copied into {out}: File too large")
+    copy = tmp_path / "copy"  # of the scripts, of which Python has cached nothing
+    shutil.copytree(root / "data_prep", copy / "data_prep", ignore=shutil.ignore_patterns("__pycache__"))
+    refused(run(copy, *arguments, text, "--overwrite", before=limit(1000)), "train_000.bin could not be written")
+    prepared(run(copy, *arguments, text, "--overwrite"))
 
 
 def test_full_standard_output(prepare, tmp_path):
