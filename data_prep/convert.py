@@ -427,6 +427,13 @@ def has_all_bytes(tokens):
     return all(bytes([byte]) in tokens for byte in range(256))
 
 
+def is_of_text(token, tokens):
+    """Is it a byte, a character or merged from two tokens? Texts need it then, so it cannot say where they end."""
+    tokens = set(tokens)
+    return len(token.decode(errors="replace")) == 1 or any(
+        token[:i] in tokens and token[i:] in tokens for i in range(1, len(token)))
+
+
 def read_hugging_face_tokenizer(folder, V, end_of_text):
     """The tokenizer of a model or None, and why there is none."""
     try:
@@ -437,7 +444,7 @@ def read_hugging_face_tokenizer(folder, V, end_of_text):
         return None, f"{folder}: it is damaged ({type(e).__name__}: {reason(e)})"
     if len(tokens) > V:
         return None, f"{folder}: it has {count(len(tokens), 'token')}, but the model's vocabulary is {V:,}"
-    if type(end_of_text) is not int or not 0 <= end_of_text < len(tokens):
+    if type(end_of_text) is not int or not 0 <= end_of_text < len(tokens) or is_of_text(tokens[end_of_text], tokens):
         end_of_text = tokens.index(prepare.END_OF_TEXT) if prepare.END_OF_TEXT in tokens else -1
     tokens += [b"<|unused%d|>" % i for i in range(len(tokens), V)]  # the model has embeddings for more tokens
     others = [token for i, token in enumerate(tokens) if i != end_of_text]

@@ -441,6 +441,22 @@ def test_fewer_tokens_than_the_vocabulary(convert, folder, program, tmp_path):
     program.run("generate", "--model", tmp_path / "out" / "model.bin", "--prompt", "ab", "--tokens", 4)
 
 
+@pytest.mark.parametrize("end_of_text", [0x80, ord("\n"), 256])
+def test_end_of_text_that_texts_need(convert, folder, tmp_path, end_of_text):
+    """Some models end their texts with a newline, or with two, which are one token."""
+    pytest.importorskip("tiktoken")
+    hf = changed_folder(folder["vanilla"], tmp_path / "hf", eos_token_id=end_of_text)
+    whole = json.loads((hf / "tokenizer.json").read_text())
+    byte = {i: letter for letter, i in whole["model"]["vocab"].items()}
+    whole["added_tokens"] = []
+    whole["model"]["vocab"] = {byte[i]: i for i in range(256)} | {2 * byte[10]: 256}
+    whole["model"]["merges"] = [[byte[10], byte[10]]]
+    (hf / "tokenizer.json").write_text(json.dumps(whole))
+    prepared(convert(hf, tmp_path / "out"))
+    tokens, found = read_tokenizer(tmp_path / "out" / "tokenizer.bin")[:2]
+    assert tokens[256] == b"\n\n" and found == -1
+
+
 def test_characters_of_nanogpt(convert, tmp_path):
     found = sorted(characters(70) + ["\n", "é"])
     meta = {"vocab_size": len(found), "itos": dict(enumerate(found)), "stoi": {c: i for i, c in enumerate(found)}}
