@@ -339,7 +339,7 @@ class Output:
     """Writes files into a hidden folder in DIR, and moves them to DIR together."""
 
     def __init__(self, o):
-        self.folder, self.manifest = o.out, {}
+        self.o, self.folder, self.manifest = o, o.out, {}
         try:
             self.made = texts.make_folder(self.folder)
             self.lock = texts.lock(self.folder)
@@ -376,6 +376,7 @@ class Output:
     def move_all(self):
         """Killed at any instant, it leaves the old files, the new ones, or a manifest that says "incomplete"."""
         global outcome
+        check_former_files(self.o)  # other programs do not heed the lock
         names = sorted(self.manifest)
         self.write("incomplete", b"incomplete\n")
         self.write("gpt2x3_manifest.txt", ("gpt2x3 manifest 1\n" + "".join(map(self.manifest.get, names))).encode())

@@ -684,6 +684,13 @@ def test_run_that_ended_meanwhile_is_kept(prepare, root, tmp_path, two_runs):
     assert contents(out) == two_runs["old"][1]
 
 
+def test_files_that_another_program_wrote_meanwhile_are_kept(prepare, tmp_path):
+    out, text = tmp_path / "out", write(tmp_path / "a", SAMPLE)
+    refused(prepare("--tokenizer", "bytes", "--out", out, text, instant=4,
+                    code=f"open({str(out / 'train_000.bin')!r}, 'w').write('mine')"), "train_000.bin exists")
+    assert contents(out) == {"train_000.bin": b"mine"}
+
+
 CHANGES = {
     "longer": "open(text, 'a').write('more')",
     "shorter": "open(text, 'w').write('less')",
