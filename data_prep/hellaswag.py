@@ -29,7 +29,7 @@ def question(where, line, tokenizer, index):
         data = json.loads(line)
         texts, label = [data["ctx"], *(" " + ending for ending in data["endings"])], int(data["label"])
         texts = [text.encode().decode(*tokenizer.decoding) for text in texts]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         fail(f"{where}: must have ctx, endings and label ({type(e).__name__}: {e})")
     if not 0 <= label < len(texts) - 1:
         fail(f"{where}: the label is {label}, of {count(len(texts) - 1, 'ending')}")
@@ -58,6 +58,8 @@ def options():
                    help="the model's: gpt2, bytes or a tokenizer.bin (default: gpt2)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
     o = p.parse_args()
+    if os.path.exists(o.out) and os.path.exists(o.input) and os.path.samefile(o.input, o.out):
+        fail(f"{o.out} is the input; give another OUT")
     if os.path.lexists(o.out) and (os.path.isdir(o.out) or not o.overwrite):
         fail(f"{o.out} exists; give another OUT, or --overwrite to replace it")
     if o.tokenizer in ("chars", "bpe"):

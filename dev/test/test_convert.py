@@ -605,6 +605,7 @@ def test_questions(hellaswag, program, finished, tmp_path):
     assert out.read_bytes() == header(EVAL_MAGIC, 1, 2, sizes[0], crc) + tokens_bytes(
         [65535, sizes[0], *numbers, 65535, sizes[1], *others])
     refused(hellaswag(questions, out), "out.bin exists")
+    refused(hellaswag(questions, questions, "--overwrite"), "in is the input; give another OUT")
     short = write_questions(tmp_path / "short", QUESTION | {"ctx": "A"})
     prepared(hellaswag(short, out, "--tokenizer", "bytes", "--overwrite"))
     said = program.run("eval", "--model", finished["skip"] / "model.bin", "--hellaswag", out)
@@ -627,6 +628,7 @@ def test_questions_in_gpt2s_tokens(hellaswag, gpt2_bpe, tmp_path):
     (json.dumps(QUESTION | {"label": 4}), "the label is 4, of 4 endings"),
     (json.dumps(QUESTION | {"label": -1}), "the label is -1"),
     (json.dumps(QUESTION | {"label": None}), "must have ctx"),
+    (json.dumps(QUESTION | {"label": 1e999}), "must have ctx"),
     (json.dumps(QUESTION | {"endings": "ab", "label": 2}), "the label is 2, of 2 endings"),
     (json.dumps(QUESTION | {"endings": [1, 2]}), "must have ctx"), (json.dumps(QUESTION | {"ctx": ""}), "'' is empty"),
     (json.dumps(QUESTION | {"ctx": "a" * 33_000}), "bytes; the format holds 65,535"),
