@@ -280,7 +280,10 @@ def find_weights(folder):
                 fail(f"{path}.index.json: has no weight_map")
             tensors = {}
             for shard in sorted(set(shards.values())):
-                tensors |= read(os.path.join(folder, os.path.basename(shard)))
+                part = os.path.join(folder, os.path.basename(shard))
+                if not os.path.exists(part):
+                    fail(f"{part}: No such file; {path}.index.json names it")
+                tensors |= read(part)
             return path + ".index.json", tensors
     fail(f"{folder}: has neither model.safetensors nor pytorch_model.bin, whole or in parts")
 
@@ -335,7 +338,8 @@ def read_torch(path):
 
 
 def torch_tensors(path, state):
-    if not isinstance(state, dict) or not all(hasattr(t, "is_floating_point") for t in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and hasattr(t, "is_floating_point") for name, t in state.items()):
         fail(f"{path}: holds no tensors by name")
 
     def read(name):
@@ -605,13 +609,14 @@ def write(files, former):
     instant, it leaves the old files, the new ones, or some without the last, which makes a model of them."""
     *others, last = files
     folder = os.path.dirname(last) or "."
-    made = []
+    made, temporary = [], []
     try:
         made = make_folder(folder)
-        lock(folder)
+        number = lock(folder)
         for path, pieces in files.items():
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path + ".tmp")  # of a run that was killed; it could be a link
+            temporary.append(path + ".tmp")
             with open(path + ".tmp", "xb") as f:
                 for piece in pieces:
                     f.write(piece)
@@ -625,16 +630,14 @@ def write(files, former):
             for path in files:
                 os.replace(path + ".tmp", path)
             with contextlib.suppress(OSError):  # some file systems cannot
-                number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 os.fsync(number)
-                os.close(number)
             prepare.outcome = "all files are written"
     except OSError as e:
         fail(f"{e.filename or folder}: {e.strerror}; {prepare.outcome}")
     finally:
-        for path in files:
+        for path in temporary:
             with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
+                os.remove(path)
         remove_empty(made)
 
 

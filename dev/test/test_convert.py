@@ -204,6 +204,10 @@ def test_parts_of_hugging_face(convert, folder, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     (tmp_path / "hf" / "model-00002-of-00003.safetensors").unlink()
     refused(convert(tmp_path / "hf", tmp_path / "c"), "model-00002-of-00003.safetensors: No such file")
+    for name in "\0", "\ud800":
+        index = json.dumps({"weight_map": {"wte.weight": name}})
+        (tmp_path / "hf" / "model.safetensors.index.json").write_text(index)
+        refused(convert(tmp_path / "hf", tmp_path / "c"), ": No such file")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -562,6 +566,27 @@ def test_stopped_at_any_instant(convert, finished, tmp_path, to):
         if out.exists():
             assert len(contents(out)) == (2 if to == "train_gpt2" else 6)
     assert said == {"error: terminated; nothing was written\n", "error: terminated; all files are written\n"}
+
+
+@pytest.mark.parametrize("to", ["train_gpt2", "hf"])
+def test_two_at_the_same_time(root, convert, finished, tmp_path, to):
+    """At any instant of a run, another begins that writes to the same OUT: what it has is one's or the other's."""
+    whole, said = [], set()
+    for attention in "skip", "depth":
+        prepared(convert(finished[attention] / "model.bin", tmp_path / attention, "--to", to))
+        whole.append(contents(tmp_path / attention))
+    for instant in itertools.count(1):
+        out, heard = tmp_path / f"out{instant}", tmp_path / f"heard{instant}"
+        shutil.copytree(tmp_path / "skip", out)
+        other = list(map(str, [sys.executable, root / "data_prep/convert.py", finished["depth"] / "model.bin", out,
+                               "--to", to, "--overwrite"]))
+        prepared(convert(finished["skip"] / "model.bin", out, "--to", to, "--overwrite", instant=instant, code=(
+            f"import subprocess; subprocess.run({other}, stdout=-3, stderr=open({str(heard)!r}, 'w'))")))
+        if not heard.exists():
+            break
+        said.add(heard.read_text().partition(f"{out}: ")[2])
+        assert contents(out) in whole
+    assert said == {"", "another process is writing there; wait for it, or give another folder\n"}
 
 
 def test_full_disk(convert, finished, folder, tmp_path):

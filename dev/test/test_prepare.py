@@ -667,7 +667,7 @@ def test_second_run_at_the_same_time_is_refused(root, prepare, tmp_path, two_run
         try:
             wait_until(lambda: re.search(r"^State:\s+T", open(f"/proc/{process.pid}/status").read(), re.M), process)
             before = os.listdir(out)
-            refused(prepare(*two_runs["old"][0], "--out", out), f"--out {out}: another process is writing there")
+            refused(prepare(*two_runs["old"][0], "--out", out), f"{out}: another process is writing there")
             assert os.listdir(out) == before and before[0].startswith(".prepare-")
         finally:
             process.send_signal(signal.SIGCONT)
