@@ -58,7 +58,7 @@ def reason(e):
 def make_folder(path):
     """Makes the folder and those above it. Returns those that it made, from the bottom up."""
     made = []
-    while path and not os.path.isdir(path):
+    while path and not os.path.lexists(path):
         made.append(path)
         path = os.path.dirname(path)
     for folder in reversed(made):

@@ -586,7 +586,7 @@ def test_two_at_the_same_time(root, convert, finished, tmp_path, to):
             break
         said.add(heard.read_text().partition(f"{out}: ")[2])
         assert contents(out) in whole
-    assert said == {"", "another process is writing there; wait for it, or give another folder\n"}
+    assert said == {"another process is writing there; wait for it, or give another folder\n"}
 
 
 def test_full_disk(convert, finished, folder, tmp_path):
