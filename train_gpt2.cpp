@@ -3410,6 +3410,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     fprintf(out, "Options of every command\n");
     print_options(out, table, true);
     fprintf(out, "\n%s\nExit status: 0, 1 after an error, or 130 after Ctrl-C (in train, the second).\n", device_help());
+    if (fflush(out) != 0 || ferror(out)) die("standard output could not be written");
 }
 
 // Runs the command that argv names.

@@ -465,6 +465,9 @@ def read_tokens(folder):
         whole = read_json(path)
         vocabulary, model, words = whole["model"]["vocab"], whole["model"], whole.get("pre_tokenizer")
         added = {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}
+        for entry in whole.get("added_tokens") or []:
+            if not entry.get("special", True) and not re.fullmatch(r"<\|.*\|>", entry["content"]):
+                raise NoTokenizer(f"it finds {entry['content']!r}, an added token, inside words, as ours do not")
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []]
         byte_level = bool(words) and BYTE_LEVEL | words | {"trim_offsets": True} == BYTE_LEVEL
         if (model.get("type", "BPE") != "BPE" or whole.get("normalizer") or words and not byte_level

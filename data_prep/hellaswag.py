@@ -27,6 +27,8 @@ BEGIN = 65535  # the first number of a question, so no token may be it
 def question(where, line, tokenizer, index):
     try:
         data = json.loads(line)
+        if not isinstance(data["endings"], list) or not isinstance(data["label"], (int, str)):
+            raise TypeError("endings is a list, label a number")
         texts, label = [data["ctx"], *(" " + ending for ending in data["endings"])], int(data["label"])
         texts = [text.encode().decode(*tokenizer.decoding) for text in texts]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:

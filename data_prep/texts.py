@@ -57,12 +57,11 @@ def reason(e):
 
 def make_folder(path):
     """Makes the folder and those above it. Returns those that it made, from the bottom up."""
-    made = []
-    while path and not os.path.lexists(path):
-        made.append(path)
-        path = os.path.dirname(path)
-    for folder in reversed(made):
-        os.mkdir(folder)
+    made, folder = [], path
+    while folder and not os.path.lexists(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
+    os.makedirs(path, exist_ok=True)
     return made
 
 
@@ -251,9 +250,11 @@ def find_files(names):
             if not os.path.isdir(path):
                 yield path
                 continue
-            inside = []
-            for folder, folders, files in os.walk(path, onerror=refuse):
-                folders[:] = [f for f in folders if not f.startswith(".")]
+            inside, seen = [], set()
+            for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
+                seen.add(os.path.realpath(folder))  # links can lead back
+                folders[:] = [f for f in folders if not f.startswith(".")
+                              and os.path.realpath(os.path.join(folder, f)) not in seen]
                 inside += [os.path.join(folder, f) for f in files if not f.startswith(".")]
             yield from sorted(inside) or fail(f"{path}: a folder without files")
 

@@ -420,6 +420,7 @@ def edit_tokenizer(hf, **changes):
     ({"model": {"vocab": {"a": 0, "b": 2}}}, "not numbered from 0"),
     ({"model": {"vocab": 3}}, "it is damaged"), ({"model": {"vocab": {"東": 0}}}, "it is damaged (KeyError: '東')"),
     ({"added_tokens": [{"id": 257, "content": "more"}]}, "it has 258 tokens, but the model's vocabulary is 257"),
+    ({"added_tokens": [{"id": 3, "content": "the", "special": False}]}, "it finds 'the', an added token, inside words"),
 ])
 def test_tokenizer_of_hugging_face_that_is_not_read(convert, folder, tmp_path, changes, says):
     hf = changed_folder(folder["vanilla"], tmp_path / "hf")
@@ -586,7 +587,7 @@ def test_two_at_the_same_time(root, convert, finished, tmp_path, to):
             break
         said.add(heard.read_text().partition(f"{out}: ")[2])
         assert contents(out) in whole
-    assert said == {"another process is writing there; wait for it, or give another folder\n"}
+    assert said == {"", "another process is writing there; wait for it, or give another folder\n"}
 
 
 def test_full_disk(convert, finished, folder, tmp_path):
@@ -654,7 +655,9 @@ def test_questions_in_gpt2s_tokens(hellaswag, gpt2_bpe, tmp_path):
     (json.dumps(QUESTION | {"label": -1}), "the label is -1"),
     (json.dumps(QUESTION | {"label": None}), "must have ctx"),
     (json.dumps(QUESTION | {"label": 1e999}), "must have ctx"),
-    (json.dumps(QUESTION | {"endings": "ab", "label": 2}), "the label is 2, of 2 endings"),
+    (json.dumps(QUESTION | {"endings": ["a", "b"], "label": 2}), "the label is 2, of 2 endings"),
+    (json.dumps(QUESTION | {"endings": "abcd"}), "endings is a list"),
+    (json.dumps(QUESTION | {"label": 0.7}), "label a number"),
     (json.dumps(QUESTION | {"endings": [1, 2]}), "must have ctx"), (json.dumps(QUESTION | {"ctx": ""}), "'' is empty"),
     (json.dumps(QUESTION | {"ctx": "a" * 33_000}), "bytes; the format holds 65,535"),
     ('{"ctx": "\\ud800", "endings": ["a"], "label": 0}', "must have ctx"), ("[" * 100_000, "must have ctx")])

@@ -356,7 +356,16 @@ def test_a_process_that_is_killed_ends_all(encoding, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is no text
+# Links, and what is no text
+
+
+def test_linked_folders(train, tmp_path):
+    for folder, name in ("a", "1"), ("b", "2"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / name, name)
+    (tmp_path / "a" / "link").symlink_to("../b")
+    (tmp_path / "b" / "back").symlink_to("../a")
+    assert train(tmp_path / "a") == ["1", "2"]
 
 
 @pytest.mark.parametrize("name, content, says", [
