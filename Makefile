@@ -89,7 +89,7 @@ bench: dev/bench/bench
 compare: train_gpt2
 	$(PLOTTING_PYTHON) dev/compare.py $(STUDY)
 plot:
-	$(PLOTTING_PYTHON) dev/plot.py $(RUN)
+	$(PLOTTING_PYTHON) dev/plot.py $(or $(RUN),$(error name the runs: make plot RUN="run/mine run/other"))
 # These need matplotlib and scipy.
 PLOTTING_PYTHON = $(firstword $(wildcard .venv-peers/bin/python) python3)
 clean:

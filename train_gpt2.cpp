@@ -1370,7 +1370,7 @@ static std::string value_text(const Option& o) {
         {"prompt-tokens", &o.prompt_tokens, "LIST", TRAIN | GENERATE, CHANGEABLE, "prompt as token numbers: 1,2,3"},
         {"stop", &o.stop, "TEXT", GENERATE, TRANSIENT, "end before TEXT, like $'\\n'; may be given again"},
         {"stop-at-end", &o.stop_at_end, "", GENERATE, TRANSIENT, "end at end-of-text instead of beginning a new text"},
-        {"samples", &o.samples, "N", GENERATE, TRANSIENT, "number of texts; each has the next seed", 1},
+        {"samples", &o.samples, "N", GENERATE, TRANSIENT, "texts, each with the next seed, with --- between", 1},
         {"tokens", &o.tokens, "N", TRAIN | GENERATE, CHANGEABLE, "generate up to N tokens"},
         {"temperature", &o.temperature, "X", TRAIN | GENERATE, CHANGEABLE, "sampling temperature; 0: greedy", 0, 100},
         {"top-k", &o.top_k, "N", TRAIN | GENERATE, CHANGEABLE, "sample from the N likeliest tokens; 0: all", 0, 65536},
@@ -1663,7 +1663,7 @@ static std::vector<std::string> expand_glob(const char* option, const std::strin
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + (status == 0 ? found.gl_pathc : 0));
     globfree(&found);
     if (paths.empty())
-        die("--%s %s: %s; if the shards have moved, give their new place", option, pattern.c_str(), strerror(reason));
+        die("--%s %s: %s; if shards have moved, give their new place", option, pattern.c_str(), strerror(reason));
     return paths;
 }
 
@@ -2227,7 +2227,9 @@ static ModelFile open_model(const std::string& path) {
     Header h;
     if (m.file.size < HEADER_BYTES) die("%s: not a model: %zu bytes are less than a header", name, m.file.size);
     must_read_at(m.file, 0, h.data(), HEADER_BYTES);
-    if (h[0] != MODEL_MAGIC) die("%s: not a model: it begins with %d, not %d", name, h[0], MODEL_MAGIC);
+    if (h[0] != MODEL_MAGIC)
+        die("%s: not a model: it begins with %d, not %d; data_prep/convert.py takes those of other programs", name, h[0],
+            MODEL_MAGIC);
     m.version = h[1];
     const bool vanilla = m.version == 3 || m.version == 5;
     if (!vanilla && m.version != 1003 && m.version != 1005)
@@ -2401,7 +2403,9 @@ static ModelFile open_weights(const Options& o, const char* command) {
     const char* name = o.model.c_str();
     if (o.model.empty()) die("%s needs --model FILE, a model that train wrote", command);
     if (shapes.contains(o.model)) die("--model %s is a shape without weights; %s needs a model file", name, command);
-    if (!exists(o.model) && errno == ENOENT) die("--model %s: no such file, nor a shape like gpt2 or gpt2-xl", name);
+    if (!exists(o.model) && errno == ENOENT)
+        die("--model %s: no such file, nor a shape like gpt2 or gpt2-xl%s", name,
+            exists(folder_of(o.model) + "/model.bin") ? "; the newest checkpoint there is model.bin" : "");
     return open_model(o.model);
 }
 
@@ -2579,9 +2583,9 @@ static Evaluation evaluate(Model* model, const Config& c, const std::vector<Shar
 // --------------------------------------------------------------------------------------------------------------------
 // HellaSwag and its like: which of several endings continues a text? (Zellers et al. 2019)
 //
-// The file is llm.c's: the header, [0] magic, [1] version 1, [2] number of questions; then each question, in uint16:
-// 65535, its length in bytes, its index, index of the right ending, number of endings; n and the n tokens of the
-// context; n and the n tokens of each ending.
+// The file is llm.c's: the header, [0] magic, [1] version 1, [2] number of questions, and of ours [4] the tokenizer's
+// CRC; then each question, in uint16: 65535, its length in bytes, its index, index of the right ending, number of
+// endings; n and the n tokens of the context; n and the n tokens of each ending.
 
 struct Ending {
     size_t question;
@@ -2595,13 +2599,16 @@ struct Questions {
     std::vector<Ending> endings = {};             // in the order of their questions
 };
 
-static Questions read_questions(const std::string& path, int V) {
+static Questions read_questions(const std::string& path, int V, const Tokenizer& tokenizer) {
     const char* name = path.c_str();
     const std::string content = read_whole(open_file(path));
     Header h = {};
     memcpy(h.data(), content.data(), std::min(content.size(), HEADER_BYTES));
     if (h[0] != EVAL_MAGIC || h[1] != 1)
-        die("%s: holds no questions: it begins with %d and %d, not with %d and 1", name, h[0], h[1], EVAL_MAGIC);
+        die("%s: holds no questions: it begins with %d and %d, not with %d and 1; data_prep/hellaswag.py makes such files",
+            name, h[0], h[1], EVAL_MAGIC);
+    if (h[4] != 0 && tokenizer.known() && tokenizer.crc != format("%08x", h[4]))
+        die("%s: made with another tokenizer than %s; make it anew with that one", name, tokenizer.path.c_str());
     Questions all;
     size_t at = HEADER_BYTES, end = content.size(), question = 0;
     auto next = [&](int low, int high, const char* what) {
@@ -2654,13 +2661,9 @@ static int tokens_to_read(int maxT, int cached, int n) {
 
 // Makes tokens that the text already has less likely, as CTRL does (Keskar et al. 2019): their logits l become
 // l/penalty where l > 0, else l·penalty.
-static void penalize_repetition(std::vector<float>& logits, const std::vector<int>& tokens, double penalty) {
-    if (penalty == 1) return;
-    std::vector<bool> seen(logits.size());
-    for (int token : tokens) {
-        if (!seen[token]) logits[token] *= logits[token] > 0 ? 1 / penalty : penalty;
-        seen[token] = true;
-    }
+static void penalize_repetition(std::vector<float>& logits, const std::vector<bool>& seen, double penalty) {
+    for (size_t i = 0; i < logits.size(); i++)
+        if (seen[i]) logits[i] *= logits[i] > 0 ? 1 / penalty : penalty;
 }
 
 // Samples a token from softmax(logits/temperature), restricted to the top_k likeliest, and of these to the likeliest
@@ -2732,10 +2735,12 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
         return tokenizer.known() ? tokenizer.tokens[token] : std::exchange(space, " ") + std::to_string(token);
     };
     std::vector<int> tokens;         // all so far
+    std::vector<bool> seen(c.V);     // which of the vocabulary these are
     std::vector<float> logits(c.V);  // of the next token
     auto read = [&](const std::vector<int>& more) {
         const int cached = model_cache_length(model), n = tokens_to_read(c.maxT, cached, more.size());
         tokens.insert(tokens.end(), more.begin(), more.end());
+        for (int token : more) seen[token] = true;
         if (cached + more.size() > (size_t)c.maxT) model_reset_cache(model);
         model_prefill(model, tokens.data() + tokens.size() - n, n, logits.data());
     };
@@ -2748,7 +2753,7 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
     const double middle = seconds();
     int made = 0;
     while (made < o.tokens && !stopped && interrupts == 0) {
-        penalize_repetition(logits, tokens, o.repetition_penalty);
+        penalize_repetition(logits, seen, o.repetition_penalty);
         int token = choose_token(logits, o, r);
         made++;
         if (token == tokenizer.end_of_text && o.stop_at_end) break;
@@ -2780,11 +2785,11 @@ static std::vector<int> parse_tokens(const std::string& list, int V) {
 
 // The text of --prompt-file
 static std::string read_prompt(const std::string& path) {
-    if (path != "-") return read_whole(open_file(path));
+    FILE* f = path == "-" ? stdin : fopen(path.c_str(), "r");
     std::string text;
     char buffer[1 << 16];
-    while (size_t n = fread(buffer, 1, sizeof buffer, stdin)) text.append(buffer, n);
-    if (ferror(stdin)) die("--prompt-file -: standard input: %s", strerror(errno));
+    while (size_t n = f ? fread(buffer, 1, sizeof buffer, f) : 0) text.append(buffer, n);
+    if (!f || ferror(f)) die("--prompt-file %s: %s", path.c_str(), strerror(errno));
     return text;
 }
 
@@ -3322,12 +3327,16 @@ static void write_depth_weights(const std::string& path, const Config& c, const 
     commit_file(f);
 }
 
-static void eval_questions(const Options& o, const ModelFile& file, const Config& c) {
-    Questions all = read_questions(o.hellaswag, c.V);
+static void eval_questions(const Options& o, const ModelFile& file, const Config& c, const Tokenizer& tokenizer) {
+    Questions all = read_questions(o.hellaswag, c.V, tokenizer);
     size_t longest = 0;
-    for (const Ending& e : all.endings) longest = std::max(longest, all.contexts[e.question].size() + e.tokens.size());
-    if (longest - 1 > (size_t)c.maxT)
-        die("%s: a question has %zu tokens, more than the model's context, %d", o.hellaswag.c_str(), longest, c.maxT);
+    for (const Ending& e : all.endings) {
+        const size_t n = all.contexts[e.question].size() + e.tokens.size();
+        longest = std::max(longest, n);
+        if (n > (size_t)c.maxT + 1)
+            die("%s: question %zu with an ending has %zu tokens, but the model's context is %d; leave it out of the file",
+                o.hellaswag.c_str(), e.question + 1, n, c.maxT);
+    }
     Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)longest - 1});
     auto read = [&](size_t i, int* x, int* y) {
         std::vector<int> tokens = all.contexts[all.endings[i].question];
@@ -3339,6 +3348,7 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
         Ending& e = all.endings[i];
         const float* own = losses + all.contexts[e.question].size() - 1;
         e.loss = std::accumulate(own, own + e.tokens.size(), 0.0);
+        if (!std::isfinite(e.loss)) die("%s: a loss is not finite: its training failed", o.model.c_str());
         e.mean = e.loss / e.tokens.size();
     });
     show_line(format("data       %s with %s", plural(all.contexts.size(), "question").c_str(),
@@ -3348,10 +3358,12 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
     model_free(model);
 }
 
-static void eval(Options& o, OptionTable&) {
+static void eval(Options& o, OptionTable& table) {
     ModelFile file = open_weights(o, "eval");
     if (o.val.empty() == o.hellaswag.empty())
-        die("eval needs --val GLOB, the shards to measure the loss on, or --hellaswag FILE");
+        die("eval needs --val GLOB, the shards to measure the loss on, or --hellaswag FILE, and not both");
+    for (const char* name : {"sequence", "val-tokens", "by-position", "depth-weights"})
+        if (!o.hellaswag.empty() && is_given(table, name)) die("--%s goes with --val, not with --hellaswag", name);
     std::vector<std::string> paths = o.val.empty() ? std::vector<std::string>{} : expand_glob("val", o.val);
     Tokenizer tokenizer = find_tokenizer(o.tokenizer, file, paths);
     Config c = configure(o, file, tokenizer);
@@ -3359,7 +3371,7 @@ static void eval(Options& o, OptionTable&) {
     FILE* out = o.by_position ? stderr : stdout;  // keeps the CSV apart
     fprintf(out, "model      %s: %s\n", escaped(o.model).c_str(), config_text(c).c_str());
     fprintf(out, "attention  %s; trained as %s\n", attention_text(c).c_str(), attention_names[file.config.attention]);
-    if (!o.hellaswag.empty()) return eval_questions(o, file, c);
+    if (!o.hellaswag.empty()) return eval_questions(o, file, c, tokenizer);
     std::vector<Shard> shards = open_shards("val", paths, o.sequence);
     Model* model = load_model(file, c, o, {.B = o.batch, .T = o.sequence});
     Evaluation e = evaluate(model, c, shards, o, tokenizer);
@@ -3384,9 +3396,11 @@ static void generate(Options& o, OptionTable&) {
     if (prompt[0] < 0 && tokenizer.known()) die("the vocabulary has no newline to begin with; use --prompt");
     if (prompt[0] < 0) die("%s has no tokenizer.bin beside it: use --tokenizer or --prompt-tokens", o.model.c_str());
     if (!o.stop.empty() && !tokenizer.known()) die("--stop needs a tokenizer: name one with --tokenizer");
+    if (o.stop_at_end && tokenizer.end_of_text < 0)
+        die("--stop-at-end needs a tokenizer that has an end-of-text; name one with --tokenizer");
     if (prompt.size() > (size_t)c.maxT)
-        fprintf(stderr, "note: of %zu prompt tokens, the last %d count: a full context, %d, keeps its last half\n",
-                prompt.size(), tokens_to_read(c.maxT, 0, prompt.size()), c.maxT);
+        fprintf(stderr, "note: the prompt has %s, more than the context, %d; only the last %d are read\n",
+                plural(prompt.size(), "token").c_str(), c.maxT, tokens_to_read(c.maxT, 0, prompt.size()));
     Model* model = load_model(file, c, o, {.sequences = 1});
     for (int i = 0; i < o.samples; i++) {
         if (i > 0) printf("---\n");
@@ -3497,7 +3511,8 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     }
     fprintf(out, "Options of every command\n");
     print_options(out, table, true);
-    fprintf(out, "\n%s\nExit status: 0, 1 after an error, or 130 after a second Ctrl-C.\n", device_help());
+    fprintf(out, "\n%s\nExit status: 0, 1 after an error, or 130 after Ctrl-C (in train, the second).\n", device_help());
+    if (fflush(out) != 0 || ferror(out)) die("standard output could not be written");
 }
 
 // Runs the command that argv names.

@@ -12,15 +12,19 @@ train_gpt2 or llm.c. Without --to, a model for train_gpt2 is written. OUT is a f
 folder, in which the model is named model.bin, and the tokenizer that IN has becomes tokenizer.bin. Only weights are
 kept, not the state of the training.
 
-The folder of a skip or depth model holds the code of its attention, so it needs trust_remote_code=True:
+The folder of a skip or depth model holds the code of its attention, so Transformers needs trust_remote_code=True:
 
     AutoModelForCausalLM.from_pretrained("mine", trust_remote_code=True)
+    AutoTokenizer.from_pretrained("mine", trust_remote_code=True)
+
+There, a vocabulary of characters leaves out those that it lacks, where train_gpt2 refuses them.
 
 Needs numpy; for tokenizers of byte-level BPE, tiktoken; for ckpt.pt and pytorch_model.bin, torch.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -29,14 +33,16 @@ import os
 import pickle
 import re
 import struct
+import sys
 import warnings
 import zipfile
 import zlib
 from types import SimpleNamespace
 
+sys.dont_write_bytecode = True  # on a full disk, Python would cache half of one, and fail from then on
 import prepare
 from prepare import HEADER_BYTES, Tokenizer, header, read_vocabulary
-from texts import count, fail, open_file, package, reason
+from texts import count, fail, lock, make_folder, open_file, package, reason, remove_empty
 
 MODEL, TRAILER = 20240326, 20240329  # magic numbers
 CODE = "modeling_gpt2x3.py"  # Transformers' GPT-2 with skip and depth
@@ -190,7 +196,9 @@ def read_model(path):
     for name in "tokenizer.bin", "gpt2_tokenizer.bin":  # llm.c's name
         beside = os.path.join(os.path.dirname(path), name)
         if not model.tokenizer and os.path.exists(beside):
-            model.tokenizer = read_vocabulary(beside)
+            model.tokenizer = tokens, end_of_text, _ = read_vocabulary(beside)
+            if name == "gpt2_tokenizer.bin" and importlib.util.find_spec("tiktoken"):  # it lacks what prompts need
+                model.tokenizer = tokens, end_of_text, Tokenizer(beside, tokens, end_of_text).content
             n = len(model.tokenizer[0])
             if n != c["V"]:
                 fail(f"{beside} has {count(n, 'token')}, but {path} has a vocabulary of {c['V']:,}: it is another's")
@@ -272,7 +280,10 @@ def find_weights(folder):
                 fail(f"{path}.index.json: has no weight_map")
             tensors = {}
             for shard in sorted(set(shards.values())):
-                tensors |= read(os.path.join(folder, os.path.basename(shard)))
+                part = os.path.join(folder, os.path.basename(shard))
+                if not os.path.exists(part):
+                    fail(f"{part}: No such file; {path}.index.json names it")
+                tensors |= read(part)
             return path + ".index.json", tensors
     fail(f"{folder}: has neither model.safetensors nor pytorch_model.bin, whole or in parts")
 
@@ -327,7 +338,8 @@ def read_torch(path):
 
 
 def torch_tensors(path, state):
-    if not isinstance(state, dict) or not all(hasattr(t, "is_floating_point") for t in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and hasattr(t, "is_floating_point") for name, t in state.items()):
         fail(f"{path}: holds no tensors by name")
 
     def read(name):
@@ -419,6 +431,13 @@ def has_all_bytes(tokens):
     return all(bytes([byte]) in tokens for byte in range(256))
 
 
+def is_of_text(token, tokens):
+    """Is it a byte, a character or merged from two tokens? Texts need it then, so it cannot say where they end."""
+    tokens = set(tokens)
+    return len(token.decode(errors="replace")) == 1 or any(
+        token[:i] in tokens and token[i:] in tokens for i in range(1, len(token)))
+
+
 def read_hugging_face_tokenizer(folder, V, end_of_text):
     """The tokenizer of a model or None, and why there is none."""
     try:
@@ -429,7 +448,7 @@ def read_hugging_face_tokenizer(folder, V, end_of_text):
         return None, f"{folder}: it is damaged ({type(e).__name__}: {reason(e)})"
     if len(tokens) > V:
         return None, f"{folder}: it has {count(len(tokens), 'token')}, but the model's vocabulary is {V:,}"
-    if type(end_of_text) is not int or not 0 <= end_of_text < len(tokens):
+    if type(end_of_text) is not int or not 0 <= end_of_text < len(tokens) or is_of_text(tokens[end_of_text], tokens):
         end_of_text = tokens.index(prepare.END_OF_TEXT) if prepare.END_OF_TEXT in tokens else -1
     tokens += [b"<|unused%d|>" % i for i in range(len(tokens), V)]  # the model has embeddings for more tokens
     others = [token for i, token in enumerate(tokens) if i != end_of_text]
@@ -446,6 +465,9 @@ def read_tokens(folder):
         whole = read_json(path)
         vocabulary, model, words = whole["model"]["vocab"], whole["model"], whole.get("pre_tokenizer")
         added = {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}
+        for entry in whole.get("added_tokens") or []:
+            if not entry.get("special", True) and not re.fullmatch(r"<\|.*\|>", entry["content"]):
+                raise NoTokenizer(f"it finds {entry['content']!r}, an added token, inside words, as ours do not")
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []]
         byte_level = bool(words) and BYTE_LEVEL | words | {"trim_offsets": True} == BYTE_LEVEL
         if (model.get("type", "BPE") != "BPE" or whole.get("normalizer") or words and not byte_level
@@ -590,12 +612,14 @@ def write(files, former):
     instant, it leaves the old files, the new ones, or some without the last, which makes a model of them."""
     *others, last = files
     folder = os.path.dirname(last) or "."
-    made = not os.path.isdir(folder)
+    made, temporary = [], []
     try:
-        os.makedirs(folder, exist_ok=True)
+        made = make_folder(folder)
+        number = lock(folder)
         for path, pieces in files.items():
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path + ".tmp")  # of a run that was killed; it could be a link
+            temporary.append(path + ".tmp")
             with open(path + ".tmp", "xb") as f:
                 for piece in pieces:
                     f.write(piece)
@@ -608,21 +632,16 @@ def write(files, former):
                     os.remove(path)
             for path in files:
                 os.replace(path + ".tmp", path)
-            made = False
             with contextlib.suppress(OSError):  # some file systems cannot
-                number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 os.fsync(number)
-                os.close(number)
             prepare.outcome = "all files are written"
     except OSError as e:
         fail(f"{e.filename or folder}: {e.strerror}; {prepare.outcome}")
     finally:
-        for path in files:
+        for path in temporary:
             with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-        if made:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+                os.remove(path)
+        remove_empty(made)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -670,12 +689,19 @@ def bin_files(o, model, bf16):
         files[os.path.join(o.out, "tokenizer.bin")] = [model.tokenizer[2]]
     if model.config:
         files[os.path.join(o.out, "model.bin")] = model_file(model, bf16, trailer=o.to == "train_gpt2")
+        former = os.path.join(o.out, "tokenizer.bin")
+        if not model.tokenizer and in_folder and os.path.exists(former):
+            n = len(read_vocabulary(former)[0])
+            if n != model.config["V"]:
+                fail(f"{former} has {count(n, 'token')}, but {o.input} has a vocabulary of {model.config['V']:,}; give "
+                     "another OUT, or remove that file")
+            model.note = f"{o.input} has none; {former}, which was there, is taken to be its"
     if not in_folder:
         *others, last = files.values()
         files = {o.out: last}
         if others:
             model.tokenizer, model.note = None, "if OUT is a folder, it becomes tokenizer.bin there"
-    for path in files:
+    for path in reversed(files):
         if os.path.isdir(path):
             fail(f"{path} is a folder")
         if os.path.lexists(path) and not o.overwrite:

@@ -12,7 +12,9 @@ train_gpt2.cpp, "HellaSwag and its like". llm.c takes questions with four ending
 import argparse
 import json
 import os
+import sys
 
+sys.dont_write_bytecode = True  # on a full disk, Python would cache half of one, and fail from then on
 import prepare
 from convert import read_file, write
 from prepare import header, uint16
@@ -25,9 +27,11 @@ BEGIN = 65535  # the first number of a question, so no token may be it
 def question(where, line, tokenizer, index):
     try:
         data = json.loads(line)
+        if not isinstance(data["endings"], list) or not isinstance(data["label"], (int, str)):
+            raise TypeError("endings is a list, label a number")
         texts, label = [data["ctx"], *(" " + ending for ending in data["endings"])], int(data["label"])
         texts = [text.encode().decode(*tokenizer.decoding) for text in texts]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         fail(f"{where}: must have ctx, endings and label ({type(e).__name__}: {e})")
     if not 0 <= label < len(texts) - 1:
         fail(f"{where}: the label is {label}, of {count(len(texts) - 1, 'ending')}")
@@ -56,6 +60,8 @@ def options():
                    help="the model's: gpt2, bytes or a tokenizer.bin (default: gpt2)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
     o = p.parse_args()
+    if os.path.exists(o.out) and os.path.exists(o.input) and os.path.samefile(o.input, o.out):
+        fail(f"{o.out} is the input; give another OUT")
     if os.path.lexists(o.out) and (os.path.isdir(o.out) or not o.overwrite):
         fail(f"{o.out} exists; give another OUT, or --overwrite to replace it")
     if o.tokenizer in ("chars", "bpe"):
@@ -70,7 +76,7 @@ def main():
     if not 1 <= len(lines) <= BEGIN:
         fail(f"{o.input}: has {count(len(lines), 'question')}; the format holds from 1 to {BEGIN:,}")
     questions = [question(f"{o.input}, line {i:,}", line, tokenizer, index) for index, (i, line) in enumerate(lines)]
-    head = header(QUESTIONS, 1, len(questions), max(map(len, questions)))
+    head = header(QUESTIONS, 1, len(questions), max(map(len, questions)), tokenizer.fingerprint())
     write({o.out: [head, *questions]}, [])
     prepare.say([f"{o.out}: {count(len(questions), 'question')}, {sum(map(len, questions)) // 2:,} numbers"])
 

@@ -17,7 +17,9 @@
 A text is a file, all files in a folder, those that match a pattern in quotes, or - for standard input. In .jsonl files
 (JSON lines) each line is a document, in .parquet files (which need pyarrow) each row. Any other file is a document, or
 with --separator each part of it. All of them can be compressed, as .gz or .zst (which needs zstandard). --dataset needs
-datasets. On a terminal tqdm, if it is installed, shows how far it is.
+datasets; it copies the set beside DIR for the time being, and takes its split validation, if there is one, for
+validation. Of a folder of plain text files it makes a row of each line. On a terminal tqdm, if it is installed, shows
+how far it is.
 
 A document begins with the token <|endoftext|>; those letters in a text are only text.
 
@@ -35,7 +37,6 @@ DIR/gpt2x3_manifest.txt lists the other files with sizes and checksums; it says 
 import argparse
 import array
 import contextlib
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -48,6 +49,7 @@ import tempfile
 import zlib
 from types import SimpleNamespace
 
+sys.dont_write_bytecode = True  # on a full disk, Python would cache half of one, and fail from then on
 import texts
 from texts import MANY, SPLITS, Corpus, count, fail, package, reason
 
@@ -102,6 +104,12 @@ class Tokenizer:
         appendix = b"".join(map(ranges_of, (r"\p{L}", r"\p{N}", r"\s")))
         table = b"".join(bytes([len(token)]) + token for token in self.tokens)
         self.content = header(TOKENIZER, 2, len(self.tokens), self.end_of_text, len(appendix)) + table + appendix
+
+    def fingerprint(self):
+        """The CRC-32 by which train_gpt2 tells tokenizers apart, as an int32."""
+        table = b"".join(bytes([len(token)]) + token for token in self.tokens)
+        crc = zlib.crc32(struct.pack("<i", self.end_of_text), zlib.crc32(table))
+        return crc - (crc >> 31 << 32)
 
     def encodes_any_text(self):
         return self.bpe or self.decoding[0] == "latin-1"
@@ -331,14 +339,10 @@ class Output:
     """Writes files into a hidden folder in DIR, and moves them to DIR together."""
 
     def __init__(self, o):
-        self.folder, self.manifest, self.is_new = o.out, {}, not os.path.isdir(o.out)
+        self.o, self.folder, self.manifest = o, o.out, {}
         try:
-            os.makedirs(self.folder, exist_ok=True)
-            self.lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"--out {self.folder}: another process is writing there; wait for it, or give another --out")
+            self.made = texts.make_folder(self.folder)
+            self.lock = texts.lock(self.folder)
             check_former_files(o)  # again, since another run may just have ended
             for name in os.listdir(self.folder):
                 if re.fullmatch(r"\.prepare-\w{8}", name):  # of a run that was killed: one that lives has the lock
@@ -372,6 +376,7 @@ class Output:
     def move_all(self):
         """Killed at any instant, it leaves the old files, the new ones, or a manifest that says "incomplete"."""
         global outcome
+        check_former_files(self.o)  # other programs do not heed the lock
         names = sorted(self.manifest)
         self.write("incomplete", b"incomplete\n")
         self.write("gpt2x3_manifest.txt", ("gpt2x3 manifest 1\n" + "".join(map(self.manifest.get, names))).encode())
@@ -395,9 +400,7 @@ class Output:
 
     def clear(self):
         shutil.rmtree(self.aside, ignore_errors=True)
-        if self.is_new:
-            with contextlib.suppress(OSError):  # it is not empty, if all went well
-                os.rmdir(self.folder)
+        texts.remove_empty(self.made)
 
 
 class Shards:
@@ -485,7 +488,7 @@ def options():
     o = p.parse_args()
 
     if bool(o.files) == bool(o.dataset):
-        fail("FILEs and --dataset: give one of both" if o.files else "no text: name a FILE, or a --dataset")
+        fail("FILEs and --dataset: give one or the other" if o.files else "no text: name a FILE, or a --dataset")
     if len(o.dataset) > 2:
         fail(f"--dataset {' '.join(o.dataset)}: takes a name and a configuration")
     if o.val and (o.val_tail or o.val_fraction is not None):
@@ -495,7 +498,7 @@ def options():
     if o.separator == "" or o.processes < 1:
         fail("--separator: must not be empty" if o.separator == "" else f"--processes {o.processes}: must be 1 or more")
     if (o.tokenizer == "bpe") != (o.vocab_size is not None):
-        fail("--tokenizer bpe and --vocab-size N (8192, say) take each other")
+        fail("--vocab-size N (8192, say) goes with --tokenizer bpe, and with no other: give both")
     if o.vocab_size is not None and not 257 <= o.vocab_size <= 1 << 16:
         fail(f"--vocab-size {o.vocab_size}: must be from 257 to 65,536: 256 bytes, merges, and <|endoftext|>")
     if not 1 <= o.shard_tokens <= MOST_SHARD_TOKENS:
@@ -509,7 +512,7 @@ def usable_cores():
 
 
 def find_sources(o):
-    """Those of the training text, then those of the validation text, if that is given."""
+    """The sources of the training text, then those of the validation text, if that is given."""
     def find(names):
         return list(texts.find(names, o.field, o.separator and os.fsencode(o.separator), folder))
 
@@ -541,7 +544,7 @@ def find_sources(o):
 
 
 def survey(corpus, tokenizer, o):
-    """The lengths of the documents, in characters (bytes are some, too), and all characters. It ends when the documents
+    """The lengths of the documents, in characters (of bytes: in bytes), and all characters. It ends when the documents
     are many, if nothing else is to be learned from them."""
     lengths, characters = array.array("Q"), set()
     for d in corpus.read("reading"):

@@ -7,6 +7,7 @@ library are imported when an input needs them.
 
 import bisect
 import contextlib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import sys
 import tempfile
 import zlib
@@ -26,6 +28,12 @@ SPLITS = {"train": "training", "val": "validation"}
 MANY = 1000  # documents: from here on a hash says for each whether it is for validation
 LONG = 1 << 20  # bytes: longer documents are divided even among many
 BLOCK = 1 << 20
+# What begins like this is no text.
+BINARY = {b"\x1f\x8b": "gzip: its name must end in .gz", b"\x28\xb5\x2f\xfd": "zstandard: its name must end in .zst",
+          b"PAR1": "Parquet: its name must end in .parquet", b"BZh": "bzip2: decompress it first",
+          b"\xfd7zXZ": "xz: decompress it first", b"PK\x03\x04": "zip: unpack it first", b"%PDF": "PDF",
+          b"\x89PNG": "PNG", b"\x7fELF": "a program", struct.pack("<i", 20240520): "a shard, as prepare.py writes them",
+          struct.pack("<i", 20240326): "a model", struct.pack("<i", 20240328): "a tokenizer"}
 COMPRESSED_BLOCK = 1 << 13  # for zstandard, up to 256 MB of text
 
 
@@ -47,6 +55,34 @@ def reason(e):
     return " ".join(str(e).split())[:200] or type(e).__name__
 
 
+def make_folder(path):
+    """Makes the folder and those above it. Returns those that it made, from the bottom up."""
+    made, folder = [], path
+    while folder and not os.path.lexists(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
+    os.makedirs(path, exist_ok=True)
+    return made
+
+
+def remove_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is not empty
+            os.rmdir(folder)
+
+
+def lock(folder):
+    """Locks it against other processes that write there, until this one ends. Returns its file descriptor."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another process is writing there; wait for it, or give another folder")
+    except OSError:  # some file systems cannot
+        pass
+    return number
+
+
 def package(name):
     """An optional one."""
     try:
@@ -60,7 +96,7 @@ def open_file(path):
     """Opens a regular file. O_NONBLOCK: a pipe is refused, even one without a writer."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        fail(f"{path}: not a regular file")
+        fail(f"{path}: not a regular file; for standard input name -")
     return file
 
 
@@ -132,12 +168,19 @@ class Source:
             start, damage = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj, zstandard.ZstdError
         stream = None  # a file is one of these after the other
         with self.open() as f:
+            begin = f.read(8)
+            for magic, kind in BINARY.items():
+                if begin.startswith(magic) and not self.compression and self.kind != "parquet":
+                    fail(f"{self.name}: is no text but {kind}")
+            f.seek(0)
             for block in iter(lambda: f.read(COMPRESSED_BLOCK if self.compression else BLOCK), b""):
                 progress(len(block))
                 if not self.compression:
                     yield block
                     continue
                 while block:
+                    if not stream and self.compression == ".gz" and not (block := block.lstrip(b"\0")):
+                        break  # tapes and some disks pad with zeros
                     stream = stream or start()
                     try:
                         text = stream.decompress(block)
@@ -163,6 +206,8 @@ class Source:
                         yield place, self.text_of(row, place)
                     if not self.compression:
                         progress(self.size * batch.num_rows / file.metadata.num_rows)
+            except MemoryError:
+                raise
             except Exception as e:  # whatever damage leads to
                 fail(f"{self.name}: not Parquet, or damaged after row {number:,}: {reason(e)}")
 
@@ -205,9 +250,11 @@ def find_files(names):
             if not os.path.isdir(path):
                 yield path
                 continue
-            inside = []
-            for folder, folders, files in os.walk(path, onerror=refuse):
-                folders[:] = [f for f in folders if not f.startswith(".")]
+            inside, seen = [], set()
+            for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
+                seen.add(os.path.realpath(folder))  # links can lead back
+                folders[:] = [f for f in folders if not f.startswith(".")
+                              and os.path.realpath(os.path.join(folder, f)) not in seen]
                 inside += [os.path.join(folder, f) for f in files if not f.startswith(".")]
             yield from sorted(inside) or fail(f"{path}: a folder without files")
 
@@ -221,7 +268,10 @@ def find(names, field, separator, folder):
         if not sys.stdin:
             fail("-: standard input is closed")
         source = Source("standard input", field, separator, tempfile.TemporaryFile(dir=folder), field and "jsonl")
-        shutil.copyfileobj(sys.stdin.buffer, source.copy)
+        try:
+            shutil.copyfileobj(sys.stdin.buffer, source.copy)
+        except OSError as e:
+            fail(f"standard input could not be copied into {folder}: {e.strerror}")
         source.size = source.copy.tell()
         yield source
 
@@ -360,7 +410,7 @@ def hashed(d, fraction):
 
 
 def nearest_beginning(text, at, reach):
-    """That of a paragraph within reach, else of a line or word, else of a UTF-8 character."""
+    """The position nearest to `at`, within reach, where a paragraph begins, else a line, a word, a UTF-8 character."""
     low, high = max(at - reach, 0), min(at + reach, len(text))
     for mark in "\n\n", "\n", " ":
         before, after = text.rfind(mark, low, at), text.find(mark, max(at - len(mark), 0), high)

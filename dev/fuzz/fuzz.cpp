@@ -36,6 +36,7 @@ static FILE* messages = stderr;
 
 #include <memory>
 #include <set>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 
 // Functions of AddressSanitizer, whose header GCC lacks
@@ -246,7 +247,7 @@ static void encode_prompt(const Bytes& text) {
     }
 }
 
-static void read_a_question(const Bytes&) { read_questions("questions", V); }
+static void read_a_question(const Bytes&) { read_questions("questions", V, {}); }
 
 static void read_model(const Bytes& input) {
     const ModelFile m = open_model("run/model.bin");
@@ -540,6 +541,7 @@ static void fuzz_all(const std::vector<std::string>& names, double most_seconds,
         fflush(stdout);  // else the child has what is not yet written, too
         const pid_t pid = fork();
         if (pid == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);  // it ends with its parent
             start(own);
             fuzz(find_reader(names[next]), all[next], most_seconds);
             exit(0);
@@ -552,7 +554,13 @@ static void fuzz_all(const std::vector<std::string>& names, double most_seconds,
 int main(int argc, char** argv) {
     std::vector<std::string> words(argv + 1, argv + argc);
     const std::string option = words.size() > 1 && words[0].starts_with("--") ? words[0] : "";
-    const std::string value = option.empty() ? "" : words[1], folder = make_folder();
+    const std::string value = option.empty() ? "" : words[1];
+    static const std::string folder = make_folder();
+    for (int number : {SIGINT, SIGTERM})
+        signal(number, [](int) {
+            std::filesystem::remove_all(folder);
+            _exit(130);
+        });
     if (!option.empty()) words.erase(words.begin(), words.begin() + 2);
     if (option == "--seeds") {
         const std::string to = std::filesystem::absolute(value);

@@ -53,14 +53,15 @@ class Fault(Exception):
     pass
 
 
-TIMES = rb"((note|prompt): .*\n)*"  # generate's
+# What is no error: generate's times, and what eval says beside the CSV of --by-position
+ASIDE = rb"((note|prompt): .*\n|(model|attention|data|loss|perplexity|bits/byte) .*\n)*"
 OWN_MESSAGES = rb"\n?libgomp: .*\n"  # OpenMP ends the program if it gets no memory or threads
 
 
 def ended_well(result, also=rb"(?!)"):
     """'worked' or 'refused'. `also`: what else an error may look like."""
     status, _, err = result
-    fine = re.fullmatch(TIMES, err) if status == 0 else re.fullmatch(TIMES + rb"error: [^\0-\x1f\x7f]+\n", err)
+    fine = re.fullmatch(ASIDE, err) if status == 0 else re.fullmatch(ASIDE + rb"error: [^\0-\x1f\x7f]+\n", err)
     if status not in (0, 1) or not (fine or (status == 1 and re.fullmatch(also, err))):
         raise Fault(f"exit status {status}: {err[-300:].decode(errors='replace')!r}")
     return "refused" if status else "worked"

@@ -36,7 +36,9 @@ static void print_counts(int draws, const char* seen, const std::vector<std::str
     const std::string bytes = standard_input();
     std::vector<float> logits(bytes.size() / sizeof(float));
     memcpy(logits.data(), bytes.data(), logits.size() * sizeof(float));
-    penalize_repetition(logits, parse_tokens(seen, logits.size()), o.repetition_penalty);
+    std::vector<bool> has(logits.size());
+    for (int token : parse_tokens(seen, logits.size())) has[token] = true;
+    penalize_repetition(logits, has, o.repetition_penalty);
     std::vector<int> counts(logits.size());
     Random r = random_stream(o.seed, SAMPLES);
     for (int i = 0; i < draws; i++) counts[choose_token(logits, o, r)]++;

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import pytest
 from helpers import (ATTENTIONS, BYTES_AND_END_OF_TEXT, CHANNELS, CONTEXT, EVAL_MAGIC, HEADER_BYTES, HEADS, LAYERS,
@@ -203,6 +204,10 @@ def test_parts_of_hugging_face(convert, folder, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     (tmp_path / "hf" / "model-00002-of-00003.safetensors").unlink()
     refused(convert(tmp_path / "hf", tmp_path / "c"), "model-00002-of-00003.safetensors: No such file")
+    for name in "\0", "\ud800":
+        index = json.dumps({"weight_map": {"wte.weight": name}})
+        (tmp_path / "hf" / "model.safetensors.index.json").write_text(index)
+        refused(convert(tmp_path / "hf", tmp_path / "c"), ": No such file")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,6 +420,7 @@ def edit_tokenizer(hf, **changes):
     ({"model": {"vocab": {"a": 0, "b": 2}}}, "not numbered from 0"),
     ({"model": {"vocab": 3}}, "it is damaged"), ({"model": {"vocab": {"東": 0}}}, "it is damaged (KeyError: '東')"),
     ({"added_tokens": [{"id": 257, "content": "more"}]}, "it has 258 tokens, but the model's vocabulary is 257"),
+    ({"added_tokens": [{"id": 3, "content": "the", "special": False}]}, "it finds 'the', an added token, inside words"),
 ])
 def test_tokenizer_of_hugging_face_that_is_not_read(convert, folder, tmp_path, changes, says):
     hf = changed_folder(folder["vanilla"], tmp_path / "hf")
@@ -438,6 +444,22 @@ def test_fewer_tokens_than_the_vocabulary(convert, folder, program, tmp_path):
     (hf / "tokenizer.json").write_text(json.dumps(whole))
     assert read_tokens_after(convert, hf, tmp_path / "out")[255:] == [b"\xff", b"<|unused256|>"]
     program.run("generate", "--model", tmp_path / "out" / "model.bin", "--prompt", "ab", "--tokens", 4)
+
+
+@pytest.mark.parametrize("end_of_text", [0x80, ord("\n"), 256])
+def test_end_of_text_that_texts_need(convert, folder, tmp_path, end_of_text):
+    """Some models end their texts with a newline, or with two, which are one token."""
+    pytest.importorskip("tiktoken")
+    hf = changed_folder(folder["vanilla"], tmp_path / "hf", eos_token_id=end_of_text)
+    whole = json.loads((hf / "tokenizer.json").read_text())
+    byte = {i: letter for letter, i in whole["model"]["vocab"].items()}
+    whole["added_tokens"] = []
+    whole["model"]["vocab"] = {byte[i]: i for i in range(256)} | {2 * byte[10]: 256}
+    whole["model"]["merges"] = [[byte[10], byte[10]]]
+    (hf / "tokenizer.json").write_text(json.dumps(whole))
+    prepared(convert(hf, tmp_path / "out"))
+    tokens, found = read_tokenizer(tmp_path / "out" / "tokenizer.bin")[:2]
+    assert tokens[256] == b"\n\n" and found == -1
 
 
 def test_characters_of_nanogpt(convert, tmp_path):
@@ -476,9 +498,10 @@ def test_nothing_is_replaced_unasked(convert, finished, folder, tmp_path):
     model = finished["skip"] / "model.bin"
     prepared(convert(model, tmp_path / "run"))
     before = contents(tmp_path / "run")
-    refused(convert(model, tmp_path / "run"), "run/tokenizer.bin exists; give another OUT, or --overwrite")
-    (tmp_path / "run" / "tokenizer.bin").unlink()
-    refused(convert(model, tmp_path / "run"), "run/model.bin exists")
+    refused(convert(model, tmp_path / "run"), "run/model.bin exists; give another OUT, or --overwrite")
+    (tmp_path / "run" / "model.bin").rename(tmp_path / "model.bin")
+    refused(convert(model, tmp_path / "run"), "run/tokenizer.bin exists")
+    (tmp_path / "model.bin").rename(tmp_path / "run" / "model.bin")
     refused(convert(model, tmp_path / "run" / "model.bin"), "run/model.bin exists")
     prepared(convert(model, tmp_path / "run", "--overwrite"))
     assert contents(tmp_path / "run") == before
@@ -546,6 +569,27 @@ def test_stopped_at_any_instant(convert, finished, tmp_path, to):
     assert said == {"error: terminated; nothing was written\n", "error: terminated; all files are written\n"}
 
 
+@pytest.mark.parametrize("to", ["train_gpt2", "hf"])
+def test_two_at_the_same_time(root, convert, finished, tmp_path, to):
+    """At any instant of a run, another begins that writes to the same OUT: what it has is one's or the other's."""
+    whole, said = [], set()
+    for attention in "skip", "depth":
+        prepared(convert(finished[attention] / "model.bin", tmp_path / attention, "--to", to))
+        whole.append(contents(tmp_path / attention))
+    for instant in itertools.count(1):
+        out, heard = tmp_path / f"out{instant}", tmp_path / f"heard{instant}"
+        shutil.copytree(tmp_path / "skip", out)
+        other = list(map(str, [sys.executable, root / "data_prep/convert.py", finished["depth"] / "model.bin", out,
+                               "--to", to, "--overwrite"]))
+        prepared(convert(finished["skip"] / "model.bin", out, "--to", to, "--overwrite", instant=instant, code=(
+            f"import subprocess; subprocess.run({other}, stdout=-3, stderr=open({str(heard)!r}, 'w'))")))
+        if not heard.exists():
+            break
+        said.add(heard.read_text().partition(f"{out}: ")[2])
+        assert contents(out) in whole
+    assert said == {"", "another process is writing there; wait for it, or give another folder\n"}
+
+
 def test_full_disk(convert, finished, folder, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -582,13 +626,18 @@ def test_questions(hellaswag, program, finished, tmp_path):
     numbers = [0, 3, 4, *text(QUESTION["ctx"]), *text(" wraps"), *text(" é"), *text(" rips"), *text(" starts")]
     others = [1, 0, 2, *text("<|endoftext|>"), *text(" a"), *text(" b")]
     sizes = [2 * (2 + len(n)) for n in (numbers, others)]
-    assert out.read_bytes() == header(EVAL_MAGIC, 1, 2, sizes[0]) + tokens_bytes(
+    tokenizer = (finished["skip"] / "tokenizer.bin").read_bytes()
+    crc = struct.unpack("<i", struct.pack("<I", zlib.crc32(tokenizer[12:16], zlib.crc32(tokenizer[HEADER_BYTES:]))))[0]
+    assert out.read_bytes() == header(EVAL_MAGIC, 1, 2, sizes[0], crc) + tokens_bytes(
         [65535, sizes[0], *numbers, 65535, sizes[1], *others])
     refused(hellaswag(questions, out), "out.bin exists")
+    refused(hellaswag(questions, questions, "--overwrite"), "in is the input; give another OUT")
     short = write_questions(tmp_path / "short", QUESTION | {"ctx": "A"})
     prepared(hellaswag(short, out, "--tokenizer", "bytes", "--overwrite"))
     said = program.run("eval", "--model", finished["skip"] / "model.bin", "--hellaswag", out)
     assert "1 question with 4 endings" in said
+    out.write_bytes(out.read_bytes()[:16] + b"abcd" + out.read_bytes()[20:])
+    program.fails("eval", "--model", finished["skip"] / "model.bin", "--hellaswag", out, says="another tokenizer than")
 
 
 def test_questions_in_gpt2s_tokens(hellaswag, gpt2_bpe, tmp_path):
@@ -605,7 +654,10 @@ def test_questions_in_gpt2s_tokens(hellaswag, gpt2_bpe, tmp_path):
     (json.dumps(QUESTION | {"label": 4}), "the label is 4, of 4 endings"),
     (json.dumps(QUESTION | {"label": -1}), "the label is -1"),
     (json.dumps(QUESTION | {"label": None}), "must have ctx"),
-    (json.dumps(QUESTION | {"endings": "ab", "label": 2}), "the label is 2, of 2 endings"),
+    (json.dumps(QUESTION | {"label": 1e999}), "must have ctx"),
+    (json.dumps(QUESTION | {"endings": ["a", "b"], "label": 2}), "the label is 2, of 2 endings"),
+    (json.dumps(QUESTION | {"endings": "abcd"}), "endings is a list"),
+    (json.dumps(QUESTION | {"label": 0.7}), "label a number"),
     (json.dumps(QUESTION | {"endings": [1, 2]}), "must have ctx"), (json.dumps(QUESTION | {"ctx": ""}), "'' is empty"),
     (json.dumps(QUESTION | {"ctx": "a" * 33_000}), "bytes; the format holds 65,535"),
     ('{"ctx": "\\ud800", "endings": ["a"], "label": 0}', "must have ctx"), ("[" * 100_000, "must have ctx")])

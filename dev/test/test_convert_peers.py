@@ -193,6 +193,7 @@ def test_pytorch_files_that_are_refused(convert, tmp_path):  # noqa: F811
     state = random_gpt2(VANILLA[0]).state_dict()
     sparse = state | {"transformer.ln_f.bias": state["transformer.ln_f.bias"].to_sparse()}
     for content, says in [([torch.ones(2)], "no tensors by name"), ({"wte.weight": 3}, "no tensors by name"),
+                          ({0: torch.ones(2)}, "no tensors by name"),
                           (sparse, "ln_f.bias is no plain tensor")]:
         torch.save(content, weights)
         refused(convert(tmp_path / "hf", tmp_path / "out"), "pytorch_model.bin: ", says)

@@ -159,7 +159,7 @@ def test_prompt_of_samples_is_checked_first(each_build, data, tmp_path):
 def test_glob_that_matches_nothing(each_build, data, tmp_path, option):
     pattern = f"{tmp_path}/none*"
     each_build.fails(*training(data, tmp_path / "out", option, pattern),
-                     says=re.escape(f"{option} {pattern}: No such file") + ".*; if the shards have moved, give their")
+                     says=re.escape(f"{option} {pattern}: No such file") + ".*; if shards have moved, give their")
 
 
 @pytest.mark.parametrize("option", ["--train", "--val"])

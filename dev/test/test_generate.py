@@ -1,6 +1,7 @@
 """train_gpt2 generate, eval and describe: text from a model, its loss, its shape."""
 
 import math
+import os
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ from collections import Counter
 import pytest
 
 from helpers import (
-    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CONTEXT, END_OF_TEXT, EVAL_MAGIC, HEADER_BYTES, HEADS, LAYERS,
+    ATTENTIONS, BATCH, BYTES_AND_END_OF_TEXT, CHANNELS, CONTEXT, END_OF_TEXT, EVAL_MAGIC, HEADER_BYTES, HEADS, LAYERS,
     PARAMETERS, SEQUENCE, VOCABULARY, changed, header, metrics, on_terminal, read_shard, tokens_bytes, weights_only,
     write_shard, write_tokenizer,
 )
@@ -24,6 +25,17 @@ from helpers import (
 def no_tokenizer(model, tmp_path):
     """The model in a folder of its own: it reads and writes numbers of tokens."""
     return shutil.copy(model, tmp_path / "model.bin")
+
+
+@pytest.fixture
+def lively(no_tokenizer):
+    """With large random weights: the likeliest tokens vary, and depend on all that it reads."""
+    r = random.Random(1)
+    last_norm = [1] * CHANNELS + [0] * CHANNELS
+    values = [r.gauss(0, 1) for _ in range(PARAMETERS - len(last_norm))] + last_norm
+    begin = weights_only(no_tokenizer.read_bytes())[:HEADER_BYTES]
+    no_tokenizer.write_bytes(begin + struct.pack(f"<{PARAMETERS}f", *values))
+    return no_tokenizer
 
 
 def tokens_after(program, model, prompt, n):
@@ -70,10 +82,12 @@ def test_generate_without_tokenizer_writes_numbers(each_build, no_tokenizer):
 
 
 @pytest.mark.parametrize("length", range(1, 3 * CONTEXT + 10, 7))
-def test_prompt_of_any_length_goes_on_as_if_generated(program, no_tokenizer, length):
+def test_prompt_of_any_length_goes_on_as_if_generated(program, lively, length):
     """Tokens read in one pass and tokens decoded one by one leave the same behind, past the context's end too."""
-    prompt = tokens_after(program, no_tokenizer, [97], length)
-    assert tokens_after(program, no_tokenizer, prompt, 20) == tokens_after(program, no_tokenizer, [97], length + 20)
+    prompt = tokens_after(program, lively, [97], length)
+    whole = tokens_after(program, lively, [97], length + 20)
+    assert len(set(whole)) > 3
+    assert tokens_after(program, lively, prompt, 20) == whole
 
 
 def test_reader_that_goes_away_ends_generate(program, model):
@@ -161,7 +175,8 @@ def test_stop_ends_the_text_before_it(program, without_state, tmp_path):
     for seed in range(8):
         text = program.run(*args, "--seed", seed)[:-1]
         prompt, rest = text[:len(tokens[1])], text[len(tokens[1]):]
-        for stops in ["bbb"], ["aaaa", "bab"], ["ababa", "bb", "aa"], ["a"], ["x"], ["b" * 30, "ab"]:
+        for stops in (["bbb"], ["aaaa", "bab"], ["ababa", "bb", "aa"], ["a"], ["x"], ["b" * 30, "ab"],
+                      ["a" * 30, "b" * 30]):
             words = [word for stop in stops for word in ("--stop", stop)]
             ends = [rest.find(stop) for stop in stops if stop in rest]
             said = program.run(*args, "--seed", seed, *words)
@@ -185,7 +200,7 @@ def test_samples_are_those_of_the_next_seeds(program, model):
 def test_prompt_longer_than_the_context_says_what_is_dropped(each_build, no_tokenizer, length):
     args = ["generate", "--model", no_tokenizer, "--prompt-tokens", ",".join(["5"] * length), "--tokens", 2]
     _, _, err = each_build.finish(*args)
-    said = re.search(rb"note: of (\d+) prompt tokens, the last (\d+) count: a full context, 32, keeps its last", err)
+    said = re.search(rb"note: the prompt has (\d+) tokens, more than the context, 32; only the last (\d+) are", err)
     assert bool(said) == (length > CONTEXT)
     assert not said or (int(said[1]) == length and CONTEXT // 2 <= int(said[2]) <= CONTEXT)
 
@@ -211,20 +226,37 @@ def test_prompt_from_a_file(each_build, model, tmp_path):
     piped = subprocess.run(each_build.command([*args, "--prompt-file", "-"]), input=text.encode(), capture_output=True)
     assert piped.stdout.decode() == said
     each_build.fails(*args, "--prompt-file", tmp_path / "none", says="none: No such file")
-    each_build.fails(*args, "--prompt-file", tmp_path, says="is a folder")
+    each_build.fails(*args, "--prompt-file", tmp_path, says="[Ii]s a directory")
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", 'printf %s "$0" > "$1"', text, tmp_path / "pipe"])
+    assert each_build.run(*args, "--prompt-file", tmp_path / "pipe") == said and writer.wait() == 0
     each_build.fails(*args, "--prompt-file", "-", "--prompt", "x", says="give one of --prompt, --prompt-file and")
+
+
+def test_prompt_like_an_option(each_build, model):
+    args = ["generate", "--model", model, "--prompt"]
+    assert each_build.run(*args, "--token", "--tokens", 0) == "--token\n"
+    each_build.fails(*args, "--tokens", 5, says="--prompt needs a value: --prompt TEXT")
 
 
 def test_end_of_text_ends_the_text_if_asked(program, model):
     """At this temperature all tokens are equally likely."""
     args = ["generate", "--model", model, "--prompt", "abc", "--temperature", 100, "--top-p", 1]
     end = "<|endoftext|>"
+    assert program.run(*args[:3], "--prompt-tokens", f"{END_OF_TEXT},97", "--tokens", 0) == "a\n"
     for seed in range(5):
         text = program.run(*args, "--tokens", 1000, "--seed", seed)
         stopped = program.run(*args, "--tokens", 1000, "--seed", seed, "--stop-at-end")
         assert stopped == program.run(*args, "--tokens", 1000, "--seed", seed, "--stop", end)
         assert len(text) > len(stopped) or end not in text
         assert text.startswith(stopped[:-2]) and end not in stopped  # the last character may have been cut off
+
+
+def test_no_end_of_text_to_stop_at(each_build, without_state, tmp_path):
+    args = ["generate", "--model", without_state, "--stop-at-end", "--prompt-tokens", 1]
+    each_build.fails(*args, says="--stop-at-end needs a tokenizer that has an end-of-text")
+    write_tokenizer(tmp_path / "t.bin", BYTES_AND_END_OF_TEXT)
+    each_build.fails(*args, "--tokenizer", tmp_path / "t.bin", says="--stop-at-end needs a tokenizer")
 
 
 def test_penalty_avoids_repetition(program, no_tokenizer):
@@ -269,6 +301,13 @@ def test_eval_figures_agree(each_build, model, data):
 def test_eval_under_another_attention(each_build, model, data):
     said = each_build.run("eval", "--model", model, "--val", data / "val_0.bin", "--attention", "vanilla")
     assert "attention  vanilla" in said
+
+
+def test_eval_of_so_many_tokens(each_build, model, data):
+    """Whole windows, one at least."""
+    args = ["eval", "--model", model, "--val", data / "val_0.bin", "--sequence", SEQUENCE, "--val-tokens"]
+    for asked, measured in (1, SEQUENCE), (3 * SEQUENCE, 3 * SEQUENCE), (4 * SEQUENCE - 1, 3 * SEQUENCE), (0, 384):
+        assert f"data       {measured} tokens " in each_build.run(*args, asked)
 
 
 def test_eval_by_position(each_build, model, data, tmp_path):
@@ -366,8 +405,18 @@ def test_damaged_questions(each_build, model, questions, tmp_path):
     refuses(changed(good, HEADER_BYTES + 10, "<H", 0), "a number of tokens must be from 1")
     refuses(changed(good, HEADER_BYTES + 12, "<H", 257), "a token must be from 0 to 256, but is 257")
     (tmp_path / "bad.bin").write_bytes(questions_bytes([([97] * CONTEXT, [[98], [98, 99]], 0)]))
-    each_build.fails(*args, says="a question has 34 tokens, more than the model's context, 32")
+    each_build.fails(*args, says="question 1 with an ending has 34 tokens, but the model's context is 32")
     each_build.fails(*args, "--val", path, says="eval needs --val GLOB, .*or --hellaswag FILE")
+
+
+def test_questions_without_finite_losses(each_build, no_tokenizer, questions):
+    """The last LayerNorm's weights are too large."""
+    args = ["eval", "--model", no_tokenizer, "--hellaswag", questions[0]]
+    data = weights_only(no_tokenizer.read_bytes())
+    no_tokenizer.write_bytes(data[:-8 * CHANNELS] + struct.pack("<f", 3e38) * CHANNELS + data[-4 * CHANNELS:])
+    each_build.fails(*args, says="model.bin: a loss is not finite: its training failed")
+    for more in ["--by-position"], ["--depth-weights", "w.csv"]:
+        each_build.fails(*args, *more, says=f"{more[0]} goes with --val")
 
 
 # describe

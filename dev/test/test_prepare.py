@@ -14,7 +14,7 @@ import pytest
 from helpers import (BYTES_AND_END_OF_TEXT, changed, contents, header, heed_signals, read_shard, wait_until,
                      write_tokenizer)
 from prepare_helpers import (EOT, FILES, SAMPLE, check_manifest, command, decode, encode_by_file, parts, prepared,
-                             read_shards, read_tokenizer, refused, write)
+                             read_shards, read_tokenizer, refused, run, write)
 
 
 def contents_of_files(folder):
@@ -530,7 +530,7 @@ def test_tail_of_several_files(prepare, tmp_path):
 # Full disks, signals, other runs, files that change
 
 
-def test_full_disk(prepare, tmp_path):
+def test_full_disk(root, prepare, tmp_path):
     """A limit on the size of files stands for one."""
     def limit(most):
         def before():
@@ -551,6 +551,12 @@ def test_full_disk(prepare, tmp_path):
             assert contents(out) == before if former else not out.exists()
         refused(prepare(*arguments, write(tmp_path / "c", "ab"), "--overwrite", before=limit(1100)), "tokenizer.bin")
         assert contents(out) == before if former else not out.exists()
+    refused(prepare(*arguments, "-", "--overwrite", before=limit(1000), stdin=b"some text" * 1000),
+            f"standard input could not be copied into {out}: File too large")
+    copy = tmp_path / "copy"  # of the scripts, of which Python has cached nothing
+    shutil.copytree(root / "data_prep", copy / "data_prep", ignore=shutil.ignore_patterns("__pycache__"))
+    refused(run(copy, *arguments, text, "--overwrite", before=limit(1000)), "train_000.bin could not be written")
+    prepared(run(copy, *arguments, text, "--overwrite"))
 
 
 def test_full_standard_output(prepare, tmp_path):
@@ -661,7 +667,7 @@ def test_second_run_at_the_same_time_is_refused(root, prepare, tmp_path, two_run
         try:
             wait_until(lambda: re.search(r"^State:\s+T", open(f"/proc/{process.pid}/status").read(), re.M), process)
             before = os.listdir(out)
-            refused(prepare(*two_runs["old"][0], "--out", out), f"--out {out}: another process is writing there")
+            refused(prepare(*two_runs["old"][0], "--out", out), f"{out}: another process is writing there")
             assert os.listdir(out) == before and before[0].startswith(".prepare-")
         finally:
             process.send_signal(signal.SIGCONT)
@@ -676,6 +682,13 @@ def test_run_that_ended_meanwhile_is_kept(prepare, root, tmp_path, two_runs):
     refused(prepare(*two_runs["new"][0], "--out", out, instant=1,
                     code=f"import subprocess; subprocess.run({other}, stdout=subprocess.DEVNULL)"), "exists")
     assert contents(out) == two_runs["old"][1]
+
+
+def test_files_that_another_program_wrote_meanwhile_are_kept(prepare, tmp_path):
+    out, text = tmp_path / "out", write(tmp_path / "a", SAMPLE)
+    refused(prepare("--tokenizer", "bytes", "--out", out, text, instant=4,
+                    code=f"open({str(out / 'train_000.bin')!r}, 'w').write('mine')"), "train_000.bin exists")
+    assert contents(out) == {"train_000.bin": b"mine"}
 
 
 CHANGES = {

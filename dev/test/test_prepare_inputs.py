@@ -353,3 +353,25 @@ def test_a_process_that_is_killed_ends_all(encoding, tmp_path):
     assert process.wait(60) == 1
     assert process.stderr.read().startswith("error: a process that this one started was killed")
     assert not any(map(is_running, encoders)) and not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Links, and what is no text
+
+
+def test_linked_folders(train, tmp_path):
+    for folder, name in ("a", "1"), ("b", "2"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / name, name)
+    (tmp_path / "a" / "link").symlink_to("../b")
+    (tmp_path / "b" / "back").symlink_to("../a")
+    assert train(tmp_path / "a") == ["1", "2"]
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.txt", gzip.compress(b"text"), "gzip: its name must end in .gz"), ("a.bz2", b"BZh91AY&SY", "bzip2"),
+    ("a.txt", b"\x28\xb5\x2f\xfd rest", "zstandard: its name"), ("a", b"PAR1....", "Parquet: its name"),
+    ("a.jsonl", gzip.compress(b"{}"), "gzip"), ("train.bin", (20240520).to_bytes(4, "little") + bytes(1020), "a shard")])
+def test_no_text(refuses, tmp_path, name, content, says):
+    refuses(write(tmp_path / name, content), says=[name, "is no text but", says])
+    refuses("-", stdin=content, says=["standard input: is no text but", says])

@@ -228,7 +228,7 @@ def test_bad_data_sets(refuses, tmp_path, data_set, monkeypatch):
     refuses("--dataset", data_set, says=[f"{data_set}, train, row 1: has no field 'text'; --field takes", "body"])
     refuses("--dataset", "no/such-set", says=["--dataset no/such-set: "])
     refuses("--dataset", "a", "b", "c", says=["takes a name and a configuration"])
-    refuses(write(tmp_path / "a", "text"), "--dataset", data_set, says=["FILEs and --dataset: give one of both"])
+    refuses(write(tmp_path / "a", "text"), "--dataset", data_set, says=["FILEs and --dataset: give one or the other"])
     (data_set / "train.jsonl").unlink()
     refuses("--dataset", data_set, says=["no split of it is called train: "])
 

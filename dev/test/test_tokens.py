@@ -5,6 +5,7 @@ import random
 import struct
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 
@@ -39,6 +40,22 @@ def test_gpt2_tokens_are_tiktokens(parts, gpt2_bpe, gpt2_tokenizer, test_data):
     texts = [some_text(r) for _ in range(200)] + [(test_data / "tinyshakespeare.txt").read_bytes()]
     expected = [gpt2_bpe.encode_ordinary(text.decode(errors="replace")) for text in texts]
     assert parts.encode(gpt2_tokenizer, texts) == expected
+
+
+def test_letters_numbers_and_white_space(parts, gpt2_bpe, gpt2_tokenizer, tmp_path):
+    """The tokens tell which characters stand in a word with a letter, a number or a dot. Characters are those at both
+    ends of each range of Unicode's."""
+    tiktoken = pytest.importorskip("tiktoken")
+    tokens = BYTES_AND_END_OF_TEXT[:256] + [bytes([c, first]) for c in b"a1." for first in range(0xc2, 0xf5)]
+    data = gpt2_tokenizer.read_bytes()
+    write_tokenizer(tmp_path / "t.bin", tokens, appendix=data[-struct.unpack_from("<i", data, 16)[0]:])
+    characters = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
+    kinds = [unicodedata.category(c)[0] for c in characters]
+    ends = [i for i in range(1, len(kinds)) if kinds[i - 1] != kinds[i]]
+    text = "".join(f"a{c}1{c}.{c}\n" for i in ends for c in characters[i - 1:i + 1])
+    by_words = tiktoken.Encoding("t", pat_str=gpt2_bpe._pat_str, special_tokens={},
+                                 mergeable_ranks={token: i for i, token in enumerate(tokens)})
+    assert parts.encode(tmp_path / "t.bin", [text.encode()]) == [by_words.encode_ordinary(text)]
 
 
 @pytest.mark.parametrize("text", [b" " * 10**6, b"a" * 10**6, b"." * 10**6,
@@ -111,7 +128,7 @@ def test_sampled_distribution(parts, options):
     options = {"temperature": 1.0, "top_p": 1.0, **options}
     words = [word for name, value in options.items()
              for word in ("--" + {"penalty": "repetition-penalty"}.get(name, name.replace("_", "-")), value)]
-    counts = parts.choose(draws, seen, logits, *words)
+    counts = parts.choose(draws, seen + seen[::2], logits, *words)  # however often the text has a token
     expected = [draws * p for p in distribution(logits, set(seen), **options)]
     assert all(n == 0 for n, e in zip(counts, expected) if e == 0)
     cells = [(n, e) for n, e in zip(counts, expected) if e >= 5]

@@ -135,6 +135,18 @@ def test_stopped_twice_and_resumed_ends_as_if_never_stopped(program, never_stopp
     assert_same_run(out, other)
 
 
+def test_resumed_anywhere_in_an_epoch(program, data, tmp_path):
+    """An epoch takes about 19 steps. At its end, the first shard of the next one is already being read."""
+    whole = tmp_path / "whole"
+    program.run(*training(data, whole, "--keep", steps=60, save_every=3))
+    for step in range(3, 60, 3):
+        out = shutil.copytree(whole, tmp_path / str(step))
+        (out / "model.bin").unlink()
+        shutil.copy(whole / f"model_{step:06d}.bin", out / "model.bin")
+        program.run("train", "--out", out, "--resume")
+        assert_same_run(out, whole)
+
+
 def test_killed_at_any_instant_keeps_a_checkpoint(program, data, tmp_path):
     """It saves after each step, so that most of its time it is writing a checkpoint."""
     def arguments(out):
