@@ -3525,6 +3525,11 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     signal(SIGXFSZ, SIG_IGN);             // a limit on file sizes makes writes fail instead of ending the process
     device_start(argv);
     join_processes();
+    for (auto [size, number] : {std::pair("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), {"PMI_SIZE", "PMI_RANK"}})
+        if (const char *n = getenv(size), *i = getenv(number); n && i && processes == 1 && atoi(n) > 1) {
+            if (atoi(i) > 0) sleep(1), exit(1);  // the first one speaks
+            die("mpirun has started %s processes, but this program was built without its MPI: see make MPI=1", n);
+        }
     o.program = argv[0];
     const std::string word = argc > 1 ? argv[1] : "";
     const Command* command = std::ranges::find(commands, word, &Command::name);

@@ -242,6 +242,13 @@ def test_an_error_of_all_is_printed_once(args, says):
     Processes(CPU, 3).fails(*args, says=says)
 
 
+def test_program_without_this_mpi(data, tmp_path):
+    """Else each of them would train for itself."""
+    Processes("train_gpt2", 3).fails(*odd(data, tmp_path / "out", steps=1),
+                                     says="mpirun has started 3 processes, but this program was built without its MPI")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("number, total, nearest", [(3, 8, 9), (3, 10, 9), (4, 1, 4), (2, 7, 8)])
 def test_total_batch_that_does_not_divide(data, tmp_path, number, total, nearest):
     Processes(CPU, number).fails(
