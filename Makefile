@@ -18,7 +18,7 @@ MAKEFLAGS += $(JOBS)
 MPICXX ?= mpicxx
 MPIFLAGS = -DGPT2_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
 ifdef MPI
-CXX := $(MPICXX)
+override CXX := $(MPICXX)
 endif
 
 # $(call builds,FLAGS,PROGRAM) is "yes" if the compiler can build a program with these flags, else empty.

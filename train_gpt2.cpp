@@ -119,12 +119,14 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     va_list args;
     va_start(args, form);
     fflush(stdout);
-    std::this_thread::sleep_for(std::chrono::seconds(std::min(2 * process, 6)));  // one line of what all meet
+    // If all meet an error, the first speaks.
+    std::this_thread::sleep_for(std::chrono::milliseconds(process > 0 ? 2000 + 250 * std::min(process, 40) : 0));
     const char* over = isatty(STDERR_FILENO) ? "\r\x1b[K" : "";  // a progress line
     fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
 #ifdef GPT2_MPI
-    if (processes > 1) usleep(300'000), MPI_Abort(MPI_COMM_WORLD, 1);  // mpirun could lose a line that is newer
+    usleep(processes > 1 ? 300'000 : 0);  // mpirun can lose a line that is newer
+    if (processes > 1) MPI_Abort(MPI_COMM_WORLD, 1);
 #endif
     exit(1);
 }
@@ -924,7 +926,7 @@ template <class X> static void decode(ModelOf<X>& m, const int* tokens, int n, f
 //
 // mpirun or srun starts them. In a step, each computes its share of micro-batches, they sum up their gradients, each
 // updates its share of the parameters, and they exchange them. They talk through MPI, GPUs through NCCL. All sums are
-// in the order of the processes, so they repeat to the bit. Only process 0 writes files and to standard output.
+// in a fixed order, so they repeat to the bit. Only process 0 writes files and to standard output.
 
 #ifdef GPT2_MPI
 static MPI_Comm local_world;  // the processes on this machine
@@ -941,15 +943,17 @@ static void join_processes() {
     atexit([] { MPI_Finalize(); });
 }
 static double sum_all(double x) {  // over processes
+    if (processes == 1) return x;
     std::vector<double> all(processes);
     MPI_Allgather(&x, 1, MPI_DOUBLE, all.data(), 1, MPI_DOUBLE, MPI_COMM_WORLD);
     return std::accumulate(all.begin(), all.end(), 0.0);
 }
 static void sum_in_process_0(uint32_t* x, size_t n) {  // of integers, so the order does not matter
-    MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
+    if (processes > 1)
+        MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
 }
-// These two are a backend's. m.own_gradients = the sums of this process's shares of layer l, while backward goes on;
-// with l = -1, those of the tensors that no layer has, and then all are complete
+// A backend supplies these two. reduce_gradients begins to sum layer l's gradients into m.own_gradients, while backward
+// goes on. With l = -1 it sums those of the other tensors, and all sums are complete.
 static void reduce_gradients(Model& m, int l);
 template <class X> static void gather_weights(ModelOf<X>& m);  // gives each process the weights in others' shares
 #else
@@ -1111,12 +1115,13 @@ using Quantity = float* Model::*;
 [[maybe_unused]] constexpr Quantity PARAMETERS = &Model::parameters, GRADIENTS = &Model::own_gradients,
                                     MOMENT1 = &Model::moment1, MOMENT2 = &Model::moment2;
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
+    const bool in_all = q == PARAMETERS && m->precision == FP32;  // the weights, which gather_weights has seen to
     std::fill_n(out, n, 0.0f);
     for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
-        if (owner == process)
+        if (in_all || owner == process)
             copy_to_host(out + done, m->*q + (q == PARAMETERS ? place : own), count * sizeof(float));
     });
-    sum_in_process_0((uint32_t*)out, n);
+    if (!in_all) sum_in_process_0((uint32_t*)out, n);
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
     for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
@@ -2228,7 +2233,7 @@ static ModelFile open_model(const std::string& path) {
     if (m.file.size < HEADER_BYTES) die("%s: not a model: %zu bytes are less than a header", name, m.file.size);
     must_read_at(m.file, 0, h.data(), HEADER_BYTES);
     if (h[0] != MODEL_MAGIC)
-        die("%s: not a model: it begins with %d, not %d; data_prep/convert.py takes those of other programs", name, h[0],
+        die("%s: not a model: it begins with %d, not %d; data_prep/convert.py takes other programs'", name, h[0],
             MODEL_MAGIC);
     m.version = h[1];
     const bool vanilla = m.version == 3 || m.version == 5;
@@ -2499,7 +2504,7 @@ static Model* load_model(const ModelFile& file, const Config& c, const Options& 
 
 static std::atomic<int> interrupts{0};  // number of signals that asked the program to stop
 
-static bool on_terminal() { return processes == 1 && isatty(STDOUT_FILENO); }  // mpirun's may be of its own
+static bool on_terminal() { return processes == 1 && isatty(STDOUT_FILENO); }  // mpirun passes lines on
 
 // Prints a line of progress. On a terminal, the next line is drawn over it unless it stays.
 static void show_line(const std::string& text, bool stays) {
@@ -2605,8 +2610,8 @@ static Questions read_questions(const std::string& path, int V, const Tokenizer&
     Header h = {};
     memcpy(h.data(), content.data(), std::min(content.size(), HEADER_BYTES));
     if (h[0] != EVAL_MAGIC || h[1] != 1)
-        die("%s: holds no questions: it begins with %d and %d, not with %d and 1; data_prep/hellaswag.py makes such files",
-            name, h[0], h[1], EVAL_MAGIC);
+        die("%s: holds no questions: it begins with %d and %d, not %d and 1; data_prep/hellaswag.py makes such files", name,
+            h[0], h[1], EVAL_MAGIC);
     if (h[4] != 0 && tokenizer.known() && tokenizer.crc != format("%08x", h[4]))
         die("%s: made with another tokenizer than %s; make it anew with that one", name, tokenizer.path.c_str());
     Questions all;
@@ -2947,11 +2952,13 @@ static void open_data(Run& run) {
 static void complete_options(Run& run) {
     Options& o = run.o;
     const int B = o.batch, T = o.sequence;
-    const int least = B * T * processes, nearest = std::max(1, (o.total_batch + least / 2) / least) * least;
-    if (o.total_batch < 1) o.total_batch = least;
+    const int64_t least = (int64_t)B * T * processes, all = std::max<int64_t>(o.total_batch, 0);
+    const int64_t nearest = std::max<int64_t>(1, (all + least / 2) / least) * least;
+    if (all < 1) o.total_batch = std::min<int64_t>(least, INT_MAX);
     if (o.total_batch % least != 0)
-        die("--total-batch %d is not a multiple of batch x sequence%s, %d; the nearest is %d", o.total_batch,
-            processes > 1 ? " x processes" : "", least, nearest);
+        die("--total-batch %d is not a multiple of batch x sequence%s, %zd; the nearest is %zd%s", o.total_batch,
+            processes > 1 ? " x processes" : "", least, nearest,
+            o.resume ? "; to resume, start another number of processes" : "");
     if (o.steps < 1) o.steps = std::clamp<size_t>(window_count(run.train, T) / (o.total_batch / T), 1000, INT_MAX);
     if (o.warmup < 0) o.warmup = o.steps / 20;
     if (o.warmup > o.steps) die("--steps %d is less than the warmup, %d steps; use more", o.steps, o.warmup);
@@ -3033,9 +3040,12 @@ static void create_run_model(Run& run) {
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
-    const std::string data = fingerprints(run.train) + fingerprints(run.val);
-    const double crc = crc32(0, data.data(), data.size());  // sum_all also waits till all have found memory free
-    if (sum_all(crc) != processes * crc) die("the processes find different shards; on every machine, use copies");
+    std::string setup = fingerprints(run.train) + fingerprints(run.val) + (run.start ? fingerprint(run.start->file) : "");
+    for (const Option& option : run.table)  // but for paths
+        if (!option.as<std::string>()) setup += value_text(option) + "\n";
+    const double crc = crc32(0, setup.data(), setup.size());  // sum_all also waits till all have found memory free
+    if (sum_all(crc) != processes * crc)
+        die("the processes have different options, models or shards; all must see the same files");
     run.model = model_create(run.c, o.precision, work);
     if (run.start) read_parameters(*run.start, run.model);
     else initialize_parameters(run.model, run.c, o.seed);
@@ -3334,7 +3344,7 @@ static void eval_questions(const Options& o, const ModelFile& file, const Config
         const size_t n = all.contexts[e.question].size() + e.tokens.size();
         longest = std::max(longest, n);
         if (n > (size_t)c.maxT + 1)
-            die("%s: question %zu with an ending has %zu tokens, but the model's context is %d; leave it out of the file",
+            die("%s: question %zu with an ending has %zu tokens, but the model's context is %d; leave it out",
                 o.hellaswag.c_str(), e.question + 1, n, c.maxT);
     }
     Model* model = load_model(file, c, o, {.B = o.batch, .T = (int)longest - 1});
@@ -3484,7 +3494,8 @@ static const Command commands[] = {
      "stops at once. --resume takes options from the checkpoint. With it, you may\n"
      "change --steps, the paths of the shards, and what and how often it logs,\n"
      "validates, samples and saves; nothing else that the result depends on.\n"
-     "Built with MPI=1, N processes under mpirun each compute an N-th of a step."},
+     "Built with MPI=1, N processes under mpirun each compute an N-th of a step; to\n"
+     "stop them, send SIGUSR1 to mpirun instead of Ctrl-C."},
     {"eval", EVAL, eval, "measures a model's loss on text",
      "Needs --model FILE, and --val GLOB or --hellaswag FILE. With --by-position, all\n"
      "but the CSV goes to standard error."},
@@ -3511,7 +3522,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     }
     fprintf(out, "Options of every command\n");
     print_options(out, table, true);
-    fprintf(out, "\n%s\nExit status: 0, 1 after an error, or 130 after Ctrl-C (in train, the second).\n", device_help());
+    fprintf(out, "\n%s\nExit status: 0, 1 after an error, 130 after Ctrl-C (in train, the second).\n", device_help());
     if (fflush(out) != 0 || ferror(out)) die("standard output could not be written");
 }
 
@@ -3527,7 +3538,8 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     join_processes();
     for (auto [size, number] : {std::pair("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), {"PMI_SIZE", "PMI_RANK"}})
         if (const char *n = getenv(size), *i = getenv(number); n && i && processes == 1 && atoi(n) > 1) {
-            if (atoi(i) > 0) sleep(1), exit(1);  // the first one speaks
+            sleep(atoi(i) > 0);  // the first one speaks
+            if (atoi(i) > 0) exit(1);
             die("mpirun has started %s processes, but this program was built without its MPI: see make MPI=1", n);
         }
     o.program = argv[0];
@@ -4213,7 +4225,8 @@ static void reduce_gradients(Model& m, int l) {
             MPI_Request request;
             MPI_Ialltoall(m.gradients + slot, n, MPI_FLOAT, m.received, n, MPI_FLOAT, MPI_COMM_WORLD, &request);
             for (int done = 0; !done; usleep(50)) MPI_Test(&request, &done, MPI_STATUS_IGNORE);
-            float* sum = std::copy_n(m.received, n, m.own_gradients + slot / processes) - n;
+            float* sum = m.own_gradients + slot / processes;
+            std::copy_n(m.received, n, sum);
             for (int p = 1; p < processes; p++)
                 for (size_t i = 0; i < n; i++) sum[i] += m.received[p * n + i];
         });
@@ -4222,12 +4235,12 @@ static void reduce_gradients(Model& m, int l) {
 }
 
 template <class X> static void gather_weights(ModelOf<X>& m) {
+    const MPI_Datatype type = sizeof(X) == 4 ? MPI_FLOAT : MPI_UINT16_T;
     std::vector<MPI_Request> requests;  // all slots at once, so that the link need not wait for any
-    for (int l = -1; l < m.config.L; l++)
-        for_slots(m.tensors, l, [&](const Tensor& t, size_t slot) {
-            MPI_Iallgather(MPI_IN_PLACE, 0, MPI_BYTE, m.weights + slot, t.share() * sizeof(X), MPI_BYTE,
-                           MPI_COMM_WORLD, &requests.emplace_back());
-        });
+    for (const Tensor& t : m.tensors)
+        for (size_t slot = t.place; slot < t.place + t.layers * t.stride(); slot += t.stride())
+            MPI_Iallgather(MPI_IN_PLACE, 0, type, m.weights + slot, t.share(), type, MPI_COMM_WORLD,
+                           &requests.emplace_back());
     MPI_Waitall(requests.size(), requests.data(), MPI_STATUSES_IGNORE);
 }
 #endif
@@ -4888,6 +4901,7 @@ static ThreadTrials thread_trials = {.most = 0};  // of the newest model
 
 // Called after each step's last backward. Trials time the passes of the step's last batch and the reading of the next.
 static void choose_threads() {
+    if (processes > 1) return;  // these wait for each other
     if (thread_count() == thread_trials.threads) set_thread_count(thread_trials.next(seconds() - pass_start));
 }
 static void end_thread_trials() {
@@ -5045,10 +5059,12 @@ static void device_init(bool) {
 #ifdef _OPENMP
     int sharers = local_processes;  // processes that may use the same cores
 #if defined(GPT2_MPI) && defined(__linux__)
-    std::vector<cpu_set_t> masks(local_processes);
-    sched_getaffinity(0, sizeof masks[0], &masks[local_process]);
-    MPI_Allgather(MPI_IN_PLACE, 0, MPI_BYTE, masks.data(), sizeof masks[0], MPI_BYTE, local_world);
-    sharers = std::ranges::count_if(masks, [&](auto& mask) { return CPU_EQUAL(&mask, &masks[local_process]); });
+    if (processes > 1) {
+        std::vector<cpu_set_t> masks(local_processes);
+        sched_getaffinity(0, sizeof masks[0], &masks[local_process]);
+        MPI_Allgather(MPI_IN_PLACE, 0, MPI_BYTE, masks.data(), sizeof masks[0], MPI_BYTE, local_world);
+        sharers = std::ranges::count_if(masks, [&](auto& mask) { return CPU_EQUAL(&mask, &masks[local_process]); });
+    }
 #endif
     const int cores = std::min(allowed_threads() / local_processes, omp_get_num_procs() / sharers);
     if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow

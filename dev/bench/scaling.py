@@ -5,21 +5,24 @@
 
 A step of N processes takes
 
-    compute + max(0, reduce - overlap) + gather
+    compute + max(0, reduce - overlap) + last + gather
 
     compute   tokens of a process / its measured tokens per second
-    reduce    (N-1)/N · 4P bytes through the link, and N-1 messages for each of the M slots of the model
+    reduce    (N-1)/N · 4 (P - E) bytes through the link, and N-1 messages for each of the M slots of the model
+    last      (N-1)/N · 4E bytes, of the embeddings
     overlap   the backward pass of the last micro-batch, two thirds of its time, during which gradients are summed
     gather    (N-1)/N · 4P bytes (bf16: 2P), and as many messages
 
-P is the number of parameters and M = 12 L + 4. Links carry their nominal rate in each direction, all at the same time."""
+P is the number of parameters, E that of the embeddings, M = 12 L + 4. Links carry their nominal rate in each
+direction, all at the same time."""
 
 from types import SimpleNamespace
 
 TOKENS = 524_288  # of a step
 NUMBERS = [2, 4, 8, 16, 64, 256, 1024]
-MODELS = {"GPT-2 (124M)": SimpleNamespace(P=124_439_808, L=12, flops=1), "GPT-2 XL (1.5B)":
-          SimpleNamespace(P=1_557_611_200, L=48, flops=11.8)}  # FLOPs of a token, in those of the first
+# flops: of a token, in those of the first model
+MODELS = {"GPT-2 (124M)": SimpleNamespace(P=124_439_808, E=51_281 * 768, L=12, flops=1),
+          "GPT-2 XL (1.5B)": SimpleNamespace(P=1_557_611_200, E=51_281 * 1600, L=48, flops=11.8)}
 # Tokens per second with the first model: measured on two cores of an AMD EPYC (Zen 5) in fp32, here times 8 for the 16
 # cores of a process; and on an H200 in bf16. micro: tokens of a micro-batch.
 MACHINES = {"16 cores": SimpleNamespace(rate=8 * 548, micro=4096, weight_bytes=4),
@@ -33,10 +36,11 @@ def seconds(model, machine, link, n):
     rate, (bandwidth, message) = machine.rate / model.flops, link
     own = TOKENS / n
     messages = (12 * model.L + 4) * (n - 1) * message
-    reduce = (n - 1) / n * 4 * model.P / bandwidth + messages
+    reduce = (n - 1) / n * 4 * (model.P - model.E) / bandwidth + messages
+    last = (n - 1) / n * 4 * model.E / bandwidth
     gather = (n - 1) / n * machine.weight_bytes * model.P / bandwidth + messages
     overlap = 2 / 3 * min(own, machine.micro) / rate
-    return own / rate + (max(0, reduce - overlap) + gather if n > 1 else 0)
+    return own / rate + (max(0, reduce - overlap) + last + gather if n > 1 else 0)
 
 
 def main():

@@ -233,7 +233,7 @@ def test_different_shards_are_refused(data, tmp_path):
     shutil.copytree(data, other)
     write_shard(other / "train_1.bin", made_up_tokens(1500, seed=9))
     commands = [["{}", *odd(folder, tmp_path / "out", steps=1)] for folder in (data, data, other)]
-    Different(CPU, 3).fails(*commands, says="the processes find different shards")
+    Different(CPU, 3).fails(*commands, says="the processes have different options, models or shards")
     assert not (tmp_path / "out").exists()
 
 
