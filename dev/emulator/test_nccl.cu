@@ -39,9 +39,8 @@ int main(int argc, char** argv) {
     // The second gather is on another stream. Yet it comes after the first, in both processes.
     ncclAllGather(own, all, N, ncclFloat, comm, first);
     ncclAllGather(all + rank * N, all, N, ncclFloat, comm, second);
+    cudaMemcpyAsync(host, all, 2 * N * sizeof(float), cudaMemcpyDeviceToHost, second);
     cudaStreamSynchronize(second);
-    cudaMemcpyAsync(host, all, 2 * N * sizeof(float), cudaMemcpyDeviceToHost, first);
-    cudaStreamSynchronize(first);
     for (size_t i = 0; i < 2 * N; i++) right = right && host[i] == i / N + 1;
     MPI_Finalize();
     return !right;
