@@ -2788,12 +2788,17 @@ static std::vector<int> parse_tokens(const std::string& list, int V) {
     return tokens;
 }
 
+static size_t longest_prompt = 16 << 20;  // bytes; the tests set it lower
+
 // The text of --prompt-file
 static std::string read_prompt(const std::string& path) {
     FILE* f = path == "-" ? stdin : fopen(path.c_str(), "r");
     std::string text;
     char buffer[1 << 16];
-    while (size_t n = f ? fread(buffer, 1, sizeof buffer, f) : 0) text.append(buffer, n);
+    while (size_t n = f ? fread(buffer, 1, sizeof buffer, f) : 0) {
+        text.append(buffer, n);
+        if (text.size() > longest_prompt) die("--prompt-file %s: longer than 16 MiB, or without end", path.c_str());
+    }
     if (!f || ferror(f)) die("--prompt-file %s: %s", path.c_str(), strerror(errno));
     return text;
 }

@@ -144,6 +144,7 @@ struct Descriptors {
 // Makes data and a run, from which the seeds are, in the current folder. Then this process belongs to one reader.
 static void set_up() {
     chunk_values = 1000;
+    longest_prompt = 1000;
     for (const char* folder : {"data", "system/proc"}) std::filesystem::create_directories(folder);
     write_bytes("system/proc/meminfo", format("MemAvailable: %zu kB\n", FREE_MEMORY >> 10));
     system_root = "system";

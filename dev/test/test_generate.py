@@ -227,6 +227,7 @@ def test_prompt_from_a_file(each_build, model, tmp_path):
     assert piped.stdout.decode() == said
     each_build.fails(*args, "--prompt-file", tmp_path / "none", says="none: No such file")
     each_build.fails(*args, "--prompt-file", tmp_path, says="[Ii]s a directory")
+    each_build.fails(*args, "--prompt-file", "/dev/zero", says="zero: longer than 16 MiB, or without end")
     os.mkfifo(tmp_path / "pipe")
     writer = subprocess.Popen(["sh", "-c", 'printf %s "$0" > "$1"', text, tmp_path / "pipe"])
     assert each_build.run(*args, "--prompt-file", tmp_path / "pipe") == said and writer.wait() == 0
