@@ -3298,7 +3298,7 @@ static void train(Options& o, OptionTable& table) {
     Run run = {.o = o, .table = table};
     check_folder(run);
     if (o.resume) {
-        if (!open_checkpoint(run)) return name_checkpoint(run);
+        if (sum_all(open_checkpoint(run)) == 0) return name_checkpoint(run);
     } else if (is_file(o.model)) {
         run.start = open_weights(o, "train");
         std::error_code error;  // there may be no --out yet
@@ -3543,8 +3543,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     join_processes();
     for (auto [size, number] : {std::pair("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), {"PMI_SIZE", "PMI_RANK"}})
         if (const char *n = getenv(size), *i = getenv(number); n && i && processes == 1 && atoi(n) > 1) {
-            sleep(atoi(i) > 0);  // the first one speaks
-            if (atoi(i) > 0) exit(1);
+            process = atoi(i);  // so that the first one speaks
             die("mpirun has started %s processes, but this program was built without its MPI: see make MPI=1", n);
         }
     o.program = argv[0];
@@ -3552,7 +3551,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     const Command* command = std::ranges::find(commands, word, &Command::name);
     const bool found = command != std::end(commands);
     if (word.empty() || is_help(word)) {
-        print_help(word.empty() ? stderr : stdout, argv[0], table, nullptr);
+        print_help(word.empty() && process == 0 ? stderr : stdout, argv[0], table, nullptr);
         return word.empty();
     }
     if (word == "--version") return printf("gpt2x3 0.9: %s; fp32 and bf16\n", device_build().c_str()) < 0;
@@ -5078,7 +5077,8 @@ static void device_init(bool) {
         die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", getenv("OMP_NUM_THREADS"));
     }
     if (processes > 1 && thread_count() > cores)
-        printf("note: there are fewer cores than %d processes x %d threads\n", local_processes, thread_count());
+        printf("note: there are fewer cores than %d processes x %s\n", local_processes,
+               plural(thread_count(), "thread").c_str());
 #endif
 }
 

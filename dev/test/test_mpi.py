@@ -277,7 +277,7 @@ def test_threads(data, tmp_path):
     cores = len(os.sched_getaffinity(0))
     alone = int(re.search(r"machine +(\d+) thread", said(1))[1])  # a container may allow less than all cores
     assert re.search(r"machine +(\d+) thread", said(2))[1] == str(max(1, alone // 2))
-    assert f"note: there are fewer cores than {cores + 1} processes x 1 threads" in said(cores + 1)
+    assert f"note: there are fewer cores than {cores + 1} processes x 1 thread" in said(cores + 1)
     assert f"note: there are fewer cores than 2 processes x {cores} threads" in said(2, OMP_NUM_THREADS=str(cores))
 
 
