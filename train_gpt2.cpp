@@ -2610,8 +2610,8 @@ static Questions read_questions(const std::string& path, int V, const Tokenizer&
     Header h = {};
     memcpy(h.data(), content.data(), std::min(content.size(), HEADER_BYTES));
     if (h[0] != EVAL_MAGIC || h[1] != 1)
-        die("%s: holds no questions: it begins with %d and %d, not %d and 1; data_prep/hellaswag.py makes such files", name,
-            h[0], h[1], EVAL_MAGIC);
+        die("%s: holds no questions: it begins with %d and %d, not %d and 1; data_prep/hellaswag.py makes such files",
+            name, h[0], h[1], EVAL_MAGIC);
     if (h[4] != 0 && tokenizer.known() && tokenizer.crc != format("%08x", h[4]))
         die("%s: made with another tokenizer than %s; make it anew with that one", name, tokenizer.path.c_str());
     Questions all;
@@ -3045,7 +3045,8 @@ static void create_run_model(Run& run) {
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
-    std::string setup = fingerprints(run.train) + fingerprints(run.val) + (run.start ? fingerprint(run.start->file) : "");
+    std::string setup = fingerprints(run.train) + fingerprints(run.val);
+    if (run.start) setup += fingerprint(run.start->file);
     for (const Option& option : run.table)  // but for paths
         if (!option.as<std::string>()) setup += value_text(option) + "\n";
     const double crc = crc32(0, setup.data(), setup.size());  // sum_all also waits till all have found memory free
