@@ -4254,8 +4254,7 @@ template <class X> static void gather_weights(ModelOf<X>& m) {
 // Losses, norm, AdamW
 
 static void sum_losses(Results& results, const float* losses, size_t n, bool add) {
-    if (!add) results.loss_sum = 0;
-    for (size_t i = 0; i < n; i++) results.loss_sum += losses[i];
+    results.loss_sum = std::accumulate(losses, losses + n, add ? results.loss_sum : 0.0);
 }
 
 constexpr size_t UPDATE_CHUNK = 1 << 12;  // elements that a thread goes through at a time
@@ -4271,9 +4270,7 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
             sum += (double)g[i] * g[i];
         ws.squares[chunk] = sum;
     }
-    double sum = 0;
-    for (size_t chunk = 0; chunk < chunks; chunk++) sum += ws.squares[chunk];
-    results.norm = sqrt(sum_all(sum));
+    results.norm = sqrt(sum_all(std::accumulate(ws.squares, ws.squares + chunks, 0.0)));
     results.gradient_scale = clip_scale(results.norm, clip);
     choose_threads();
 }
