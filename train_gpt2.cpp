@@ -457,12 +457,9 @@ struct Allocator {
     std::vector<void*> blocks = {};
 
     template <class T> void take(T*& p, size_t n, size_t Memory::*purpose, bool zero = false) {
-        p = nullptr;
-        if (n == 0) return;
         memory.*purpose += n * sizeof(T);
-        if (dry) return;
-        p = (T*)device_allocate(n * sizeof(T), zero);
-        blocks.push_back(p);
+        p = dry || n == 0 ? nullptr : (T*)device_allocate(n * sizeof(T), zero);
+        if (p) blocks.push_back(p);
     }
     template <class T> void take(Slots<T>& slots, size_t count, size_t n, size_t Memory::*purpose) {
         slots.count = std::max<size_t>(1, count);
