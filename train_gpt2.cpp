@@ -1001,8 +1001,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     if constexpr (std::is_same_v<X, float>) m.weights = m.parameters;
     else all.take(m.weights, P, &Memory::parameters);
     all.take(m.gradients, P_trained, &Memory::gradients, true);
-    all.take(m.moment1, P_trained / processes, &Memory::moments, true);
-    all.take(m.moment2, P_trained / processes, &Memory::moments, true);
+    for (float** moment : {&m.moment1, &m.moment2}) all.take(*moment, P_trained / processes, &Memory::moments, true);
     const size_t largest = std::max({m.tensors[WTE].stride(), m.tensors[WPE].stride(), m.tensors[FCW].stride()});
     all.take(m.received, processes > 1 && train ? largest : 0, &Memory::gradients);
     if (processes == 1) m.own_gradients = m.gradients;
@@ -1011,8 +1010,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     // Activations. Backward needs those of all layers. Without it layers share a slot, except in qkv, which skip and
     // depth read in later layers.
     all.take(m.residual, BT ? (train ? 2 * L + 1 : 2) : 0, BT * C, &Memory::activations);
-    all.take(m.ln_mean, norms, BT, &Memory::activations);
-    all.take(m.ln_rstd, norms, BT, &Memory::activations);
+    for (auto* statistic : {&m.ln_mean, &m.ln_rstd}) all.take(*statistic, norms, BT, &Memory::activations);
     all.take(m.qkv, train || reads_other_layers ? L : 1, BT * 3 * C, &Memory::activations);
     all.take(m.lse, layers, BT * NH, &Memory::activations);
     all.take(m.atty, layers, BT * C, &Memory::activations);
@@ -1025,9 +1023,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     all.take(m.fch_gelu, keeps ? L : 1, BT * 4 * C, recomputed);
 
     all.take(m.logits, classifier_rows(BT, c.Vp) * c.Vp, &Memory::scratch);
-    all.take(m.dresidual, BT_trained * C, &Memory::scratch);
-    all.take(m.dln, BT_trained * C, &Memory::scratch);
-    all.take(m.datty, BT_trained * C, &Memory::scratch);
+    for (X** dx : {&m.dresidual, &m.dln, &m.datty}) all.take(*dx, BT_trained * C, &Memory::scratch);
     all.take(m.dqkv, BT_trained * 3 * C, &Memory::scratch);
     all.take(m.dfch, BT_trained * 4 * C, &Memory::scratch);
     all.take(m.dkv, reads_other_layers ? BT_trained * 2 * C : 0, &Memory::scratch);
@@ -1042,9 +1038,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     }
     all.take(m.cache, cached, &Memory::cache);
     all.take(m.new_tokens, rows, &Memory::scratch);
-    all.take(m.new_x, rows * C, &Memory::scratch);
-    all.take(m.new_ln, rows * C, &Memory::scratch);
-    all.take(m.new_atty, rows * C, &Memory::scratch);
+    for (X** x : {&m.new_x, &m.new_ln, &m.new_atty}) all.take(*x, rows * C, &Memory::scratch);
     all.take(m.new_qkv, rows * 3 * C, &Memory::scratch);
     all.take(m.new_fch, rows * 4 * C, &Memory::scratch);
     const size_t sources = depth_source_count(c, c.L - 1);  // the last layer has the most
@@ -4913,8 +4907,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
                            const Workload& work) {
     const size_t C = c.C, HS = c.head_size(), BT = work.tokens(), BT_trained = work.train ? BT : 0;
     if (!all.dry) end_thread_trials(), thread_trials = {.most = thread_count()};
-    all.take(inputs.x, BT, &Memory::activations);
-    all.take(inputs.y, BT, &Memory::activations);
+    for (int** tokens : {&inputs.x, &inputs.y}) all.take(*tokens, BT, &Memory::activations);
     size_t head = HeadScratch<X>{nullptr, (size_t)work.T, HS, work.train}.size;
     size_t decoding = work.sequences ? HeadScratch<X>{nullptr, (size_t)c.maxT, HS, false}.size : 0;
     ws.local_size = std::max({matmul_local_size<X>(), head, decoding, 3 * HS});
