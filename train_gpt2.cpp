@@ -1086,17 +1086,17 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
     return memory;
 }
 
-// Calls f(place, done, count, owner, own) for each run of the n values from element `begin` of a file's order on: after
-// `done` others, `count` lie from `place` on. They are process `owner`'s; in arrays of its shares, from `own` on.
-static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, auto f) {
+// Calls f(place, done, count, own) for each run of the n values from element `begin` of a file's order on: after `done`
+// others, `count` lie from `place` on, in an array of all parameters or of a process's `shares`. own: this process's
+static void for_each_contiguous(const TensorTable& tensors, bool shares, size_t begin, size_t n, auto f) {
     for (const Tensor& t : tensors)
         for (size_t i = 0; i < t.layers * processes; i++) {
             const size_t l = i / processes, owner = i % processes, slot = t.place + l * t.stride();
             const size_t first = t.offset + l * t.layer_size(), share = first + owner * t.share();
             const size_t from = std::max(share, begin);
             const size_t end = std::min({share + t.share(), first + t.layer_size(), begin + n});
-            const size_t own = slot / processes + from - share;
-            if (from < end) f(slot + from - first, from - begin, end - from, (int)owner, own);
+            const size_t place = shares ? slot / processes + from - share : slot + from - first;
+            if (from < end) f(place, from - begin, end - from, (int)owner == process);
         }
 }
 
@@ -1108,16 +1108,14 @@ using Quantity = float* Model::*;
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
     const bool in_all = q == PARAMETERS && m->precision == FP32;  // the weights, which gather_weights has seen to
     std::fill_n(out, n, 0.0f);
-    for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
-        if (in_all || owner == process)
-            copy_to_host(out + done, m->*q + (q == PARAMETERS ? place : own), count * sizeof(float));
+    for_each_contiguous(m->tensors, q != PARAMETERS, begin, n, [=](size_t place, size_t done, size_t count, bool own) {
+        if (own || in_all) copy_to_host(out + done, m->*q + place, count * sizeof(float));
     });
     if (!in_all) sum_in_process_0((uint32_t*)out, n);
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
-    for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
-        if (q == PARAMETERS || owner == process)
-            copy_to_device(m->*q + (q == PARAMETERS ? place : own), in + done, count * sizeof(float));
+    for_each_contiguous(m->tensors, q != PARAMETERS, begin, n, [=](size_t place, size_t done, size_t count, bool own) {
+        if (own || q == PARAMETERS) copy_to_device(m->*q + place, in + done, count * sizeof(float));
         if (q == PARAMETERS)
             with_type(m, [&](auto& model) { round_weights(model.weights + place, model.parameters + place, count); });
     });
