@@ -2252,23 +2252,19 @@ static bool finite(const std::vector<float>& values, size_t n) {
 }
 
 // Copies values from a byte offset of the file to the model.
-static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, size_t offset, size_t value_bytes) {
+static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, size_t offset) {
     std::vector<float> values(std::min(chunk_values, m.values));
-    std::vector<uint16_t> halves(value_bytes == 2 ? values.size() : 0);
+    std::vector<uint16_t> halves(m.value_bytes == 2 ? values.size() : 0);
     for (size_t begin = 0; begin < m.values; begin += chunk_values) {
         size_t n = std::min(chunk_values, m.values - begin);
-        void* raw = value_bytes == 2 ? (void*)halves.data() : (void*)values.data();
-        must_read_at(m.file, offset + begin * value_bytes, raw, n * value_bytes);
-        if (value_bytes == 2)  // bf16 is the upper half of an fp32
+        void* raw = m.value_bytes == 2 ? (void*)halves.data() : (void*)values.data();
+        must_read_at(m.file, offset + begin * m.value_bytes, raw, n * m.value_bytes);
+        if (m.value_bytes == 2)  // bf16 is the upper half of an fp32
             for (size_t i = 0; i < n; i++) values[i] = std::bit_cast<float>((uint32_t)halves[i] << 16);
         if (!finite(values, n))
             die("%s: holds infinite values or NaN: its training failed, or it is damaged", m.file.path.c_str());
         model_put(model, quantity, begin, n, values.data());
     }
-}
-
-static void read_parameters(const ModelFile& m, Model* model) {
-    read_quantity(m, model, PARAMETERS, HEADER_BYTES, m.value_bytes);
 }
 
 // Random initial parameters, which depend only on the seed and the shape: blocks of 2^16 values have a stream each.
@@ -2484,7 +2480,7 @@ static Memory check_memory(const Config& c, int precision, Workload work, size_t
 static Model* load_model(const ModelFile& file, const Config& c, const Options& o, const Workload& work) {
     check_memory(c, o.precision, work);
     Model* model = model_create(c, o.precision, work);
-    read_parameters(file, model);
+    read_quantity(file, model, PARAMETERS, HEADER_BYTES);
     return model;
 }
 
@@ -3042,12 +3038,12 @@ static void create_run_model(Run& run) {
     if (sum_all(crc) != processes * crc)
         die("the processes have different options, models or shards; all must see the same files");
     run.model = model_create(run.c, o.precision, work);
-    if (run.start) read_parameters(*run.start, run.model);
+    if (run.start) read_quantity(*run.start, run.model, PARAMETERS, HEADER_BYTES);
     else initialize_parameters(run.model, run.c, o.seed);
     if (o.resume) {
         const size_t size = 4 * run.start->values, moments = run.start->file.size - sizeof(Trailer) - 2 * size;
-        read_quantity(*run.start, run.model, MOMENT1, moments, 4);
-        read_quantity(*run.start, run.model, MOMENT2, moments + size, 4);
+        read_quantity(*run.start, run.model, MOMENT1, moments);
+        read_quantity(*run.start, run.model, MOMENT2, moments + size);
     }
     if (run.start) close(run.start->file.fd);
     model_set_inputs(run.model, run.x.data(), run.y.data());
