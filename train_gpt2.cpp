@@ -1639,7 +1639,7 @@ static int sync_to_disk(int fd) {
     return fsync(fd);
 }
 
-static void commit_file(OutputFile& f) {
+static void commit_file(const OutputFile& f) {
     if (process > 0) return;
     if (sync_to_disk(f.fd) != 0 || close(f.fd) != 0 || rename(f.temporary.c_str(), f.path.c_str()) != 0) die_writing(f);
     int folder = open(folder_of(f.path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -3079,8 +3079,7 @@ static FILE* open_metrics(const Run& run) {
             if (step <= run.step) kept += lines[i] + '\n';
         }
     }
-    OutputFile f = create_file(path, kept);
-    commit_file(f);
+    commit_file(create_file(path, kept));
     FILE* metrics = fopen(path.c_str(), "a");
     if (!metrics) die("%s: %s", path.c_str(), strerror(errno));
     return metrics;
@@ -3324,8 +3323,7 @@ static void write_depth_weights(const std::string& path, const Config& c, const 
             for (int i = 0; i <= sources.count(); i++)
                 rows += format("%d,%d,%d,%.6f\n", l, h, sources[i], e.depth_weights[l][i * c.NH + h]);
     }
-    OutputFile f = create_file(path, rows);
-    commit_file(f);
+    commit_file(create_file(path, rows));
 }
 
 static void eval_questions(const Options& o, const ModelFile& file, const Config& c, const Tokenizer& tokenizer) {
