@@ -3022,8 +3022,7 @@ static void create_run_model(Run& run) {
     const size_t loading = device_is_host() ? loader_bytes(run.loader.shards, T) : 0;
     const int sequences = is_given(run.table, "total-batch") ? o.total_batch / T / processes : 0;
     const Memory memory = check_memory(run.c, o.precision, work, loading, sequences);
-    run.x.resize((size_t)B * T);
-    run.y.resize((size_t)B * T);
+    run.x = run.y = std::vector<int>(work.tokens());
     for (size_t i = 0; i < std::min<size_t>(B, window_count(run.val, T)); i++)  // wrong tokens are found now
         read_window(run.val, i, run.x.data(), run.y.data(), T, run.c.V);
     use_shard(run.loader);
@@ -3064,8 +3063,7 @@ static State run_state(const Run& run) {
 static FILE* open_metrics(const Run& run) {
     if (process > 0) return fopen("/dev/null", "a");
     const std::string path = run.path("metrics.csv"), names = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s";
-    std::string kept = names + "\n";
-    if (run.step == 0) kept += run.first_row;
+    std::string kept = names + "\n" + (run.step == 0 ? run.first_row : "");
     if (run.step > 0 && exists(path)) {
         const std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
         int step = -1;  // of the last row
@@ -3182,12 +3180,12 @@ static void validate(Run& run) {
 
 // Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. Of lines that do not
 // stay, it shows ten a second on a terminal, and elsewhere one a second, or none with --log-every.
-static void log_step(Run& run, double loss, double norm, double lr, double step_seconds, double seconds_left) {
+static void log_step(Run& run, double norm, double lr, double step_seconds, double seconds_left) {
     const Options& o = run.o;
     const int step = run.step;
     const bool validates = !run.val.empty() && is_due(o.val_every, run);
     const double ms = step_seconds * 1e3, rate = o.total_batch / step_seconds;
-    std::string line = format("step %d/%d  loss %.4f", step, o.steps, loss), val_loss;
+    std::string line = format("step %d/%d  loss %.4f", step, o.steps, run.loss), val_loss;
     if (validates) {
         validate(run);
         line += format("  val %.4f", run.validation.loss);
@@ -3201,7 +3199,7 @@ static void log_step(Run& run, double loss, double norm, double lr, double step_
         show_line(line, stays);
         run.shown = seconds();
     }
-    fprintf(run.metrics, "%d,%.9g,%s,%.9g,%.9g,%.2f,%.0f\n", step, loss, val_loss.c_str(), lr, norm, ms, rate);
+    fprintf(run.metrics, "%d,%.9g,%s,%.9g,%.9g,%.2f,%.0f\n", step, run.loss, val_loss.c_str(), lr, norm, ms, rate);
     if (fflush(run.metrics) != 0) die("%s: %s", run.path("metrics.csv").c_str(), strerror(errno));
 }
 
@@ -3228,13 +3226,12 @@ static void train_steps(Run& run) {
         const AdamW adamw = {.lr = (float)lr, .beta1 = (float)o.beta1, .beta2 = (float)o.beta2, .eps = 1e-8f,
                              .weight_decay = (float)o.weight_decay};
         model_update(run.model, adamw, o.clip, run.step);
-        const double norm = model_norm(run.model), loss = sum_all(model_loss(run.model) / processes);
-        const double now = seconds();
-        check_finite(run, "the loss", loss);
+        run.loss = sum_all(model_loss(run.model) / processes);
+        const double norm = model_norm(run.model), now = seconds();
+        check_finite(run, "the loss", run.loss);
         check_finite(run, "the gradient's norm", norm);
-        run.loss = loss;
 
-        log_step(run, loss, norm, lr, now - step_start, (now - start) / (run.step - first_step) * (o.steps - run.step));
+        log_step(run, norm, lr, now - step_start, (now - start) / (run.step - first_step) * (o.steps - run.step));
         if (is_due(o.sample_every, run) && run.step < o.steps && can_sample(run) && interrupts == 0) print_sample(run);
         if (is_due(o.save_every, run) || run.best_step == run.step) save_run(run);
     }
@@ -3251,11 +3248,9 @@ static void on_signal(int) {
 
 static void print_end(const Run& run, double run_seconds) {
     const Options& o = run.o;
-    if (run.step < o.steps) {
-        show_line(format("stopped after step %d of %d, and saved; to continue:\n    %s train --out %s --resume",
-                         run.step, o.steps, shell_word(o.program).c_str(), shell_word(o.out).c_str()), true);
-        return;
-    }
+    if (run.step < o.steps)
+        return show_line(format("stopped after step %d of %d, and saved; to continue:\n    %s train --out %s --resume",
+                                run.step, o.steps, shell_word(o.program).c_str(), shell_word(o.out).c_str()), true);
     printf("\ntrained to step %d in %s%s\n", o.steps, duration(run_seconds).c_str(),
            o.resume ? " since it was resumed" : "");
     if (!run.val.empty()) {
