@@ -946,8 +946,7 @@ static double sum_all(double x) {  // over processes
     return std::accumulate(all.begin(), all.end(), 0.0);
 }
 static void sum_in_process_0(uint32_t* x, size_t n) {  // of integers, so the order does not matter
-    if (processes > 1)
-        MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
+    if (processes > 1) MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
 }
 // A backend supplies these two. reduce_gradients begins to sum layer l's gradients into m.own_gradients, while backward
 // goes on. With l = -1 it sums those of the other tensors, and all sums are complete.
