@@ -3404,7 +3404,7 @@ static void generate(Options& o, OptionTable&) {
 }
 
 static void print_tensors(const Config& c) {
-    printf("%-10s %-20s %15s   %-18s %s\n", "tensor", "shape", "values", "starts as", "weight decay");
+    printf("\n%-10s %-20s %15s   %-18s %s\n", "tensor", "shape", "values", "starts as", "weight decay");
     for (const Tensor& t : tensor_table(c)) {
         std::string shape = t.layers > 1 ? format("%zu x ", t.layers) : "";
         shape += t.cols > 1 ? format("%zu x %zu", t.rows, t.cols) : format("%zu", t.rows);
@@ -3412,7 +3412,7 @@ static void print_tensors(const Config& c) {
         printf("%-10s %-20s %15s   %-18s %s\n", t.name, shape.c_str(), commas(t.size()).c_str(), initial.c_str(),
                t.decays ? "yes" : "no");
     }
-    printf("%-31s %15s   of which %s in wte are padding\n", "all", commas(parameter_count(c)).c_str(),
+    printf("%-31s %15s   of which %s in wte are padding\n\n", "all", commas(parameter_count(c)).c_str(),
            commas((size_t)(c.Vp - c.V) * c.C).c_str());
 }
 
@@ -3435,9 +3435,7 @@ static void describe(Options& o, OptionTable&) {
         printf("%s: version %d, %s, %s\n", escaped(o.model).c_str(), file->version,
                attention_names[file->config.attention], content.c_str());
     }
-    printf("\n");
     print_tensors(c);
-    printf("\n");
     for (const Config& a : configs)
         if (a.attention != VANILLA) printf("%s\n", attention_text(a).c_str());
     printf("\n");
@@ -3495,15 +3493,14 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         fprintf(out, "%s %s [--option value]...\n%s.\n\n%s\n\nOptions [and their defaults]\n", program, command->name,
                 command->summary, command->notes);
         print_options(out, table, false);
-        fprintf(out, "\n");
     } else {
         fprintf(out, "%s COMMAND [--option value]...\nTrains GPT-2 with any of three attention variants.\n\nCommands\n",
                 program);
         for (const Command& c : commands) fprintf(out, "  %-26s%s\n", c.name, c.summary);
         fprintf(out, "  %-26s%s\n", "COMMAND --help", "lists the command's options");
-        fprintf(out, "  %-26s%s\n\n", "--version", "what this program was built for");
+        fprintf(out, "  %-26s%s\n", "--version", "what this program was built for");
     }
-    fprintf(out, "Options of every command\n");
+    fprintf(out, "\nOptions of every command\n");
     print_options(out, table, true);
     fprintf(out, "\n%s\nExit status: 0, 1 after an error, 130 after Ctrl-C (in train, the second).\n", device_help());
     if (fflush(out) != 0 || ferror(out)) die("standard output could not be written");
