@@ -489,7 +489,7 @@ struct Model {
     float* losses;                // (B, T)
     float* dkv;                   // skip, depth: (B, T, 2C) dk, dv of a layer before other layers' are added
     Slots<float> skip_dkv;        // (skip_slots, B, T, 2C) ring buffer of dk, dv passed down to lower layers
-    size_t cache_length;          // positions filled
+    size_t cache_length;          // positions filled, the same of each sequence
     std::vector<size_t> cache_place;  // (L) where each layer's part of the cache begins
     int* new_tokens;              // decoding, of the new tokens: (sequences · maxT)
     float* new_a;                 // depth's a, of one layer
@@ -1163,7 +1163,6 @@ static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
     with_type(m, [=](auto& model) { decode(model, tokens, n, logits); });
 }
 static void model_reset_cache(Model* m) { m->cache_length = 0; }
-static int model_cache_length(const Model* m) { return m->cache_length; }  // tokens in the cache of each sequence
 
 // ====================================================================================================================
 // 3 · The program
@@ -1206,10 +1205,9 @@ static std::string duration(double s) {
 
 static std::vector<std::string> split(const std::string& text, char separator) {
     std::vector<std::string> parts = {""};
-    for (char c : text) {
+    for (char c : text)
         if (c == separator) parts.emplace_back();
         else parts.back() += c;
-    }
     return parts;
 }
 
@@ -1619,7 +1617,6 @@ static void write_file(OutputFile& f, const void* data, size_t n) {
     }
 }
 
-// With the content, if that is given.
 static OutputFile create_file(const std::string& path, const std::string& content = "") {
     OutputFile f = {.path = path, .temporary = path + ".tmp"};
     if (process > 0) return f;
@@ -2100,8 +2097,7 @@ static void loader_batch(Loader& l, int* x, int* y, int B) {
         size_t at = l.current.phase + (size_t)l.current.order[l.taken] * l.T;
         split_window(x, y, &l.current.tokens[at], l.T, l.V, l.shards[l.shard], at);
         l.position++;
-        l.taken++;
-        if (l.taken < l.current.order.size()) continue;
+        if (++l.taken < l.current.order.size()) continue;
         if (!find_window(l, l.epoch, l.position)) l.epoch++, l.position = 0;
         use_shard(l);
     }
@@ -2475,7 +2471,6 @@ static Memory check_memory(const Config& c, int precision, Workload work, size_t
     die("%s: the largest --batch that fits is %d", line.c_str(), work.B);
 }
 
-// Creates a model with a file's parameters.
 static Model* load_model(const ModelFile& file, const Config& c, const Options& o, const Workload& work) {
     check_memory(c, o.precision, work);
     Model* model = model_create(c, o.precision, work);
@@ -2727,7 +2722,7 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
     std::vector<bool> seen(c.V);     // which of the vocabulary these are
     std::vector<float> logits(c.V);  // of the next token
     auto read = [&](const std::vector<int>& more) {
-        const int cached = model_cache_length(model), n = tokens_to_read(c.maxT, cached, more.size());
+        const int cached = model->cache_length, n = tokens_to_read(c.maxT, cached, more.size());
         tokens.insert(tokens.end(), more.begin(), more.end());
         for (int token : more) seen[token] = true;
         if (cached + more.size() > (size_t)c.maxT) model_reset_cache(model);
@@ -2774,7 +2769,6 @@ static std::vector<int> parse_tokens(const std::string& list, int V) {
 
 static size_t longest_prompt = 16 << 20;  // bytes; the tests set it lower
 
-// The text of --prompt-file
 static std::string read_prompt(const std::string& path) {
     FILE* f = path == "-" ? stdin : fopen(path.c_str(), "r");
     std::string text;
@@ -3506,7 +3500,6 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     if (fflush(out) != 0 || ferror(out)) die("standard output could not be written");
 }
 
-// Runs the command that argv names.
 [[maybe_unused]] static int run_program(int argc, char** argv) try {
     Options o;
     OptionTable table = option_table(o);
