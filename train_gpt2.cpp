@@ -5035,11 +5035,9 @@ static void device_init(bool) {
     }
 #endif
     const int cores = std::min(allowed_threads() / local_processes, omp_get_num_procs() / sharers);
-    if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
-        omp_set_num_threads(std::max(1, cores));
-    } else if (thread_count() > 4096) {
-        die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", getenv("OMP_NUM_THREADS"));
-    }
+    const char* wanted = getenv("OMP_NUM_THREADS");
+    if (!wanted) omp_set_num_threads(std::max(1, cores));  // as many as affinity and the container's quota allow
+    else if (thread_count() > 4096) die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", wanted);
     if (processes > 1 && thread_count() > cores)
         printf("note: there are fewer cores than %d processes x %s\n", local_processes,
                plural(thread_count(), "thread").c_str());
