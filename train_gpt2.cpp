@@ -1552,8 +1552,7 @@ static std::string try_open(InputFile& f, const std::string& path) {
 
 static InputFile open_file(const std::string& path) {
     InputFile f;
-    std::string error = try_open(f, path);
-    if (!error.empty()) die("%s: %s", path.c_str(), error.c_str());
+    if (std::string error = try_open(f, path); !error.empty()) die("%s: %s", path.c_str(), error.c_str());
     return f;
 }
 
@@ -2403,8 +2402,7 @@ static Config with_attention(Config c, int attention, const Options& o, const st
         if (o.wanted.*s.field >= s.low) c.*s.field = o.wanted.*s.field;
         else c.*s.field = same && s.attention == attention ? file->config.*s.field : s.initial(c);
     }
-    std::string error = config_error(c);
-    if (!error.empty()) die("impossible model: %s", error.c_str());
+    if (std::string error = config_error(c); !error.empty()) die("impossible model: %s", error.c_str());
     return c;
 }
 
