@@ -292,7 +292,7 @@ static void check_dump(const std::string& model_path, const std::string& state_p
     }
 
     Model* m = model_create(c, FP32, {.B = B, .T = T, .train = true});
-    read_parameters(file, m);
+    read_quantity(file, m, PARAMETERS, HEADER_BYTES);
     std::vector<float> parameters(P);
     model_get(m, PARAMETERS, 0, P, parameters.data());
     auto compute = [&](const std::vector<float>& from) {

@@ -457,12 +457,9 @@ struct Allocator {
     std::vector<void*> blocks = {};
 
     template <class T> void take(T*& p, size_t n, size_t Memory::*purpose, bool zero = false) {
-        p = nullptr;
-        if (n == 0) return;
         memory.*purpose += n * sizeof(T);
-        if (dry) return;
-        p = (T*)device_allocate(n * sizeof(T), zero);
-        blocks.push_back(p);
+        p = dry || n == 0 ? nullptr : (T*)device_allocate(n * sizeof(T), zero);
+        if (p) blocks.push_back(p);
     }
     template <class T> void take(Slots<T>& slots, size_t count, size_t n, size_t Memory::*purpose) {
         slots.count = std::max<size_t>(1, count);
@@ -492,7 +489,7 @@ struct Model {
     float* losses;                // (B, T)
     float* dkv;                   // skip, depth: (B, T, 2C) dk, dv of a layer before other layers' are added
     Slots<float> skip_dkv;        // (skip_slots, B, T, 2C) ring buffer of dk, dv passed down to lower layers
-    size_t cache_length;          // positions filled
+    size_t cache_length;          // positions filled, the same of each sequence
     std::vector<size_t> cache_place;  // (L) where each layer's part of the cache begins
     int* new_tokens;              // decoding, of the new tokens: (sequences · maxT)
     float* new_a;                 // depth's a, of one layer
@@ -949,8 +946,7 @@ static double sum_all(double x) {  // over processes
     return std::accumulate(all.begin(), all.end(), 0.0);
 }
 static void sum_in_process_0(uint32_t* x, size_t n) {  // of integers, so the order does not matter
-    if (processes > 1)
-        MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
+    if (processes > 1) MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
 }
 // A backend supplies these two. reduce_gradients begins to sum layer l's gradients into m.own_gradients, while backward
 // goes on. With l = -1 it sums those of the other tensors, and all sums are complete.
@@ -1004,8 +1000,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     if constexpr (std::is_same_v<X, float>) m.weights = m.parameters;
     else all.take(m.weights, P, &Memory::parameters);
     all.take(m.gradients, P_trained, &Memory::gradients, true);
-    all.take(m.moment1, P_trained / processes, &Memory::moments, true);
-    all.take(m.moment2, P_trained / processes, &Memory::moments, true);
+    for (float** moment : {&m.moment1, &m.moment2}) all.take(*moment, P_trained / processes, &Memory::moments, true);
     const size_t largest = std::max({m.tensors[WTE].stride(), m.tensors[WPE].stride(), m.tensors[FCW].stride()});
     all.take(m.received, processes > 1 && train ? largest : 0, &Memory::gradients);
     if (processes == 1) m.own_gradients = m.gradients;
@@ -1014,8 +1009,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     // Activations. Backward needs those of all layers. Without it layers share a slot, except in qkv, which skip and
     // depth read in later layers.
     all.take(m.residual, BT ? (train ? 2 * L + 1 : 2) : 0, BT * C, &Memory::activations);
-    all.take(m.ln_mean, norms, BT, &Memory::activations);
-    all.take(m.ln_rstd, norms, BT, &Memory::activations);
+    for (auto* statistic : {&m.ln_mean, &m.ln_rstd}) all.take(*statistic, norms, BT, &Memory::activations);
     all.take(m.qkv, train || reads_other_layers ? L : 1, BT * 3 * C, &Memory::activations);
     all.take(m.lse, layers, BT * NH, &Memory::activations);
     all.take(m.atty, layers, BT * C, &Memory::activations);
@@ -1028,9 +1022,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     all.take(m.fch_gelu, keeps ? L : 1, BT * 4 * C, recomputed);
 
     all.take(m.logits, classifier_rows(BT, c.Vp) * c.Vp, &Memory::scratch);
-    all.take(m.dresidual, BT_trained * C, &Memory::scratch);
-    all.take(m.dln, BT_trained * C, &Memory::scratch);
-    all.take(m.datty, BT_trained * C, &Memory::scratch);
+    for (X** dx : {&m.dresidual, &m.dln, &m.datty}) all.take(*dx, BT_trained * C, &Memory::scratch);
     all.take(m.dqkv, BT_trained * 3 * C, &Memory::scratch);
     all.take(m.dfch, BT_trained * 4 * C, &Memory::scratch);
     all.take(m.dkv, reads_other_layers ? BT_trained * 2 * C : 0, &Memory::scratch);
@@ -1045,9 +1037,7 @@ template <class X> static void lay_out(ModelOf<X>& m) {
     }
     all.take(m.cache, cached, &Memory::cache);
     all.take(m.new_tokens, rows, &Memory::scratch);
-    all.take(m.new_x, rows * C, &Memory::scratch);
-    all.take(m.new_ln, rows * C, &Memory::scratch);
-    all.take(m.new_atty, rows * C, &Memory::scratch);
+    for (X** x : {&m.new_x, &m.new_ln, &m.new_atty}) all.take(*x, rows * C, &Memory::scratch);
     all.take(m.new_qkv, rows * 3 * C, &Memory::scratch);
     all.take(m.new_fch, rows * 4 * C, &Memory::scratch);
     const size_t sources = depth_source_count(c, c.L - 1);  // the last layer has the most
@@ -1095,17 +1085,17 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
     return memory;
 }
 
-// Calls f(place, done, count, owner, own) for each run of the n values from element `begin` of a file's order on: after
-// `done` others, `count` lie from `place` on. They are process `owner`'s; in arrays of its shares, from `own` on.
-static void for_each_contiguous(const TensorTable& tensors, size_t begin, size_t n, auto f) {
+// Calls f(place, done, count, own) for each run of the n values from element `begin` of a file's order on: after `done`
+// others, `count` lie from `place` on, in an array of all parameters or of a process's `shares`. own: this process's
+static void for_each_contiguous(const TensorTable& tensors, bool shares, size_t begin, size_t n, auto f) {
     for (const Tensor& t : tensors)
         for (size_t i = 0; i < t.layers * processes; i++) {
             const size_t l = i / processes, owner = i % processes, slot = t.place + l * t.stride();
             const size_t first = t.offset + l * t.layer_size(), share = first + owner * t.share();
             const size_t from = std::max(share, begin);
             const size_t end = std::min({share + t.share(), first + t.layer_size(), begin + n});
-            const size_t own = slot / processes + from - share;
-            if (from < end) f(slot + from - first, from - begin, end - from, (int)owner, own);
+            const size_t place = shares ? slot / processes + from - share : slot + from - first;
+            if (from < end) f(place, from - begin, end - from, (int)owner == process);
         }
 }
 
@@ -1117,16 +1107,14 @@ using Quantity = float* Model::*;
 static void model_get(const Model* m, Quantity q, size_t begin, size_t n, float* out) {
     const bool in_all = q == PARAMETERS && m->precision == FP32;  // the weights, which gather_weights has seen to
     std::fill_n(out, n, 0.0f);
-    for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
-        if (in_all || owner == process)
-            copy_to_host(out + done, m->*q + (q == PARAMETERS ? place : own), count * sizeof(float));
+    for_each_contiguous(m->tensors, q != PARAMETERS, begin, n, [=](size_t place, size_t done, size_t count, bool own) {
+        if (own || in_all) copy_to_host(out + done, m->*q + place, count * sizeof(float));
     });
     if (!in_all) sum_in_process_0((uint32_t*)out, n);
 }
 static void model_put(Model* m, Quantity q, size_t begin, size_t n, const float* in) {
-    for_each_contiguous(m->tensors, begin, n, [=](size_t place, size_t done, size_t count, int owner, size_t own) {
-        if (q == PARAMETERS || owner == process)
-            copy_to_device(m->*q + (q == PARAMETERS ? place : own), in + done, count * sizeof(float));
+    for_each_contiguous(m->tensors, q != PARAMETERS, begin, n, [=](size_t place, size_t done, size_t count, bool own) {
+        if (own || q == PARAMETERS) copy_to_device(m->*q + place, in + done, count * sizeof(float));
         if (q == PARAMETERS)
             with_type(m, [&](auto& model) { round_weights(model.weights + place, model.parameters + place, count); });
     });
@@ -1175,7 +1163,6 @@ static void model_prefill(Model* m, const int* tokens, int n, float* logits) {
     with_type(m, [=](auto& model) { decode(model, tokens, n, logits); });
 }
 static void model_reset_cache(Model* m) { m->cache_length = 0; }
-static int model_cache_length(const Model* m) { return m->cache_length; }  // tokens in the cache of each sequence
 
 // ====================================================================================================================
 // 3 · The program
@@ -1218,10 +1205,9 @@ static std::string duration(double s) {
 
 static std::vector<std::string> split(const std::string& text, char separator) {
     std::vector<std::string> parts = {""};
-    for (char c : text) {
+    for (char c : text)
         if (c == separator) parts.emplace_back();
         else parts.back() += c;
-    }
     return parts;
 }
 
@@ -1566,8 +1552,7 @@ static std::string try_open(InputFile& f, const std::string& path) {
 
 static InputFile open_file(const std::string& path) {
     InputFile f;
-    std::string error = try_open(f, path);
-    if (!error.empty()) die("%s: %s", path.c_str(), error.c_str());
+    if (std::string error = try_open(f, path); !error.empty()) die("%s: %s", path.c_str(), error.c_str());
     return f;
 }
 
@@ -1631,7 +1616,6 @@ static void write_file(OutputFile& f, const void* data, size_t n) {
     }
 }
 
-// With the content, if that is given.
 static OutputFile create_file(const std::string& path, const std::string& content = "") {
     OutputFile f = {.path = path, .temporary = path + ".tmp"};
     if (process > 0) return f;
@@ -1650,7 +1634,7 @@ static int sync_to_disk(int fd) {
     return fsync(fd);
 }
 
-static void commit_file(OutputFile& f) {
+static void commit_file(const OutputFile& f) {
     if (process > 0) return;
     if (sync_to_disk(f.fd) != 0 || close(f.fd) != 0 || rename(f.temporary.c_str(), f.path.c_str()) != 0) die_writing(f);
     int folder = open(folder_of(f.path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -2112,8 +2096,7 @@ static void loader_batch(Loader& l, int* x, int* y, int B) {
         size_t at = l.current.phase + (size_t)l.current.order[l.taken] * l.T;
         split_window(x, y, &l.current.tokens[at], l.T, l.V, l.shards[l.shard], at);
         l.position++;
-        l.taken++;
-        if (l.taken < l.current.order.size()) continue;
+        if (++l.taken < l.current.order.size()) continue;
         if (!find_window(l, l.epoch, l.position)) l.epoch++, l.position = 0;
         use_shard(l);
     }
@@ -2263,23 +2246,19 @@ static bool finite(const std::vector<float>& values, size_t n) {
 }
 
 // Copies values from a byte offset of the file to the model.
-static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, size_t offset, size_t value_bytes) {
+static void read_quantity(const ModelFile& m, Model* model, Quantity quantity, size_t offset) {
     std::vector<float> values(std::min(chunk_values, m.values));
-    std::vector<uint16_t> halves(value_bytes == 2 ? values.size() : 0);
+    std::vector<uint16_t> halves(m.value_bytes == 2 ? values.size() : 0);
     for (size_t begin = 0; begin < m.values; begin += chunk_values) {
         size_t n = std::min(chunk_values, m.values - begin);
-        void* raw = value_bytes == 2 ? (void*)halves.data() : (void*)values.data();
-        must_read_at(m.file, offset + begin * value_bytes, raw, n * value_bytes);
-        if (value_bytes == 2)  // bf16 is the upper half of an fp32
+        void* raw = m.value_bytes == 2 ? (void*)halves.data() : (void*)values.data();
+        must_read_at(m.file, offset + begin * m.value_bytes, raw, n * m.value_bytes);
+        if (m.value_bytes == 2)  // bf16 is the upper half of an fp32
             for (size_t i = 0; i < n; i++) values[i] = std::bit_cast<float>((uint32_t)halves[i] << 16);
         if (!finite(values, n))
             die("%s: holds infinite values or NaN: its training failed, or it is damaged", m.file.path.c_str());
         model_put(model, quantity, begin, n, values.data());
     }
-}
-
-static void read_parameters(const ModelFile& m, Model* model) {
-    read_quantity(m, model, PARAMETERS, HEADER_BYTES, m.value_bytes);
 }
 
 // Random initial parameters, which depend only on the seed and the shape: blocks of 2^16 values have a stream each.
@@ -2423,8 +2402,7 @@ static Config with_attention(Config c, int attention, const Options& o, const st
         if (o.wanted.*s.field >= s.low) c.*s.field = o.wanted.*s.field;
         else c.*s.field = same && s.attention == attention ? file->config.*s.field : s.initial(c);
     }
-    std::string error = config_error(c);
-    if (!error.empty()) die("impossible model: %s", error.c_str());
+    if (std::string error = config_error(c); !error.empty()) die("impossible model: %s", error.c_str());
     return c;
 }
 
@@ -2491,11 +2469,10 @@ static Memory check_memory(const Config& c, int precision, Workload work, size_t
     die("%s: the largest --batch that fits is %d", line.c_str(), work.B);
 }
 
-// Creates a model with a file's parameters.
 static Model* load_model(const ModelFile& file, const Config& c, const Options& o, const Workload& work) {
     check_memory(c, o.precision, work);
     Model* model = model_create(c, o.precision, work);
-    read_parameters(file, model);
+    read_quantity(file, model, PARAMETERS, HEADER_BYTES);
     return model;
 }
 
@@ -2610,8 +2587,8 @@ static Questions read_questions(const std::string& path, int V, const Tokenizer&
     Header h = {};
     memcpy(h.data(), content.data(), std::min(content.size(), HEADER_BYTES));
     if (h[0] != EVAL_MAGIC || h[1] != 1)
-        die("%s: holds no questions: it begins with %d and %d, not %d and 1; data_prep/hellaswag.py makes such files", name,
-            h[0], h[1], EVAL_MAGIC);
+        die("%s: holds no questions: it begins with %d and %d, not %d and 1; data_prep/hellaswag.py makes such files",
+            name, h[0], h[1], EVAL_MAGIC);
     if (h[4] != 0 && tokenizer.known() && tokenizer.crc != format("%08x", h[4]))
         die("%s: made with another tokenizer than %s; make it anew with that one", name, tokenizer.path.c_str());
     Questions all;
@@ -2743,7 +2720,7 @@ static std::string generate_text(Model* model, const Config& c, const Options& o
     std::vector<bool> seen(c.V);     // which of the vocabulary these are
     std::vector<float> logits(c.V);  // of the next token
     auto read = [&](const std::vector<int>& more) {
-        const int cached = model_cache_length(model), n = tokens_to_read(c.maxT, cached, more.size());
+        const int cached = model->cache_length, n = tokens_to_read(c.maxT, cached, more.size());
         tokens.insert(tokens.end(), more.begin(), more.end());
         for (int token : more) seen[token] = true;
         if (cached + more.size() > (size_t)c.maxT) model_reset_cache(model);
@@ -2790,7 +2767,6 @@ static std::vector<int> parse_tokens(const std::string& list, int V) {
 
 static size_t longest_prompt = 16 << 20;  // bytes; the tests set it lower
 
-// The text of --prompt-file
 static std::string read_prompt(const std::string& path) {
     FILE* f = path == "-" ? stdin : fopen(path.c_str(), "r");
     std::string text;
@@ -3037,27 +3013,27 @@ static void create_run_model(Run& run) {
     const size_t loading = device_is_host() ? loader_bytes(run.loader.shards, T) : 0;
     const int sequences = is_given(run.table, "total-batch") ? o.total_batch / T / processes : 0;
     const Memory memory = check_memory(run.c, o.precision, work, loading, sequences);
-    run.x.resize((size_t)B * T);
-    run.y.resize((size_t)B * T);
+    run.x = run.y = std::vector<int>(work.tokens());
     for (size_t i = 0; i < std::min<size_t>(B, window_count(run.val, T)); i++)  // wrong tokens are found now
         read_window(run.val, i, run.x.data(), run.y.data(), T, run.c.V);
     use_shard(run.loader);
     loader_batch(run.loader, run.x.data(), run.y.data(), B);
 
     print_start(run, memory.total() + loading);
-    std::string setup = fingerprints(run.train) + fingerprints(run.val) + (run.start ? fingerprint(run.start->file) : "");
+    std::string setup = fingerprints(run.train) + fingerprints(run.val);
+    if (run.start) setup += fingerprint(run.start->file);
     for (const Option& option : run.table)  // but for paths
         if (!option.as<std::string>()) setup += value_text(option) + "\n";
     const double crc = crc32(0, setup.data(), setup.size());  // sum_all also waits till all have found memory free
     if (sum_all(crc) != processes * crc)
         die("the processes have different options, models or shards; all must see the same files");
     run.model = model_create(run.c, o.precision, work);
-    if (run.start) read_parameters(*run.start, run.model);
+    if (run.start) read_quantity(*run.start, run.model, PARAMETERS, HEADER_BYTES);
     else initialize_parameters(run.model, run.c, o.seed);
     if (o.resume) {
         const size_t size = 4 * run.start->values, moments = run.start->file.size - sizeof(Trailer) - 2 * size;
-        read_quantity(*run.start, run.model, MOMENT1, moments, 4);
-        read_quantity(*run.start, run.model, MOMENT2, moments + size, 4);
+        read_quantity(*run.start, run.model, MOMENT1, moments);
+        read_quantity(*run.start, run.model, MOMENT2, moments + size);
     }
     if (run.start) close(run.start->file.fd);
     model_set_inputs(run.model, run.x.data(), run.y.data());
@@ -3078,8 +3054,7 @@ static State run_state(const Run& run) {
 static FILE* open_metrics(const Run& run) {
     if (process > 0) return fopen("/dev/null", "a");
     const std::string path = run.path("metrics.csv"), names = "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s";
-    std::string kept = names + "\n";
-    if (run.step == 0) kept += run.first_row;
+    std::string kept = names + "\n" + (run.step == 0 ? run.first_row : "");
     if (run.step > 0 && exists(path)) {
         const std::vector<std::string> lines = split(read_whole(open_file(path)), '\n');
         int step = -1;  // of the last row
@@ -3093,8 +3068,7 @@ static FILE* open_metrics(const Run& run) {
             if (step <= run.step) kept += lines[i] + '\n';
         }
     }
-    OutputFile f = create_file(path, kept);
-    commit_file(f);
+    commit_file(create_file(path, kept));
     FILE* metrics = fopen(path.c_str(), "a");
     if (!metrics) die("%s: %s", path.c_str(), strerror(errno));
     return metrics;
@@ -3197,12 +3171,12 @@ static void validate(Run& run) {
 
 // Shows the line of a step, after a validation if one is due, and writes its row of metrics.csv. Of lines that do not
 // stay, it shows ten a second on a terminal, and elsewhere one a second, or none with --log-every.
-static void log_step(Run& run, double loss, double norm, double lr, double step_seconds, double seconds_left) {
+static void log_step(Run& run, double norm, double lr, double step_seconds, double seconds_left) {
     const Options& o = run.o;
     const int step = run.step;
     const bool validates = !run.val.empty() && is_due(o.val_every, run);
     const double ms = step_seconds * 1e3, rate = o.total_batch / step_seconds;
-    std::string line = format("step %d/%d  loss %.4f", step, o.steps, loss), val_loss;
+    std::string line = format("step %d/%d  loss %.4f", step, o.steps, run.loss), val_loss;
     if (validates) {
         validate(run);
         line += format("  val %.4f", run.validation.loss);
@@ -3216,7 +3190,7 @@ static void log_step(Run& run, double loss, double norm, double lr, double step_
         show_line(line, stays);
         run.shown = seconds();
     }
-    fprintf(run.metrics, "%d,%.9g,%s,%.9g,%.9g,%.2f,%.0f\n", step, loss, val_loss.c_str(), lr, norm, ms, rate);
+    fprintf(run.metrics, "%d,%.9g,%s,%.9g,%.9g,%.2f,%.0f\n", step, run.loss, val_loss.c_str(), lr, norm, ms, rate);
     if (fflush(run.metrics) != 0) die("%s: %s", run.path("metrics.csv").c_str(), strerror(errno));
 }
 
@@ -3243,13 +3217,12 @@ static void train_steps(Run& run) {
         const AdamW adamw = {.lr = (float)lr, .beta1 = (float)o.beta1, .beta2 = (float)o.beta2, .eps = 1e-8f,
                              .weight_decay = (float)o.weight_decay};
         model_update(run.model, adamw, o.clip, run.step);
-        const double norm = model_norm(run.model), loss = sum_all(model_loss(run.model) / processes);
-        const double now = seconds();
-        check_finite(run, "the loss", loss);
+        run.loss = sum_all(model_loss(run.model) / processes);
+        const double norm = model_norm(run.model), now = seconds();
+        check_finite(run, "the loss", run.loss);
         check_finite(run, "the gradient's norm", norm);
-        run.loss = loss;
 
-        log_step(run, loss, norm, lr, now - step_start, (now - start) / (run.step - first_step) * (o.steps - run.step));
+        log_step(run, norm, lr, now - step_start, (now - start) / (run.step - first_step) * (o.steps - run.step));
         if (is_due(o.sample_every, run) && run.step < o.steps && can_sample(run) && interrupts == 0) print_sample(run);
         if (is_due(o.save_every, run) || run.best_step == run.step) save_run(run);
     }
@@ -3266,11 +3239,9 @@ static void on_signal(int) {
 
 static void print_end(const Run& run, double run_seconds) {
     const Options& o = run.o;
-    if (run.step < o.steps) {
-        show_line(format("stopped after step %d of %d, and saved; to continue:\n    %s train --out %s --resume",
-                         run.step, o.steps, shell_word(o.program).c_str(), shell_word(o.out).c_str()), true);
-        return;
-    }
+    if (run.step < o.steps)
+        return show_line(format("stopped after step %d of %d, and saved; to continue:\n    %s train --out %s --resume",
+                                run.step, o.steps, shell_word(o.program).c_str(), shell_word(o.out).c_str()), true);
     printf("\ntrained to step %d in %s%s\n", o.steps, duration(run_seconds).c_str(),
            o.resume ? " since it was resumed" : "");
     if (!run.val.empty()) {
@@ -3338,8 +3309,7 @@ static void write_depth_weights(const std::string& path, const Config& c, const 
             for (int i = 0; i <= sources.count(); i++)
                 rows += format("%d,%d,%d,%.6f\n", l, h, sources[i], e.depth_weights[l][i * c.NH + h]);
     }
-    OutputFile f = create_file(path, rows);
-    commit_file(f);
+    commit_file(create_file(path, rows));
 }
 
 static void eval_questions(const Options& o, const ModelFile& file, const Config& c, const Tokenizer& tokenizer) {
@@ -3426,7 +3396,7 @@ static void generate(Options& o, OptionTable&) {
 }
 
 static void print_tensors(const Config& c) {
-    printf("%-10s %-20s %15s   %-18s %s\n", "tensor", "shape", "values", "starts as", "weight decay");
+    printf("\n%-10s %-20s %15s   %-18s %s\n", "tensor", "shape", "values", "starts as", "weight decay");
     for (const Tensor& t : tensor_table(c)) {
         std::string shape = t.layers > 1 ? format("%zu x ", t.layers) : "";
         shape += t.cols > 1 ? format("%zu x %zu", t.rows, t.cols) : format("%zu", t.rows);
@@ -3434,7 +3404,7 @@ static void print_tensors(const Config& c) {
         printf("%-10s %-20s %15s   %-18s %s\n", t.name, shape.c_str(), commas(t.size()).c_str(), initial.c_str(),
                t.decays ? "yes" : "no");
     }
-    printf("%-31s %15s   of which %s in wte are padding\n", "all", commas(parameter_count(c)).c_str(),
+    printf("%-31s %15s   of which %s in wte are padding\n\n", "all", commas(parameter_count(c)).c_str(),
            commas((size_t)(c.Vp - c.V) * c.C).c_str());
 }
 
@@ -3457,9 +3427,7 @@ static void describe(Options& o, OptionTable&) {
         printf("%s: version %d, %s, %s\n", escaped(o.model).c_str(), file->version,
                attention_names[file->config.attention], content.c_str());
     }
-    printf("\n");
     print_tensors(c);
-    printf("\n");
     for (const Config& a : configs)
         if (a.attention != VANILLA) printf("%s\n", attention_text(a).c_str());
     printf("\n");
@@ -3517,21 +3485,19 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         fprintf(out, "%s %s [--option value]...\n%s.\n\n%s\n\nOptions [and their defaults]\n", program, command->name,
                 command->summary, command->notes);
         print_options(out, table, false);
-        fprintf(out, "\n");
     } else {
         fprintf(out, "%s COMMAND [--option value]...\nTrains GPT-2 with any of three attention variants.\n\nCommands\n",
                 program);
         for (const Command& c : commands) fprintf(out, "  %-26s%s\n", c.name, c.summary);
         fprintf(out, "  %-26s%s\n", "COMMAND --help", "lists the command's options");
-        fprintf(out, "  %-26s%s\n\n", "--version", "what this program was built for");
+        fprintf(out, "  %-26s%s\n", "--version", "what this program was built for");
     }
-    fprintf(out, "Options of every command\n");
+    fprintf(out, "\nOptions of every command\n");
     print_options(out, table, true);
     fprintf(out, "\n%s\nExit status: 0, 1 after an error, 130 after Ctrl-C (in train, the second).\n", device_help());
     if (fflush(out) != 0 || ferror(out)) die("standard output could not be written");
 }
 
-// Runs the command that argv names.
 [[maybe_unused]] static int run_program(int argc, char** argv) try {
     Options o;
     OptionTable table = option_table(o);
@@ -4253,8 +4219,7 @@ template <class X> static void gather_weights(ModelOf<X>& m) {
 // Losses, norm, AdamW
 
 static void sum_losses(Results& results, const float* losses, size_t n, bool add) {
-    if (!add) results.loss_sum = 0;
-    for (size_t i = 0; i < n; i++) results.loss_sum += losses[i];
+    results.loss_sum = std::accumulate(losses, losses + n, add ? results.loss_sum : 0.0);
 }
 
 constexpr size_t UPDATE_CHUNK = 1 << 12;  // elements that a thread goes through at a time
@@ -4270,9 +4235,7 @@ static void global_norm(const Workspace& ws, Results& results, const float* g, s
             sum += (double)g[i] * g[i];
         ws.squares[chunk] = sum;
     }
-    double sum = 0;
-    for (size_t chunk = 0; chunk < chunks; chunk++) sum += ws.squares[chunk];
-    results.norm = sqrt(sum_all(sum));
+    results.norm = sqrt(sum_all(std::accumulate(ws.squares, ws.squares + chunks, 0.0)));
     results.gradient_scale = clip_scale(results.norm, clip);
     choose_threads();
 }
@@ -4918,8 +4881,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
                            const Workload& work) {
     const size_t C = c.C, HS = c.head_size(), BT = work.tokens(), BT_trained = work.train ? BT : 0;
     if (!all.dry) end_thread_trials(), thread_trials = {.most = thread_count()};
-    all.take(inputs.x, BT, &Memory::activations);
-    all.take(inputs.y, BT, &Memory::activations);
+    for (int** tokens : {&inputs.x, &inputs.y}) all.take(*tokens, BT, &Memory::activations);
     size_t head = HeadScratch<X>{nullptr, (size_t)work.T, HS, work.train}.size;
     size_t decoding = work.sequences ? HeadScratch<X>{nullptr, (size_t)c.maxT, HS, false}.size : 0;
     ws.local_size = std::max({matmul_local_size<X>(), head, decoding, 3 * HS});
@@ -5071,11 +5033,9 @@ static void device_init(bool) {
     }
 #endif
     const int cores = std::min(allowed_threads() / local_processes, omp_get_num_procs() / sharers);
-    if (!getenv("OMP_NUM_THREADS")) {  // as many as the affinity mask and the container's quota allow
-        omp_set_num_threads(std::max(1, cores));
-    } else if (thread_count() > 4096) {
-        die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", getenv("OMP_NUM_THREADS"));
-    }
+    const char* wanted = getenv("OMP_NUM_THREADS");
+    if (!wanted) omp_set_num_threads(std::max(1, cores));  // as many as affinity and the container's quota allow
+    else if (thread_count() > 4096) die("OMP_NUM_THREADS=%s: at most 4096 threads are of use", wanted);
     if (processes > 1 && thread_count() > cores)
         printf("note: there are fewer cores than %d processes x %s\n", local_processes,
                plural(thread_count(), "thread").c_str());

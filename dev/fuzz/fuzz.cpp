@@ -259,7 +259,7 @@ static void read_model(const Bytes& input) {
     const Workload work = {.B = 1, .T = 1, .train = true};
     check_memory(m.config, FP32, work);
     const std::unique_ptr<Model, decltype(&model_free)> model(model_create(m.config, FP32, work), model_free);
-    read_parameters(m, model.get());
+    read_quantity(m, model.get(), PARAMETERS, HEADER_BYTES);
 }
 
 // Resumes a run up to its first step. After that, nothing is read.
