@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Plots loss, learning rate, gradient norm and speed of runs, from their metrics.csv. Needs matplotlib.
 
-    make plot RUN="run/mine run/other"
+    make plot RUN=run/mine                               # writes run/mine/plot.png and plot.svg
+    make plot RUN="run/mine run/other"                   # writes run/plot.png and plot.svg
     dev/plot.py run/mine run/other --out comparison      # writes comparison.png and comparison.svg
 """
 
 import argparse
 import csv
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -91,7 +93,9 @@ def plot_runs(folders, path):
             n = 1 if name == "lr" else max(1, len(steps) // 50)
             ax.plot(steps, smoothed(values, n), **line, alpha=0.5 if ax is loss else 1,
                     label=f"{folder}, training" + (f", mean of {n} steps" if n > 1 else "") if ax is loss else None)
-        loss.plot(*column(rows, "val_loss"), **look, label=f"{folder}, validation")
+        steps, values = column(rows, "val_loss")
+        if steps:
+            loss.plot(steps, values, **look, label=f"{folder}, validation")
     for ax, label in (loss, "loss (nats per token)"), (rate, "learning rate"), (norm, "norm of the gradient"), \
             (speed, "speed (tokens per second)"):
         ax.set(xlabel="step", ylabel=label, ylim=(None if ax is loss else 0, None))
@@ -103,9 +107,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = fail
     p.add_argument("runs", metavar="DIR", nargs="+", help="folder of a run")
-    p.add_argument("--out", metavar="PATH", type=Path, help="the plot, without .png or .svg [plot in the first DIR]")
+    p.add_argument("--out", metavar="PATH", type=Path,
+                   help="the plot, without .png or .svg [DIR/plot; of several runs, in the folder that they share]")
     o = p.parse_args()
-    out = o.out or Path(o.runs[0]) / "plot"
+    runs = [Path(folder).absolute() for folder in o.runs]
+    out = o.out or Path(os.path.commonpath(runs if len(runs) == 1 else [run.parent for run in runs])) / "plot"
     plot_runs(o.runs, out)
     print(f"{out}.png and {out}.svg are written")
 

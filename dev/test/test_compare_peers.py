@@ -185,7 +185,8 @@ def test_a_run_gets_the_signal(root, program, text, tmp_path):  # noqa: F811
 def test_plot(complete, root, tmp_path):
     study = shutil.copytree(complete, tmp_path / "study")
     runs = [study / "runs/all-vanilla-seed-1", study / "runs/all-depth-seed-1"]
-    for more, path in ([], runs[0] / "plot"), (["--out", tmp_path / "mine"], tmp_path / "mine"):
-        subprocess.run([sys.executable, root / "dev/plot.py", *runs, *more], check=True, stdout=subprocess.DEVNULL)
+    for words, path in ((runs, study / "runs/plot"), (runs[:1], runs[0] / "plot"),
+                        ([*runs, "--out", tmp_path / "mine"], tmp_path / "mine")):
+        subprocess.run([sys.executable, root / "dev/plot.py", *words], check=True, stdout=subprocess.DEVNULL)
         assert path.with_suffix(".png").stat().st_size > 10_000
         ElementTree.parse(path.with_suffix(".svg"))
