@@ -125,7 +125,7 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     fprintf(stderr, "%serror: %s\n", over, escaped(format_list(form, args)).c_str());
     va_end(args);
 #ifdef GPT2_MPI
-    usleep(processes > 1 ? 300'000 : 0);  // mpirun can lose a line that is newer
+    std::this_thread::sleep_for(std::chrono::milliseconds(processes > 1 ? 300 : 0));  // mpirun loses newer lines
     if (processes > 1) MPI_Abort(MPI_COMM_WORLD, 1);
 #endif
     exit(1);
