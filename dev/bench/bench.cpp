@@ -279,7 +279,8 @@ static void bench_generating(const Options& o, const std::vector<Config>& config
 
 static void bench(Options& o, OptionTable& table, bool profile) {
     if (is_file(o.model)) die("bench takes a shape, but --model %s is a file", o.model.c_str());
-    const Config shape = configure(o, {}, find_tokenizer(o.tokenizer, {}, {}), true);
+    const Tokenizer tokenizer = o.tokenizer.empty() ? Tokenizer{} : read_tokenizer(o.tokenizer);
+    const Config shape = configure(o, {}, tokenizer, true);
     const int precision = o.precision;
     std::vector<Config> configs;
     for (int a = 0; a < ATTENTIONS; a++)
