@@ -926,6 +926,7 @@ template <class X> static void decode(ModelOf<X>& m, const int* tokens, int n, f
 // in a fixed order, so they repeat to the bit. Only process 0 writes files and to standard output.
 
 #ifdef GPT2_MPI
+static const char* const mpi = ", MPI";
 static MPI_Comm local_world;  // the processes on this machine
 static void join_processes() {
     int level = 0;
@@ -953,6 +954,7 @@ static void sum_in_process_0(uint32_t* x, size_t n) {  // of integers, so the or
 static void reduce_gradients(Model& m, int l);
 template <class X> static void gather_weights(ModelOf<X>& m);  // gives each process the weights in others' shares
 #else
+static const char* const mpi = "";
 static void join_processes() {}
 static double sum_all(double x) { return x; }
 static void sum_in_process_0(uint32_t*, size_t) {}
@@ -2934,7 +2936,8 @@ static void complete_options(Run& run) {
     Options& o = run.o;
     const int B = o.batch, T = o.sequence;
     const int64_t least = (int64_t)B * T * processes, all = std::max<int64_t>(o.total_batch, 0);
-    const int64_t nearest = std::max<int64_t>(1, (all + least / 2) / least) * least;
+    const int64_t most = std::max<int64_t>(1, INT_MAX / least);
+    const int64_t nearest = std::clamp<int64_t>((all + least / 2) / least, 1, most) * least;
     if (all < 1) o.total_batch = std::min<int64_t>(least, INT_MAX);
     if (o.total_batch % least != 0)
         die("--total-batch %d is not a multiple of batch x sequence%s, %zd; the nearest is %zd%s", o.total_batch,
@@ -3240,8 +3243,10 @@ static void on_signal(int) {
 static void print_end(const Run& run, double run_seconds) {
     const Options& o = run.o;
     if (run.step < o.steps)
-        return show_line(format("stopped after step %d of %d, and saved; to continue:\n    %s train --out %s --resume",
-                                run.step, o.steps, shell_word(o.program).c_str(), shell_word(o.out).c_str()), true);
+        return show_line(format("stopped after step %d of %d, and saved; to continue:\n    ", run.step, o.steps) +
+                         (processes > 1 ? format("mpirun -n %d ", processes) : "") +
+                         format("%s train --out %s --resume", shell_word(o.program).c_str(),
+                                shell_word(o.out).c_str()), true);
     printf("\ntrained to step %d in %s%s\n", o.steps, duration(run_seconds).c_str(),
            o.resume ? " since it was resumed" : "");
     if (!run.val.empty()) {
@@ -3467,8 +3472,9 @@ static const Command commands[] = {
      "stops at once. --resume takes options from the checkpoint. With it, you may\n"
      "change --steps, the paths of the shards, and what and how often it logs,\n"
      "validates, samples and saves; nothing else that the result depends on.\n"
-     "Built with MPI=1, N processes under mpirun each compute an N-th of a step; to\n"
-     "stop them, send SIGUSR1 to mpirun instead of Ctrl-C."},
+     "Built with MPI=1, N processes under mpirun each compute an N-th of a step, and\n"
+     "--total-batch is a multiple of N times as much. To stop them, send SIGUSR1 to\n"
+     "mpirun instead of Ctrl-C."},
     {"eval", EVAL, eval, "measures a model's loss on text",
      "Needs --model FILE, and --val GLOB or --hellaswag FILE. With --by-position, all\n"
      "but the CSV goes to standard error."},
@@ -3520,7 +3526,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         print_help(word.empty() && process == 0 ? stderr : stdout, argv[0], table, nullptr);
         return word.empty();
     }
-    if (word == "--version") return printf("gpt2x3 0.9: %s; fp32 and bf16\n", device_build().c_str()) < 0;
+    if (word == "--version") return printf("gpt2x3 0.9: %s%s; fp32 and bf16\n", device_build().c_str(), mpi) < 0;
     std::string help = format("see %s --help", argv[0]);
     if (!found && word[0] == '-') die("the first word must be a command; %s", help.c_str());
     if (!found) die("there is no command %s; %s", word.c_str(), did_you_mean(word, commands, "", help).c_str());
@@ -3530,6 +3536,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
         print_help(stdout, argv[0], table, command);
         return 0;
     }
+    if (sum_all(command->bit) != processes * command->bit) die("the processes were given different commands");
     if (processes > 1 && command->bit & (EVAL | GENERATE)) die("%s needs one process: leave out mpirun", command->name);
     device_init(command->bit != DESCRIBE);
     command->run(o, table);
@@ -3537,6 +3544,10 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     return 0;
 } catch (const std::bad_alloc&) {
     die("not enough memory: use a smaller --batch or model, or smaller shards");
+} catch (const std::filesystem::filesystem_error& e) {
+    die("%s", e.what());
+} catch (const std::system_error&) {  // of std::async
+    die("a thread could not be started: raise `ulimit -u` or `ulimit -v`, or use fewer processes");
 } catch (const std::exception& e) {
     die("%s", e.what());
 }

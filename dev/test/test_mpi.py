@@ -237,6 +237,11 @@ def test_different_shards_are_refused(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_different_commands_are_refused(data, tmp_path):
+    Different(CPU, 2).fails(["{}", *odd(data, tmp_path / "out", steps=1)], ["{}", "describe"],
+                            says="the processes were given different commands")
+
+
 @pytest.mark.parametrize("args, says", [
     (["train"], "train needs --out"),
     (["eval", "--model", "nowhere"], "eval needs one process: leave out mpirun"),
@@ -253,7 +258,8 @@ def test_program_without_this_mpi(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number, total, nearest", [(3, 8, 9), (3, 10, 9), (4, 1, 4), (2, 7, 8)])
+@pytest.mark.parametrize("number, total, nearest", [
+    (3, 8, 9), (3, 10, 9), (4, 1, 4), (2, 7, 8), (2, 165_191_049, 165_191_048)])
 def test_total_batch_that_does_not_divide(data, tmp_path, number, total, nearest):
     Processes(CPU, number).fails(
         *odd(data, tmp_path / "out", steps=1, total=total),
