@@ -53,7 +53,7 @@ NVCCFLAGS = -O3 -std=c++20 -gencode arch=compute_80,code=sm_80 -gencode arch=com
 NVCC := $(firstword $(wildcard $(addsuffix /nvcc,$(or $(CUDA:=/bin),$(subst :, ,$(PATH)) /usr/local/cuda/bin))))
 no_nvcc = no nvcc in $(or $(CUDA),PATH and /usr/local/cuda)
 nvcc = $(or $(NVCC),$(error $(no_nvcc): CUDA=FOLDER names its folder))
-# The program loads the libraries that belong to nvcc, whatever LD_LIBRARY_PATH says.
+# The program loads the cuBLASLt that belongs to nvcc, whatever LD_LIBRARY_PATH says. NCCL is the system's.
 LIBRARIES = -lcublasLt $(if $(MPI),-lnccl) -Xlinker -rpath=$(abspath $(dir $(realpath $(NVCC)))../lib64)
 gpu: $(if $(NVCC),train_gpt2cu test_gpt2cu)
 	@echo "train_gpt2cu and test_gpt2cu are $(if $(NVCC),built by $(NVCC),left out: $(no_nvcc))"

@@ -298,12 +298,6 @@ static TensorTable tensor_table(const Config& c) {
 
 static size_t allocated_parameters(const TensorTable& t) { return t[LNFB].place + t[LNFB].stride(); }
 
-// Calls f(t, slot) for each slot in memory of layer l, or with l = -1 of the tensors that no layer has.
-static void for_slots(const TensorTable& tensors, int l, auto f) {
-    for (int i = 0; i < TENSORS; i++)
-        if ((i > WPE && i < LNFW) == (l >= 0)) f(tensors[i], tensors[i].place + std::max(l, 0) * tensors[i].stride());
-}
-
 static size_t parameter_count(const Config& c) {
     const Tensor last = tensor_table(c)[LNFB];
     return last.offset + last.size();
@@ -949,6 +943,13 @@ static double sum_all(double x) {  // over processes
 static void sum_in_process_0(uint32_t* x, size_t n) {  // of integers, so the order does not matter
     if (processes > 1) MPI_Reduce(process == 0 ? MPI_IN_PLACE : x, x, n, MPI_UINT32_T, MPI_SUM, 0, MPI_COMM_WORLD);
 }
+// Calls f(t, slot) for each slot in memory of layer l, or with l = -1 of the tensors that no layer has.
+static void for_slots(const TensorTable& tensors, int l, auto f) {
+    for (int i = 0; i < TENSORS; i++) {
+        const bool in_layer = i > WPE && i < LNFW;
+        if (in_layer == (l >= 0)) f(tensors[i], tensors[i].place + std::max(l, 0) * tensors[i].stride());
+    }
+}
 // A backend supplies these two. reduce_gradients begins to sum layer l's gradients into m.own_gradients, while backward
 // goes on. With l = -1 it sums those of the other tensors, and all sums are complete.
 static void reduce_gradients(Model& m, int l);
@@ -965,9 +966,10 @@ template <class X> static void gather_weights(ModelOf<X>&) {}
 // --------------------------------------------------------------------------------------------------------------------
 // What a backend supplies: the device
 
-// device_precision, device_build and device_help work at any time. device_init is called before all others, and exits
-// if there is no device that this binary can use. If `computes` is false, only model_memory will be used after it.
-static void device_start(char** argv);          // called first of all, since it may start the program again
+// device_precision, device_build and device_help work at any time. device_start is called first, since it may start the
+// program again; then device_init, before all others. It exits if there is no device that this binary can use. If
+// `computes` is false, only model_memory will be used after it.
+static void device_start(char** argv);
 static void device_init(bool computes = true);
 static std::string device_name();               // "2 threads, AVX-512"
 static Precision device_precision();            // the default for --precision
@@ -1087,8 +1089,9 @@ static Memory model_memory(const Config& c, int precision, const Workload& work)
     return memory;
 }
 
-// Calls f(place, done, count, own) for each run of the n values from element `begin` of a file's order on: after `done`
-// others, `count` lie from `place` on, in an array of all parameters or of a process's `shares`. own: this process's
+// Splits the n values from element `begin` of the file's order on into runs that lie together in memory, and calls
+// f(place, done, count, own) for each: `count` values, after `done` others, lie from `place` on in an array of all
+// parameters or, with `shares`, in the owner's array of its shares. own: this process is the owner.
 static void for_each_contiguous(const TensorTable& tensors, bool shares, size_t begin, size_t n, auto f) {
     for (const Tensor& t : tensors)
         for (size_t i = 0; i < t.layers * processes; i++) {
@@ -2516,7 +2519,8 @@ static void for_each_window(Model* model, size_t n, const char* name, auto read,
         show_line(format("%s: %zu of %zu", name, first + count, n), false);
         shown = seconds();
     }
-    if (model->loss_count > 0) model_loss(model);  // so that these forwards do not count in the next training loss
+    // So that these forwards do not count in the next training loss; a process may have had none
+    if (model->loss_count > 0) model_loss(model);
 }
 
 struct Evaluation {
@@ -2935,10 +2939,10 @@ static void open_data(Run& run) {
 static void complete_options(Run& run) {
     Options& o = run.o;
     const int B = o.batch, T = o.sequence;
-    const int64_t least = (int64_t)B * T * processes, all = std::max<int64_t>(o.total_batch, 0);
-    const int64_t most = std::max<int64_t>(1, INT_MAX / least);
-    const int64_t nearest = std::clamp<int64_t>((all + least / 2) / least, 1, most) * least;
-    if (all < 1) o.total_batch = std::min<int64_t>(least, INT_MAX);
+    const ssize_t least = (ssize_t)B * T * processes, all = std::max(o.total_batch, 0);
+    const ssize_t most = std::max<ssize_t>(1, INT_MAX / least);
+    const ssize_t nearest = std::clamp<ssize_t>((all + least / 2) / least, 1, most) * least;
+    if (all < 1) o.total_batch = std::min<ssize_t>(least, INT_MAX);
     if (o.total_batch % least != 0)
         die("--total-batch %d is not a multiple of batch x sequence%s, %zd; the nearest is %zd%s", o.total_batch,
             processes > 1 ? " x processes" : "", least, nearest,
@@ -3473,8 +3477,8 @@ static const Command commands[] = {
      "change --steps, the paths of the shards, and what and how often it logs,\n"
      "validates, samples and saves; nothing else that the result depends on.\n"
      "Built with MPI=1, N processes under mpirun each compute an N-th of a step, and\n"
-     "--total-batch is a multiple of N times as much. To stop them, send SIGUSR1 to\n"
-     "mpirun instead of Ctrl-C."},
+     "--total-batch must be a multiple of N x batch x sequence. To stop them, send\n"
+     "SIGUSR1 to mpirun instead of Ctrl-C."},
     {"eval", EVAL, eval, "measures a model's loss on text",
      "Needs --model FILE, and --val GLOB or --hellaswag FILE. With --by-position, all\n"
      "but the CSV goes to standard error."},

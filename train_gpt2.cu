@@ -2202,7 +2202,7 @@ static void device_init(bool computes) {
     if (error != cudaSuccess || count == 0)
         die("no GPU can be used here (%s): ./train_gpt2 and ./test_gpt2 run on the CPU",
             error == cudaSuccess ? "there is none" : cudaGetErrorString(error));
-    if (count > 1 && count < local_processes) die("%d GPUs are too few for %d processes", count, local_processes);
+    if (count > 1 && count < local_processes) die("%1$d GPUs: start at most %1$d processes here", count);
     CHECK(cudaSetDevice(local_process % count));  // with a count of 1, a scheduler may show each process another one
     cudaDeviceProp properties;
     CHECK(cudaGetDeviceProperties(&properties, local_process % count));
@@ -2235,13 +2235,13 @@ static const char* device_help() { return "CUDA_VISIBLE_DEVICES chooses the GPU;
 // Less a reserve: the code of kernels, above all cuBLASLt's, is loaded when it is first used, and cudaMalloc rounds up.
 static size_t device_free_memory() {
 #ifdef GPT2_EMULATED
-    constexpr size_t RESERVE = 0;
+    const size_t reserve = 0;
 #else
-    constexpr size_t RESERVE = 512 << 20;
+    const size_t reserve = (processes > 1 ? 1536 : 512) << 20;  // MiB
 #endif
     size_t free_bytes, total;
     CHECK(cudaMemGetInfo(&free_bytes, &total));
-    return free_bytes - std::min(free_bytes, RESERVE);
+    return free_bytes - std::min(free_bytes, reserve);
 }
 
 static bool device_is_host() { return false; }

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 
 TOKENS = 524_288  # of a step
 NUMBERS = [2, 4, 8, 16, 64, 256, 1024]
-# flops: of a token, in those of the first model
+# flops: of a token, in those of the first model, as `train_gpt2 describe` counts them at T = 1024
 MODELS = {"GPT-2 (124M)": SimpleNamespace(P=124_439_808, E=51_281 * 768, L=12, flops=1),
-          "GPT-2 XL (1.5B)": SimpleNamespace(P=1_557_611_200, E=51_281 * 1600, L=48, flops=11.8)}
+          "GPT-2 XL (1.5B)": SimpleNamespace(P=1_557_611_200, E=51_281 * 1600, L=48, flops=12.3)}
 # Tokens per second with the first model: measured on two cores of an AMD EPYC (Zen 5) in fp32, here times 8 for the 16
 # cores of a process; and on an H200 in bf16. micro: tokens of a micro-batch.
 MACHINES = {"16 cores": SimpleNamespace(rate=8 * 548, micro=4096, weight_bytes=4),
