@@ -4056,7 +4056,9 @@ static void skip_backward(X* dqkv, const float* own, const float* above, const C
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Depth-Attention (explained and derived in section 2): mixing values, a token and a head at a time
+// Depth-Attention (explained and derived in section 2): mixing values, a token at a time
+//
+// A token's sources lie far apart, its heads together: so each source is read once, for all heads.
 
 template <class X>
 static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const X> q, Heads<const X> k,
@@ -4065,31 +4067,31 @@ static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const
     const size_t NH = shape.NH, HS = shape.HS, queries = shape.queries, rows = shape.B * queries, S = sources.count();
     const float scale = 1.0f / sqrtf(HS);
 #pragma omp parallel for schedule(static) if (rows > 1)
-    for (size_t r = 0; r < rows; r++)
+    for (size_t r = 0; r < rows; r++) {
+        const size_t b = r / queries, i = r % queries, t = shape.before + i;
+        float* mixed = local_scratch(ws);   // (NH, HS)
+        float* a_l = a + r * (S + 1) * NH;  // (S + 1, NH); of the layer itself last
+        for (size_t n = 0; n <= S; n++)
+            for (size_t h = 0; h < NH; h++)
+                a_l[n * NH + h] = scale * dot(q.at(b, h, i), k.at(b, h, t) + layer_stride * (sources[n] - l), HS);
         for (size_t h = 0; h < NH; h++) {
-            const size_t b = r / queries, i = r % queries, t = shape.before + i;
-            const X *q_l = q.at(b, h, i), *k_l = k.at(b, h, t);
-            X* v_l = v.at(b, h, t);
-            float* mixed = local_scratch(ws);           // (HS)
-            float* a_l = a + r * (S + 1) * NH + h;     // (S + 1), NH apart; of the layer itself last
             float max = -INFINITY, sum = 0;
+            for (size_t n = 0; n <= S; n++) max = std::max(max, a_l[n * NH + h]);
             for (size_t n = 0; n <= S; n++) {
-                a_l[n * NH] = scale * dot(q_l, k_l + layer_stride * (sources[n] - l), HS);
-                max = std::max(max, a_l[n * NH]);
+                a_l[n * NH + h] = exp_approx(a_l[n * NH + h] - max);
+                sum += a_l[n * NH + h];
             }
-            for (size_t n = 0; n <= S; n++) {
-                a_l[n * NH] = exp_approx(a_l[n * NH] - max);
-                sum += a_l[n * NH];
-            }
-            for (size_t n = 0; n <= S; n++) a_l[n * NH] /= sum;
-            for (size_t d = 0; d < HS; d++) mixed[d] = a_l[S * NH] * v_l[d];
-            for (size_t n = 0; n < S; n++) {
-                const X* v_j = v_l + layer_stride * (sources[n] - l);
-                const float a_j = a_l[n * NH];
-                for (size_t d = 0; d < HS; d++) mixed[d] += a_j * v_j[d];
-            }
-            std::copy_n(mixed, HS, v_l);
+            for (size_t n = 0; n <= S; n++) a_l[n * NH + h] /= sum;
+            for (size_t d = 0; d < HS; d++) mixed[h * HS + d] = a_l[S * NH + h] * v.at(b, h, t)[d];
         }
+        for (size_t n = 0; n < S; n++)
+            for (size_t h = 0; h < NH; h++) {
+                const X* v_j = v.at(b, h, t) + layer_stride * (sources[n] - l);
+                const float a_j = a_l[n * NH + h];
+                for (size_t d = 0; d < HS; d++) mixed[h * HS + d] += a_j * v_j[d];
+            }
+        for (size_t h = 0; h < NH; h++) std::copy_n(mixed + h * HS, HS, v.at(b, h, t));
+    }
 }
 
 template <class X>
@@ -4102,48 +4104,48 @@ static void depth_backward(const Workspace& ws, X* dqkv, const float* dkv, float
     const int last = last_depth_reader(c, l);
 #pragma omp parallel for schedule(static)
     for (size_t r = 0; r < rows; r++) {
-        float *dq = local_scratch(ws), *dk = dq + HS, *dv = dk + HS;  // (HS) each
-        for (size_t h = 0; h < NH; h++) {
-            const size_t at_q = r * 3 * C + h * HS, at_k = at_q + C, at_v = at_k + C;
-            const float *a_m = a, *ds_m = ds;
-            std::copy_n(dkv + r * 2 * C + h * HS, HS, dk);
-            std::copy_n(dkv + r * 2 * C + C + h * HS, HS, dv);
-            // Gather: dk_l += Σ_m ds_{m,l} q_m/√HS, dṽ_l += Σ_m a_{m,l} dṽ_m. Layer m's a and ds follow layer
-            // m-1's; layer 0 has none.
-            for (int m = l + 1, previous = S; m <= last; m++) {
-                const DepthSources of_m = depth_sources(c, m);
-                const size_t n = of_m.index(l), S_m = of_m.count();
-                if (m > 1) a_m += depth_slot(rows, previous + 1, NH), ds_m += depth_slot(rows, previous, NH);
-                previous = S_m;
+        float *dq = local_scratch(ws), *dk = dq + C, *dv = dk + C, *delta = dv + C;  // (C), (C), (C), (NH)
+        X *q = qkv + r * 3 * C, *k = q + C, *v = k + C, *dqkv_r = dqkv + r * 3 * C;
+        std::copy_n(dqkv_r, C, dq);
+        std::copy_n(dkv + r * 2 * C, C, dk);
+        std::copy_n(dkv + r * 2 * C + C, C, dv);
+        // Gather: dk_l += Σ_m ds_{m,l} q_m/√HS, dṽ_l += Σ_m a_{m,l} dṽ_m. Layer m's a and ds follow layer m-1's; layer
+        // 0 has none.
+        const float *a_m = a, *ds_m = ds;
+        for (int m = l + 1, previous = S; m <= last; m++) {
+            const DepthSources of_m = depth_sources(c, m);
+            const size_t n = of_m.index(l), S_m = of_m.count();
+            if (m > 1) a_m += depth_slot(rows, previous + 1, NH), ds_m += depth_slot(rows, previous, NH);
+            previous = S_m;
+            const X *q_m = q + layer_stride * (m - l), *dv_m = v + layer_stride * (m - l);
+            for (size_t h = 0; h < NH; h++) {
                 const float a_ml = a_m[(r * (S_m + 1) + n) * NH + h], ds_ml = scale * ds_m[(r * S_m + n) * NH + h];
-                const X *q_m = qkv + layer_stride * (m - l) + at_q, *dv_m = qkv + layer_stride * (m - l) + at_v;
-                for (size_t i = 0; i < HS; i++) dk[i] += ds_ml * q_m[i];
-                for (size_t i = 0; i < HS; i++) dv[i] += a_ml * dv_m[i];
+                for (size_t i = h * HS; i < (h + 1) * HS; i++) dk[i] += ds_ml * q_m[i];
+                for (size_t i = h * HS; i < (h + 1) * HS; i++) dv[i] += a_ml * dv_m[i];
             }
-            // Through the mixing; dv is dṽ_l up to here
-            float a_own = 1;
-            if (S > 0) {
-                const X *q = qkv + at_q, *k = qkv + at_k;
-                X* v = qkv + at_v;
-                const float* a_l = a + r * (S + 1) * NH + h;
-                const float delta = dot(dv, v, HS);
-                float ds_own = 0;
-                std::copy_n(dqkv + at_q, HS, dq);
-                for (size_t n = 0; n < S; n++) {
-                    const X *k_j = qkv + layer_stride * (sources[n] - l) + at_k, *v_j = k_j + C;
-                    const float ds_j = a_l[n * NH] * (dot(dv, v_j, HS) - delta);
-                    ds[(r * S + n) * NH + h] = ds_j;
-                    ds_own -= ds_j;
-                    for (size_t i = 0; i < HS; i++) dq[i] += scale * ds_j * k_j[i];
-                }
-                for (size_t i = 0; i < HS; i++) dqkv[at_q + i] = dq[i] + scale * ds_own * k[i];
-                for (size_t i = 0; i < HS; i++) dk[i] += scale * ds_own * q[i];
-                std::copy_n(dv, HS, v);
-                a_own = a_l[S * NH];
-            }
-            for (size_t i = 0; i < HS; i++) dqkv[at_k + i] = dk[i];
-            for (size_t i = 0; i < HS; i++) dqkv[at_v + i] = a_own * dv[i];
         }
+        // Through the mixing; dv is dṽ_l up to here
+        const float* a_l = a + r * (S + 1) * NH;  // (S + 1, NH)
+        float* ds_l = ds + r * S * NH;            // (S, NH)
+        for (size_t h = 0; h < NH; h++) delta[h] = dot(dv + h * HS, v + h * HS, HS);
+        for (size_t n = 0; n < S; n++) {
+            const X *k_j = k + layer_stride * (sources[n] - l), *v_j = k_j + C;
+            for (size_t h = 0; h < NH; h++) {
+                const float ds_j = a_l[n * NH + h] * (dot(dv + h * HS, v_j + h * HS, HS) - delta[h]);
+                ds_l[n * NH + h] = ds_j;
+                for (size_t i = h * HS; i < (h + 1) * HS; i++) dq[i] += scale * ds_j * k_j[i];
+            }
+        }
+        for (size_t h = 0; h < NH; h++) {
+            float ds_own = 0, a_own = S > 0 ? a_l[S * NH + h] : 1;
+            for (size_t n = 0; n < S; n++) ds_own -= ds_l[n * NH + h];
+            for (size_t i = h * HS; i < (h + 1) * HS; i++) {
+                dqkv_r[i] = dq[i] + scale * ds_own * k[i];
+                dqkv_r[C + i] = dk[i] + scale * ds_own * q[i];
+                dqkv_r[2 * C + i] = a_own * dv[i];
+            }
+        }
+        std::copy_n(dv, C, v);
     }
 }
 
@@ -4899,7 +4901,7 @@ static void backend_create(Allocator& all, Workspace& ws, Inputs& inputs, Result
     for (int** tokens : {&inputs.x, &inputs.y}) all.take(*tokens, BT, &Memory::activations);
     size_t head = HeadScratch<X>{nullptr, (size_t)work.T, HS, work.train}.size;
     size_t decoding = work.sequences ? HeadScratch<X>{nullptr, (size_t)c.maxT, HS, false}.size : 0;
-    ws.local_size = std::max({matmul_local_size<X>(), head, decoding, 3 * HS});
+    ws.local_size = std::max({matmul_local_size<X>(), head, decoding, 3 * C + c.NH});
     all.take(ws.local, thread_count() * ws.local_size, &Memory::scratch);
     all.take(ws.partial, ceil_div(BT_trained, LAYERNORM_CHUNK) * 2 * C, &Memory::scratch);
     const size_t parameters = work.train ? allocated_parameters(tensor_table(c)) : 0;

@@ -23,11 +23,11 @@ SOURCE = ROOT / "train_gpt2.cpp"
 # name: (function, fragment of it, what replaces the fragment); see places.py
 BREAKS = {
     "depth: δ dropped from ds": ("depth_backward", "- delta", ""),
-    "depth: own ds forgotten": ("depth_backward", "ds_own -= ds_j;", ""),
+    "depth: own ds forgotten": ("depth_backward", "ds_own -= ds_l[n * NH + h];", ""),
     "depth: dv not passed on to the first source": ("depth_backward", "+= a_ml", "+= (n ? a_ml : 0)"),
     "depth: dk not passed on to the last source": ("depth_backward", "+= ds_ml", "+= (n + 1 < S_m ? ds_ml : 0)"),
     "depth: a and ds of the wrong layer": ("depth_backward", "if (m > 1)", "if (m > 2)"),
-    "depth: mixes k, not ṽ, of the source": ("depth_forward", "v_j = v_l", "v_j = k_l"),
+    "depth: mixes k, not ṽ, of the source": ("depth_forward", "v_j = v.at", "v_j = k.at"),
     "skip: the share of the layer's own heads forgotten": (
         "skip_backward", "if (from_own && from_above)", "if (from_own && from_above && false)"),
     "skip: dk, dv taken from the wrong layer": ("skip_attention_backward", "? m.skip_dkv[«l»]", "l + 1"),
