@@ -3519,7 +3519,7 @@ static void print_help(FILE* out, const char* program, const OptionTable& table,
     join_processes();
     for (auto [size, number] : {std::pair("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), {"PMI_SIZE", "PMI_RANK"}})
         if (const char *n = getenv(size), *i = getenv(number); n && i && processes == 1 && atoi(n) > 1) {
-            sleep(atoi(i) > 0 ? 2 : 0);  // the first one speaks, and mpirun ends all
+            if (atoi(i) > 0) sleep(1), exit(1);  // the first one speaks
             die("mpirun has started %s processes, but this program was built without its MPI: see make MPI=1", n);
         }
     o.program = argv[0];

@@ -394,6 +394,9 @@ EMULATOR_OWN inline void fail(const Thread* thread, const char* format, ...) {
     fflush(stdout);
     fprintf(stderr, "emulator: %s\n", line.c_str());
     fflush(stderr);
+#ifdef GPT2_MPI
+    usleep(300'000);  // mpirun can lose a line that is newer
+#endif
     _exit(1);
 }
 
