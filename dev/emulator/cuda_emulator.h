@@ -2249,7 +2249,8 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int size, ncclUniqueId id
     }
     *comm = new ncclComm{MPI_COMM_NULL, rank, size};
     MPI_Comm_dup(MPI_COMM_WORLD, &(*comm)->processes);
-    MPI_Comm_set_errhandler((*comm)->processes, MPI_ERRORS_RETURN);
+    for (MPI_Comm c : {(*comm)->processes, MPI_COMM_WORLD})  // the latter because of MPI_Testall
+        MPI_Comm_set_errhandler(c, MPI_ERRORS_RETURN);
     return ncclSuccess;
 }
 inline ncclResult_t ncclGroupStart() {
