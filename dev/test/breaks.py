@@ -22,7 +22,7 @@ SOURCE = ROOT / "train_gpt2.cpp"
 
 # name: (function, fragment of it, what replaces the fragment); see places.py
 BREAKS = {
-    "depth: δ dropped from ds": ("depth_backward", "- delta", ""),
+    "depth: δ dropped from ds": ("depth_backward", "- delta[h]", ""),
     "depth: own ds forgotten": ("depth_backward", "ds_own -= ds_l[n * NH + h];", ""),
     "depth: dv not passed on to the first source": ("depth_backward", "+= a_ml", "+= (n ? a_ml : 0)"),
     "depth: dk not passed on to the last source": ("depth_backward", "+= ds_ml", "+= (n + 1 < S_m ? ds_ml : 0)"),
