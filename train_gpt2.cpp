@@ -131,34 +131,12 @@ static std::string escaped(const std::string& text, const char* kept = "") {
     exit(1);
 }
 
-// The tests set it: fresh memory is NaN, so that a value used before it is written shows.
-static bool poison_memory = false;
-
 static double seconds() {  // since some fixed moment
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 constexpr size_t round_up(size_t a, size_t b) { return ceil_div(a, b) * b; }
-
-// Random numbers: splitmix64, a counter passed through a mixing function (Steele, Lea and Flood 2014). The whole state
-// is one integer, so each use and step can have a stream of its own.
-struct Random {
-    uint64_t state;
-
-    uint64_t next() {
-        uint64_t z = (state += 0x9e3779b97f4a7c15);
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-        return z ^ (z >> 31);
-    }
-    double uniform() { return (double)(next() >> 11) * 0x1p-53; }                            // [0, 1)
-    uint64_t below(uint64_t n) { return (uint64_t)(((unsigned __int128)next() * n) >> 64); }  // 0 .. n-1
-    double normal() {                                                                        // N(0, 1), Box-Muller
-        double radius = sqrt(-2.0 * log(1.0 - uniform()));
-        return radius * cos(2.0 * M_PI * uniform());
-    }
-};
 
 // ====================================================================================================================
 // 2 · The model
@@ -294,13 +272,6 @@ static TensorTable tensor_table(const Config& c) {
         t[i].place = t[i - 1].place + t[i - 1].layers * t[i - 1].stride();
     }
     return t;
-}
-
-static size_t allocated_parameters(const TensorTable& t) { return t[LNFB].place + t[LNFB].stride(); }
-
-static size_t parameter_count(const Config& c) {
-    const Tensor last = tensor_table(c)[LNFB];
-    return last.offset + last.size();
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -966,6 +937,9 @@ template <class X> static void gather_weights(ModelOf<X>&) {}
 // --------------------------------------------------------------------------------------------------------------------
 // What a backend supplies: the device
 
+// The tests set it: fresh memory is NaN, so that a value used before it is written shows.
+static bool poison_memory = false;
+
 // device_precision, device_build and device_help work at any time. device_start is called first, since it may start the
 // program again; then device_init, before all others. It exits if there is no device that this binary can use. If
 // `computes` is false, only model_memory will be used after it.
@@ -990,6 +964,13 @@ static void set_inputs(Inputs&, const int* x, const int* y, size_t BT, size_t V)
 
 // --------------------------------------------------------------------------------------------------------------------
 // Memory
+
+static size_t allocated_parameters(const TensorTable& t) { return t[LNFB].place + t[LNFB].stride(); }
+
+static size_t parameter_count(const Config& c) {
+    const Tensor last = tensor_table(c)[LNFB];
+    return last.offset + last.size();
+}
 
 // Everything a model holds. If m.allocator.dry, it is only counted.
 template <class X> static void lay_out(ModelOf<X>& m) {
@@ -1888,6 +1869,25 @@ static std::vector<int> encode(const Tokenizer& t, const std::string& text) {
 // and their order. All of this follows from (seed, epoch, shard), so a position in the data is two numbers, (epoch,
 // windows taken), and resuming is exact. A second thread reads the next shard while the current one is used, so a step
 // never waits for the disk. Shards are not mapped into memory: truncating a mapped file would crash the program.
+
+// Random numbers: splitmix64, a counter passed through a mixing function (Steele, Lea and Flood 2014). The whole state
+// is one integer, so each use and step can have a stream of its own.
+struct Random {
+    uint64_t state;
+
+    uint64_t next() {
+        uint64_t z = (state += 0x9e3779b97f4a7c15);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+        return z ^ (z >> 31);
+    }
+    double uniform() { return (double)(next() >> 11) * 0x1p-53; }                            // [0, 1)
+    uint64_t below(uint64_t n) { return (uint64_t)(((unsigned __int128)next() * n) >> 64); }  // 0 .. n-1
+    double normal() {                                                                        // N(0, 1), Box-Muller
+        double radius = sqrt(-2.0 * log(1.0 - uniform()));
+        return radius * cos(2.0 * M_PI * uniform());
+    }
+};
 
 // Separate streams of random numbers for separate uses, so that none depends on how many numbers another has drawn.
 enum RandomUse { INITIAL_VALUES, SHARD_ORDER, WINDOW_ORDER, SAMPLES };
