@@ -115,7 +115,7 @@ static std::string escaped(const std::string& text, const char* kept = "") {
 [[maybe_unused]] static int process = 0, processes = 1, local_process = 0, local_processes = 1;
 
 // Prints one line that says what is wrong and how to fix it, and ends all processes with status 1.
-[[noreturn]] __attribute__((format(printf, 1, 2))) static void die(const char* form, ...) {
+[[noreturn, gnu::cold]] __attribute__((format(printf, 1, 2))) static void die(const char* form, ...) {
     va_list args;
     va_start(args, form);
     fflush(stdout);
