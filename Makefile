@@ -21,15 +21,10 @@ ifdef MPI
 override CXX := $(MPICXX)
 endif
 
-# $(call builds,FLAGS,PROGRAM) is "yes" if the compiler can build a program with these flags, else empty.
-builds = $(shell echo '$(or $(2),int main() {})' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
+# $(call builds,FLAGS) is "yes" if the compiler can build a program with these flags, else empty.
+builds = $(shell echo 'int main() {}' | $(CXX) $(1) -x c++ - -o /dev/null 2>/dev/null && echo yes)
 # OpenMP runs loops on all cores. A trial, because clang++ accepts the flag even if its OpenMP library is missing.
-# On macOS it is Homebrew's: brew install libomp.
-LIBOMP := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
-HOMEBREW := -Xclang -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp
-calls_openmp = int main() { return omp_get_max_threads() < 1; }
-OPENMP := $(or $(if $(call builds,-fopenmp -include omp.h),-fopenmp),\
-    $(if $(LIBOMP),$(if $(call builds,$(HOMEBREW) -include omp.h,$(calls_openmp)),$(HOMEBREW))))
+OPENMP := $(if $(call builds,-fopenmp -include omp.h),-fopenmp)
 # This machine's instruction set. The second flag: some compilers use only half of an AVX-512 register by default.
 ARCH := $(firstword $(foreach flag,-march=native -mcpu=native,$(if $(call builds,$(flag)),$(flag))))
 ARCH += $(if $(call builds,-mprefer-vector-width=512),-mprefer-vector-width=512)
