@@ -3684,13 +3684,6 @@ template <class X> static float maximum(const X* x, size_t n) {
     return max;
 }
 
-template <class X, class Y> static float dot(const X* a, const Y* b, size_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
-    return sum;
-}
-
 #ifdef _OPENMP
 static const char* const threading = "OpenMP";
 static int thread_id() { return omp_get_thread_num(); }
@@ -4060,6 +4053,20 @@ static void skip_backward(X* dqkv, const float* own, const float* above, const C
 //
 // A token's sources lie far apart, its heads together: so each source is read once, for all heads.
 
+template <class X, class Y> static inline float dot(const X* a, const Y* b, size_t n) {
+    vec sums = {};
+    for (size_t i = 0; i < n; i += LANES) sums += load(a + i, n - i) * load(b + i, n - i);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+    return sum;
+}
+template <class X> static inline void add_scaled(float* y, float a, const X* x, size_t n) {  // y += a x
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, load(y + i) + a * load(x + i));
+    for (; i < n; i++) y[i] += a * x[i];
+}
+
 template <class X>
 static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const X> q, Heads<const X> k,
                           ptrdiff_t layer_stride, const Config& c, int l, const AttentionShape& shape) {
@@ -4087,8 +4094,7 @@ static void depth_forward(const Workspace& ws, Heads<X> v, float* a, Heads<const
         for (size_t n = 0; n < S; n++)
             for (size_t h = 0; h < NH; h++) {
                 const X* v_j = v.at(b, h, t) + layer_stride * (sources[n] - l);
-                const float a_j = a_l[n * NH + h];
-                for (size_t d = 0; d < HS; d++) mixed[h * HS + d] += a_j * v_j[d];
+                add_scaled(mixed + h * HS, a_l[n * NH + h], v_j, HS);
             }
         for (size_t h = 0; h < NH; h++) std::copy_n(mixed + h * HS, HS, v.at(b, h, t));
     }
@@ -4120,8 +4126,8 @@ static void depth_backward(const Workspace& ws, X* dqkv, const float* dkv, float
             const X *q_m = q + layer_stride * (m - l), *dv_m = v + layer_stride * (m - l);
             for (size_t h = 0; h < NH; h++) {
                 const float a_ml = a_m[(r * (S_m + 1) + n) * NH + h], ds_ml = scale * ds_m[(r * S_m + n) * NH + h];
-                for (size_t i = h * HS; i < (h + 1) * HS; i++) dk[i] += ds_ml * q_m[i];
-                for (size_t i = h * HS; i < (h + 1) * HS; i++) dv[i] += a_ml * dv_m[i];
+                add_scaled(dk + h * HS, ds_ml, q_m + h * HS, HS);
+                add_scaled(dv + h * HS, a_ml, dv_m + h * HS, HS);
             }
         }
         // Through the mixing; dv is dṽ_l up to here
@@ -4133,7 +4139,7 @@ static void depth_backward(const Workspace& ws, X* dqkv, const float* dkv, float
             for (size_t h = 0; h < NH; h++) {
                 const float ds_j = a_l[n * NH + h] * (dot(dv + h * HS, v_j + h * HS, HS) - delta[h]);
                 ds_l[n * NH + h] = ds_j;
-                for (size_t i = h * HS; i < (h + 1) * HS; i++) dq[i] += scale * ds_j * k_j[i];
+                add_scaled(dq + h * HS, scale * ds_j, k_j + h * HS, HS);
             }
         }
         for (size_t h = 0; h < NH; h++) {

@@ -24,8 +24,8 @@ SOURCE = ROOT / "train_gpt2.cpp"
 BREAKS = {
     "depth: δ dropped from ds": ("depth_backward", "- delta[h]", ""),
     "depth: own ds forgotten": ("depth_backward", "ds_own -= ds_l[n * NH + h];", ""),
-    "depth: dv not passed on to the first source": ("depth_backward", "+= a_ml", "+= (n ? a_ml : 0)"),
-    "depth: dk not passed on to the last source": ("depth_backward", "+= ds_ml", "+= (n + 1 < S_m ? ds_ml : 0)"),
+    "depth: dv not passed on to the first source": ("depth_backward", ", a_ml,", ", n ? a_ml : 0,"),
+    "depth: dk not passed on to the last source": ("depth_backward", ", ds_ml,", ", n + 1 < S_m ? ds_ml : 0,"),
     "depth: a and ds of the wrong layer": ("depth_backward", "if (m > 1)", "if (m > 2)"),
     "depth: mixes k, not ṽ, of the source": ("depth_forward", "v_j = v.at", "v_j = k.at"),
     "skip: the share of the layer's own heads forgotten": (
