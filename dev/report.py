@@ -116,19 +116,21 @@ class Part:
 def plot_curves(part):
     numpy, plt = package("numpy"), pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    longest = part.steps * max(cost["ms"] for cost in part.costs.values())
+    unit, unit_ms = ("minutes", 60_000) if longest > 100_000 else ("seconds", 1000)
     for i, (attention, results) in enumerate(part.results.items()):
         steps = numpy.array([step for step, _ in next(iter(results.values()))["curve"]])
         late = steps >= part.steps / 10
-        tokens, minutes = steps * part.batch_tokens / 1e6, steps * part.costs[attention]["ms"] / 60000
+        tokens, time = steps * part.batch_tokens / 1e6, steps * part.costs[attention]["ms"] / unit_ms
         curves = [[loss for _, loss in result["curve"]] for result in results.values()]
         less = part.differences(attention, lambda _, result: numpy.array([loss for _, loss in result["curve"]]))
-        for ax, x, ys in (axes[0], tokens, curves), (axes[1], minutes, curves), (axes[2], tokens, less):
+        for ax, x, ys in (axes[0], tokens, curves), (axes[1], time, curves), (axes[2], tokens, less):
             if len(ys):
                 ys, x = numpy.array(ys)[:, late], x[late]
                 ax.plot(x, ys.mean(0), **style(i), markevery=max(1, len(x) // 10), label=attention)
                 ax.fill_between(x, ys.min(0), ys.max(0), color=style(i)["color"], alpha=0.15, linewidth=0)
     axes[0].set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
-    axes[1].set(xlabel="time (minutes)", ylabel="validation loss (nats per token)")
+    axes[1].set(xlabel=f"time ({unit})", ylabel="validation loss (nats per token)")
     axes[2].set(xlabel="training tokens (millions)", ylabel=f"difference from {part.base} (nats per token)")
     axes[2].axhline(0, **(style(0) | {"marker": ""}))
     axes[0].legend()
@@ -165,9 +167,10 @@ def plot_depth(results):
     weights = numpy.full((heads, layers, layers), numpy.nan)
     for layer, head, source, weight in rows:
         weights[int(head), int(layer), int(source)] = weight
-    across = min(heads, 4)
-    figure, axes = plt.subplots(math.ceil(heads / across), across, squeeze=False, sharex=True, sharey=True,
-                                figsize=(1 + 2.6 * across, 0.6 + 2.5 * math.ceil(heads / across)), layout="constrained")
+    down = math.ceil(heads / 4)
+    across = math.ceil(heads / down)
+    figure, axes = plt.subplots(down, across, squeeze=False, sharey=True, figsize=(1 + 2.6 * across, 0.6 + 2.5 * down),
+                                layout="constrained")
     for head, ax in enumerate(axes.flat):
         if head >= heads:
             ax.remove()
@@ -178,7 +181,7 @@ def plot_depth(results):
         ax.grid(False)
         ax.set(title=f"head {head}", xlabel="source layer", ylabel="layer" if head % across == 0 else "",
                xticks=range(0, layers, 1 + layers // 8), yticks=range(1, layers, 1 + layers // 8))
-    figure.colorbar(image, ax=axes, label="mean weight", fraction=0.03)
+    figure.colorbar(image, ax=figure.axes, label="mean weight", fraction=0.03)
     return figure
 
 
@@ -267,7 +270,8 @@ def report_part(page, part):
                         f"Mean weights of {a} over the validation tokens and the seeds: how much of each source's "
                         "values a layer mixes in. A layer's last source is itself; hatched: no source.")
     end = min(cost["ms"] for cost in costs.values()) * part.steps
-    page.text(f"What each costs, and its loss at equal time, {duration(end / 1000)}, when the fastest is trained:")
+    page.text(f"What each costs, and its loss at equal time: after {duration(end / 1000)}, when the fastest is trained and "
+              "the learning rates of the others still fall.")
     page.table(["attention", "ms a step", f"times {part.base}'s", "memory in training", "MFLOP a token",
                 "KV cache (bytes a token)", "decoding (tokens/s)", f"difference from {part.base} at equal time [95 %]"],
                [[a, f"{c['ms']:.2f}", f"{c['ms'] / base['ms']:.3f}", c["memory"], c["mflop"], c["cache"],

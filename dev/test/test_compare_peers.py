@@ -69,6 +69,15 @@ def test_the_seeds_needed_are_those_of_power_tables(report):
     assert report.seeds_needed([-1, 0, 1]) is None and report.seeds_needed([0, 0, 0]) is None
 
 
+def test_a_map_of_depth_has_a_panel_for_each_head(report):
+    for heads in 1, 4, 5, 6, 7, 12:
+        rows = [[layer, head, source, 0.5] for layer in (1, 2) for head in range(heads) for source in (0, layer)]
+        figure = report.plot_depth([{"depth weights": rows}])
+        figure.draw_without_rendering()
+        assert [ax.get_title() for ax in figure.axes if ax.images] == [f"head {head}" for head in range(heads)]
+        report.pyplot().close(figure)
+
+
 def test_the_report_finds_what_differs_and_nothing_else(complete, program):
     study = complete
     rows, seeds = table(study), table(study, "seed")
