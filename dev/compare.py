@@ -15,9 +15,9 @@ A study is a TOML file: dev/compare.toml explains its entries. Its folder is run
     report.html, report.md, figures/        made from the results and costs alone
 
 Stopped or killed, even in the middle of a run, the same command goes on. For a seed, all attentions begin with the same
-weights and see the same batches, so their differences are paired. Models are timed before the first run, in short runs
-in turns, of which the least median counts; remove costs.json to time them anew, on an idle machine. Needs Python 3.11,
-matplotlib and scipy.
+weights and see the same batches, so their differences are paired. If a run fails, because its loss is not finite, say,
+the others are trained all the same. Models are timed before the first run, in short runs in turns, of which the least
+median counts; remove costs.json to time them anew, on an idle machine. Needs Python 3.11, matplotlib and scipy.
 """
 
 import argparse
@@ -44,10 +44,13 @@ from plot import fail, package, read_metrics
 from report import duration, slug, write_file, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS, TIMED_STEPS, DECODED_TOKENS = 5, 20, 200  # of a timing
+ROUNDS, TIMED_STEPS, TIMED_MS, DECODED_TOKENS = 5, (20, 100), 2000, 200  # of a timing
 OWN_OPTIONS = {"train", "val", "out", "resume", "overwrite", "seed", "steps", "sequence", "total-batch", "model",
                "tokens"}
 SHARED_OPTIONS = {"context", "val-every", "val-tokens"}  # must be equal in what is compared
+PART_ENTRIES = {"name", "attentions", "seeds", "tokens", "batch-tokens"}
+UNTIMED_OPTIONS = {"steps", "lr", "min-lr", "warmup", "schedule", "val-every", "val-tokens", "sample-every",
+                   "save-every", "prompt", "prompt-tokens"}  # do not change the time of a step
 
 
 def read_json(path):
@@ -78,6 +81,10 @@ def show(text, stays=False):
 # Processes
 
 
+class Failed(Exception):
+    """A command ended with an error; its last line says why."""
+
+
 class Child:
     """The process at work, if any. Signals are passed on to it: train_gpt2 then saves and ends."""
     process, stopped = None, False
@@ -102,10 +109,10 @@ def end_with_parent():
 
 
 def lines_of(command, place=""):
-    """The lines that a command prints. If it fails, its last line says why."""
+    """The lines that a command prints."""
     command = [str(word) for word in command]
     if not shutil.which(command[0]):
-        fail(f"{command[0]} is not there: run make")
+        fail(f"{command[0]} is not there: run make{' gpu' if 'gpt2cu' in command[0] else ''}")
     # In a process group of its own, so that Ctrl-C reaches it once, through on_signal.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                process_group=0, preexec_fn=end_with_parent)
@@ -118,8 +125,7 @@ def lines_of(command, place=""):
     if Child.stopped:
         stop()
     if status:
-        show("")
-        fail(place + (last.removeprefix("error: ") or f"{' '.join(command[:2])} ended with status {status}"))
+        raise Failed(place + (last.removeprefix("error: ") or f"{' '.join(command[:2])} ended with status {status}"))
 
 
 def output(command, place=""):
@@ -152,35 +158,51 @@ def read_study(path, program):
         check_names(path, study, ["title", "data", "train", "attentions", "part"])
         data = study.get("data", {})
         check_names(f"{path}: [data]", data, ["text", "val", "tokenizer", "vocab-size"])
+        if not isinstance(study.get("part"), list):
+            fail(f"{path}: a study has parts, which begin with [[part]], in two brackets")
         runs = [run for part in study["part"] for run in runs_of(path, study, part, known)]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         fail(f"{path}: is not as dev/compare.toml explains: {type(e).__name__}: {e}")
     if len({run.name for run in runs}) < len(runs):
         fail(f"{path}: two runs have the same name, which is made of letters and digits of part, attention and seed")
+    parts = {}
+    for run in runs:
+        if parts.setdefault(slug(run.part), run.shared) != run.shared:
+            fail(f"{path}: part '{run.part}' is there twice, with other options: give one another name (letters and "
+                 "digits count)")
     return SimpleNamespace(title=study.get("title", Path(path).stem), data=data, runs=runs, program=program)
 
 
 def runs_of(path, study, part, known):
     """In turns: one seed of all attentions, then the next."""
     part = {"name": "all", "attentions": list(study["attentions"]), **study.get("train", {}), **part}
-    seeds = range(1, part["seeds"] + 1) if isinstance(part["seeds"], int) else part["seeds"]
+    place = f"{path}: part '{part['name']}'"
+    check_names(place, part, known | PART_ENTRIES)
+    for name in "context", "tokens", "batch-tokens", "seeds":
+        if name not in part:
+            fail(f"{place}: '{name}' is missing")
+        if name != "seeds" and (type(part[name]) is not int or part[name] < 1):
+            fail(f"{place}: '{name}' is {part[name]!r}, but must be a whole number above 0")
+    seeds = list(range(1, part["seeds"] + 1)) if type(part["seeds"]) is int else part["seeds"]
+    if not seeds or type(seeds) is not list or any(type(seed) is not int for seed in seeds):
+        fail(f"{place}: 'seeds' is {part['seeds']!r}, but must be a number of seeds, or a list of seeds")
+    if not part["attentions"]:
+        fail(f"{place}: 'attentions' is empty")
+    tokens, context, batch_tokens = part["tokens"], part["context"], part["batch-tokens"]
+    if batch_tokens % context or tokens < batch_tokens:
+        fail(f"{place}: batch-tokens {batch_tokens} must be a multiple of context {context}, and at most the tokens "
+             f"of a run, {tokens}")
+    shared = {name: value for name, value in part.items() if name not in ("attentions", "seeds")}
     for seed in seeds:
         for attention in part["attentions"]:
-            place = f"{path}: part '{part['name']}', attention '{attention}'"
             check_names(place, [attention], study["attentions"])
-            check_names(place, study["attentions"][attention], known - SHARED_OPTIONS)
-            options = {**part, **study["attentions"][attention]}
-            steps, batch_tokens = options["tokens"] // options["batch-tokens"], options["batch-tokens"]
-            for name in "name", "attentions", "seeds", "tokens", "batch-tokens":
-                del options[name]
-            check_names(place, options, known)
-            if batch_tokens % options["context"]:
-                fail(f"{place}: batch-tokens {batch_tokens} is not a multiple of context {options['context']}")
-            options = {"batch": batch_tokens // options["context"], **options}
-            options |= {"total-batch": batch_tokens, "steps": steps}
+            check_names(f"{place}, attention '{attention}'", study["attentions"][attention], known - SHARED_OPTIONS)
+            options = {"batch": batch_tokens // context, **part, **study["attentions"][attention]}
+            options = {name: value for name, value in options.items() if name not in PART_ENTRIES}
+            options |= {"total-batch": batch_tokens, "steps": tokens // batch_tokens}
             model = slug(f"{part['name']} {attention}")
-            yield SimpleNamespace(part=part["name"], attention=attention, seed=int(seed), options=options, model=model,
-                                  name=f"{model}-seed-{seed}", tokens=steps * batch_tokens)
+            yield SimpleNamespace(part=part["name"], attention=attention, seed=seed, options=options, model=model,
+                                  name=f"{model}-seed-{seed}", tokens=options["steps"] * batch_tokens, shared=shared)
 
 
 def words(options):
@@ -231,40 +253,50 @@ def step_time(rows):
     return statistics.median(row["ms"] for row in rows if row["step"] > 1)
 
 
+def timed_options(run):
+    return {name: value for name, value in run.options.items() if name not in UNTIMED_OPTIONS}
+
+
 def measure_costs(study):
     study.costs = read_json(study.out / "costs.json")
-    models = {run.model: run for run in study.runs}
-    models = {m: run for m, run in models.items() if study.costs.get(m, {}).get("options") != run.options}
-    measured = {model: [] for model in models}
+    timed = {}  # the models that have the same costs, with a run of theirs
+    for run in study.runs:
+        options = timed_options(run)
+        if study.costs.get(run.model, {}).get("options") != options:
+            timed.setdefault(json.dumps(options), {})[run.model] = run
+    measured = [[] for _ in timed]
     with tempfile.TemporaryDirectory() as folder:
         for i in range(ROUNDS):
-            for j, (model, run) in enumerate(models.items()):
-                show(f"timing {j + 1} of {len(models)} models, round {i + 1} of {ROUNDS}: {model}")
-                measured[model].append(measure(study, run, folder))
+            for j, models in enumerate(timed.values()):
+                run = next(iter(models.values()))
+                show(f"timing {j + 1} of {len(timed)} models, round {i + 1} of {ROUNDS}: {run.model}")
+                measured[j].append(measure(study, run, folder, measured[j]))
     show("")
-    for model, times in measured.items():
-        study.costs[model] = times[0] | {"ms": min(m["ms"] for m in times),
-                                         "decoding": max(m["decoding"] for m in times)}
-    if measured:
+    for models, times in zip(timed.values(), measured):
+        for model in models:
+            study.costs[model] = times[0] | {"ms": min(m["ms"] for m in times),
+                                             "decoding": max(m["decoding"] for m in times)}
+    if timed:
         write_json(study.out / "costs.json", study.costs)
 
 
-def measure(study, run, folder):
-    skipped = "warmup", "val-every", "sample-every", "save-every", "prompt", "prompt-tokens"
-    shape = {name: value for name, value in run.options.items() if name not in skipped}
+def measure(study, run, folder, former):
+    """Trains for up to two seconds, and decodes for up to a second; the first time shorter."""
+    options, tokens = timed_options(run), min(run.options["context"] - 1, DECODED_TOKENS)
+    steps = sorted([*TIMED_STEPS, int(TIMED_MS / former[-1]["ms"])])[1] if former else TIMED_STEPS[0]
+    samples = min(10, 1 + int(former[-1]["decoding"] / tokens)) if former else 1
     said = output([study.program, "train", *shards(study, "train"), "--out", folder, "--overwrite",
-                   *words(shape | {"steps": TIMED_STEPS, "tokens": 0})], f"{run.model}: ")
+                   *words(options | {"steps": steps, "tokens": 0})], f"{run.model}: ")
     model = ["--model", f"{folder}/model.bin"]
-    text = output([study.program, "generate", *model, "--prompt-tokens", 0,
-                   "--tokens", min(run.options["context"] - 1, DECODED_TOKENS)])
+    text = output([study.program, "generate", *model, "--prompt-tokens", 0, "--tokens", tokens, "--samples", samples])
     table = output([study.program, "describe", *model, "--batch", run.options["batch"]])
     table = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
     names = [name.split()[0] for name in next(row for row in table if row[0] == "vanilla")]
     column = names.index(run.options.get("attention", "vanilla")) - len(names)
     described = {key: next(row[column] for row in table if label in row[0]) for key, label in
                  (("mflop", "MFLOP"), ("cache", "KV cache"), ("memory", "total, with scratch"))}
-    return {"ms": step_time(read_metrics(folder)), **described, "options": run.options,
-            "decoding": float(re.findall(r"([\d.]+) tokens/s", text)[-1]),
+    return {"ms": step_time(read_metrics(folder)), **described, "options": options,
+            "decoding": statistics.median(map(float, re.findall(r"([\d.]+) tokens/s$", text, re.M))),
             "parameters": re.search(r"^parameters ([\d,]+),", said, re.M)[1],
             "machine": re.search(r"^machine +(.*?);", said, re.M)[1]}
 
@@ -277,10 +309,14 @@ def result_of(study, run):
     """What is known of a run: {} before it begins. Dies if it was begun with other options than the study now has."""
     path = study.out / "results" / f"{run.name}.json"
     result = read_json(path)
-    for key, here in ("options", run.options), ("data", study.data.get("crc")):
-        if result and here and result[key] != here:
-            fail(f"{path}: this run has other {key}: {result[key]}, now {here}; give another --out, or remove this "
-                 f"file and {study.out}/runs/{run.name} to begin the run anew")
+    if result:
+        was = {"data": result["data"], **result["options"]}
+        now = {"data": study.data.get("crc", was["data"]), **run.options}  # a report needs no text
+        changed = [f"{name} {was.get(name, 'not given')}, now {now.get(name, 'not given')}"
+                   for name in sorted(was | now) if was.get(name) != now.get(name)]
+        if changed:
+            fail(f"{path}: this run has other options or data: {'; '.join(changed)}; give another --out, or remove "
+                 f"this file and {study.out}/runs/{run.name} to begin the run anew")
     return result
 
 
@@ -298,7 +334,7 @@ class Progress:
     def seconds(self, run):
         """Of a whole run. A token of a validation, without backward, takes a third of the time."""
         o = run.options
-        validations = o["steps"] // o["val-every"] if o.get("val-every", 100) else 1
+        validations = o["steps"] // (o.get("val-every", 100) or o["steps"])
         validated = validations * o.get("val-tokens", 1 << 14) + self.study.data["val tokens"]
         return self.study.costs[run.model]["ms"] / 1000 * (o["steps"] + validated / 3 / o["total-batch"])
 
@@ -328,7 +364,8 @@ def train(study, run, progress, title):
         if step:
             progress.advance(run, int(step[1]) - (before or 0), before is not None)
             before = int(step[1])
-            show(f"{title}  step {before}/{run.options['steps']}  loss {step[2] or 'unknown'}  {progress}")
+            loss = f"  loss {step[2]}" if step[2] else ""
+            show(f"{progress}; {title}  step {before}/{run.options['steps']}{loss}")
     rows = read_metrics(folder)
     if rows[-1]["step"] < run.options["steps"]:  # by a signal to train_gpt2 alone
         stop()
@@ -361,7 +398,8 @@ def read_weights(path):
 
 
 def run_all(study):
-    progress = Progress(study)
+    """What failed, one line a run."""
+    progress, failures = Progress(study), []
     for i, run in enumerate(study.runs):
         if is_complete(study, run):
             continue
@@ -369,9 +407,16 @@ def run_all(study):
         begun = {"options": run.options, "data": study.data["crc"]}
         write_json(path, begun)
         title = f"run {i + 1} of {len(study.runs)}: {run.part}, {run.attention}, seed {run.seed}"
-        result = evaluate(study, run, train(study, run, progress, title))
+        try:
+            result = evaluate(study, run, train(study, run, progress, title))
+        except Failed as failure:
+            failures.append(str(failure))
+            show(f"{title}  failed", stays=True)
+            progress.left = sum(map(progress.seconds, [r for r in study.runs[i + 1:] if not is_complete(study, r)]))
+            continue
         write_json(path, begun | result)
         show(f"{title}  loss {result['loss']:.4f}  {progress}", stays=True)
+    return failures
 
 
 def list_runs(study):
@@ -408,6 +453,7 @@ def main():
             signal.signal(number, on_signal)
     study = read_study(o.study, o.program)
     study.out = o.out or Path("run") / Path(o.study).stem
+    failures = []
     study.data |= {name: given for name, given in (("text", o.text), ("val", o.val)) if given}
     for name in [] if o.dry_run else ["matplotlib", "scipy"]:
         package(name)  # if one is missing, rather now than after the last run
@@ -422,16 +468,22 @@ def main():
         measure_costs(study)
         if o.dry_run:
             return list_runs(study)
-        run_all(study)
+        failures = run_all(study)
     costs = read_json(study.out / "costs.json")
     results = {run.name: result_of(study, run) for run in study.runs if run.model in costs and is_complete(study, run)}
     if not results:
-        fail(f"{study.out} has no complete run of this study, or no costs.json: start without --report")
+        fail(failures[0] if failures else f"{study.out} has no complete run of this study, or no costs.json: start "
+             "without --report")
     write_report(study.out, study.title, study.runs, results, costs)
+    if failures:
+        fail(f"{len(failures)} of {len(study.runs)} runs failed, the first one so: {failures[0]}")
 
 
 if __name__ == "__main__":
     try:
         main()
+    except Failed as e:
+        show("")
+        fail(str(e))
     except OSError as e:
         fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))

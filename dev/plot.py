@@ -17,7 +17,8 @@ from pathlib import Path
 STYLES = [{"color": color, "linestyle": dashes, "marker": marker, "markersize": 4, "linewidth": 1.4}
           for color, dashes, marker in (("#000000", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-.", "^"),
                                         ("#009e73", ":", "D"), ("#cc79a7", (0, (6, 1, 1, 1, 1, 1)), "v"),
-                                        ("#7f7f7f", (0, (3, 3)), "x"))]
+                                        ("#7f7f7f", (0, (3, 3)), "x"),
+                                        ("#b8860b", (0, (8, 2, 1, 2)), "*"))]
 COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm", "ms", "tokens_per_s"]
 
 

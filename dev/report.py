@@ -11,12 +11,15 @@ from plot import package, pyplot, save, style
 
 MOST_SEEDS = 10_000
 METHOD = (
-    "For a seed, all attentions begin with the same weights and see the same batches, so differences are taken seed by "
-    "seed. Brackets hold the 95 % interval of the mean difference, by Student's t over the seeds, from three seeds on; "
-    "one that contains 0 shows no difference. Intervals are not corrected for the number of comparisons. \"Seeds "
-    "needed\" is how many a paired t-test at the 5 % level needs to find a mean difference of this size, at this spread, "
-    "in four of five studies. The time of a step is the least median of short runs of all models in turns; the times of "
-    "training are steps times this. Memory, FLOPs and cache are what train_gpt2 describe prints.")
+    "For a seed, all attentions begin with the same weights and see the same batches, so differences are taken seed "
+    "by seed, over the seeds that both have. Brackets hold the 95 % interval of the mean difference, by Student's t, "
+    "from three seeds on; one that contains 0 leaves open which is better. Intervals are not corrected for the "
+    "number of comparisons. \"Seeds needed\" is how many a paired t-test at the 5 % level needs to find a mean "
+    "difference of this size, at this spread, in four of five studies: a rough guess where seeds are few. The time "
+    "of a step is the least median of short runs of all models in turns; the times of training are steps times this. "
+    "Losses at equal time are interpolated between validations, if three or more lie in the second half of training; "
+    "the learning rates of the slower ones still fall then. Memory, FLOPs and cache are what train_gpt2 describe "
+    "prints; decoding is one sequence, token by token.")
 PAGE_STYLE = """
   body { font: 16px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em; color: #1f2328 }
   table { border-collapse: collapse; font-size: 14px }
@@ -104,13 +107,27 @@ class Part:
                 seeds_needed(differences) or f"over {MOST_SEEDS:,}"]
 
     def loss_at(self, ms):
-        """A value for these: the loss after this time of training, between two validations."""
-        return lambda attention, result: float(package("numpy").interp(
-            ms / self.costs[attention]["ms"], *zip(*result["curve"])))
+        """A value for these: the loss after this time of training, between validations, on a smooth monotone curve."""
+        curve = package("scipy.interpolate").PchipInterpolator
+        return lambda attention, result: float(curve(*zip(*result["curve"]))(ms / self.costs[attention]["ms"]))
+
+    def has_fine_curves(self):
+        """Enough validations for loss_at."""
+        return all(sum(step >= self.steps / 2 for step, _ in result["curve"]) >= 3
+                   for results in self.results.values() for result in results.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
+
+
+def draw_differences(ax, i, x, less):
+    """The mean of rows of differences, a row a seed; from three seeds on, with its interval."""
+    mean = less.mean(0)
+    ax.plot(x, mean, **style(i), markevery=max(1, len(x) // 10))
+    if len(less) >= 3:
+        half = package("numpy").array([half_interval(values.tolist()) for values in less.T])
+        ax.fill_between(x, mean - half, mean + half, color=style(i)["color"], alpha=0.15, linewidth=0)
 
 
 def plot_curves(part):
@@ -122,13 +139,13 @@ def plot_curves(part):
         steps = numpy.array([step for step, _ in next(iter(results.values()))["curve"]])
         late = steps >= part.steps / 10
         tokens, time = steps * part.batch_tokens / 1e6, steps * part.costs[attention]["ms"] / unit_ms
-        curves = [[loss for _, loss in result["curve"]] for result in results.values()]
-        less = part.differences(attention, lambda _, result: numpy.array([loss for _, loss in result["curve"]]))
-        for ax, x, ys in (axes[0], tokens, curves), (axes[1], time, curves), (axes[2], tokens, less):
-            if len(ys):
-                ys, x = numpy.array(ys)[:, late], x[late]
-                ax.plot(x, ys.mean(0), **style(i), markevery=max(1, len(x) // 10), label=attention)
-                ax.fill_between(x, ys.min(0), ys.max(0), color=style(i)["color"], alpha=0.15, linewidth=0)
+        curves = numpy.array([[loss for _, loss in result["curve"]] for result in results.values()])[:, late]
+        for ax, x in (axes[0], tokens[late]), (axes[1], time[late]):
+            ax.plot(x, curves.mean(0), **style(i), markevery=max(1, len(x) // 10), label=attention)
+            ax.fill_between(x, curves.min(0), curves.max(0), color=style(i)["color"], alpha=0.15, linewidth=0)
+        less = part.differences(attention, lambda _, result: numpy.array([loss for _, loss in result["curve"]])[late])
+        if less:
+            draw_differences(axes[2], i, tokens[late], numpy.array(less))
     axes[0].set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
     axes[1].set(xlabel=f"time ({unit})", ylabel="validation loss (nats per token)")
     axes[2].set(xlabel="training tokens (millions)", ylabel=f"difference from {part.base} (nats per token)")
@@ -144,17 +161,13 @@ def plot_positions(part):
         less = numpy.array(part.differences(attention, lambda _, result: numpy.array(result["by position"])))
         if len(less):
             edges = numpy.unique(numpy.round(numpy.geomspace(1, less.shape[1] + 1, 20)).astype(int))
-            groups = [less[:, a - 1:b - 1].mean(1) for a, b in zip(edges, edges[1:])]  # (groups, seeds)
-            x = numpy.sqrt(edges[:-1] * (edges[1:] - 1))
-            mean = numpy.mean(groups, 1)
-            ax.plot(x, mean, **style(i), label=attention)
-            if len(less) >= 3:
-                half = numpy.array([half_interval(group.tolist()) for group in groups])
-                ax.fill_between(x, mean - half, mean + half, color=style(i)["color"], alpha=0.15, linewidth=0)
+            groups = numpy.array([less[:, a - 1:b - 1].mean(1) for a, b in zip(edges, edges[1:])]).T  # (seeds, groups)
+            draw_differences(ax, i, numpy.sqrt(edges[:-1] * (edges[1:] - 1)), groups)
+            ax.lines[-1].set_label(attention)
     ax.axhline(0, **(style(0) | {"marker": ""}), label=part.base)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
-    ax.set(xlabel="position in the context (tokens)", ylabel=f"difference from {part.base} (nats per token)")
+    ax.set(xlabel="tokens that the prediction is made from", ylabel=f"difference from {part.base} (nats per token)")
     ax.legend()
     return figure
 
@@ -238,7 +251,13 @@ def write_report(folder, title, runs, results, costs):
 
 
 def options_text(options):
-    return ", ".join(f"{name} {value}" for name, value in sorted(options)) or "none of its own"
+    return ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
+
+
+def options_changed(options, base):
+    """What one attention has in place of the base's options."""
+    changed = {name: options.get(name, "by default") for name in options | base if options.get(name) != base.get(name)}
+    return options_text(changed) or "the same options"
 
 
 def report_part(page, part):
@@ -246,9 +265,9 @@ def report_part(page, part):
     costs, base = part.costs, part.costs[part.base]
     some = next(result for results in part.results.values() for result in results.values())
     options = {run.attention: run.options for run in part.runs}
-    own = [f"{a}: {options_text(options[a].items() - options[part.base].items())}." for a in costs if a != part.base]
+    own = [f"{a}: {options_changed(options[a], options[part.base])}." for a in costs if a != part.base]
     page.text(f"{base['parameters']} parameters, {some['tokens']:,} tokens a run, on {base['machine']}; validation on "
-              f"{some['validation']}. Options: {options_text(options[part.base].items())}. {' '.join(own)}")
+              f"{some['validation']}. Options: {options_text(options[part.base])}. {' '.join(own)}")
 
     def mean(attention, key):
         return f"{statistics.mean(result[key] for result in part.results[attention].values()):.4f}"
@@ -259,23 +278,24 @@ def report_part(page, part):
                  *part.compared(a, lambda _, result: result["loss"])] for a, results in part.results.items()])
     page.figure(plot_curves(part), slug(part.name) + "-curves",
                 f"Validation loss after the first tenth of training: by tokens, by time, and its difference from "
-                f"{part.base}. Lines are means over the seeds; bands reach from the lowest seed to the highest.")
+                f"{part.base}. Lines are means over the seeds. Bands: losses from the lowest seed to the highest; 95 % "
+                "intervals of the differences, from three seeds on.")
     if any(part.differences(a, lambda *_: 0) for a in part.results):
         page.figure(plot_positions(part), slug(part.name) + "-positions",
-                    f"Validation loss by position in the context: difference from {part.base}. Lines are means over "
-                    "the seeds; bands are 95 % intervals, from three seeds on.")
+                    f"Validation loss by how many tokens the prediction is made from: difference from {part.base}. "
+                    "Lines are means over the seeds; bands are 95 % intervals, from three seeds on.")
     for a, results in part.results.items():
         if any(result["depth weights"] for result in results.values()):
             page.figure(plot_depth(results.values()), slug(f"{part.name} {a}") + "-weights",
                         f"Mean weights of {a} over the validation tokens and the seeds: how much of each source's "
                         "values a layer mixes in. A layer's last source is itself; hatched: no source.")
     end = min(cost["ms"] for cost in costs.values()) * part.steps
-    page.text(f"What each costs, and its loss at equal time: after {duration(end / 1000)}, when the fastest is trained and "
-              "the learning rates of the others still fall.")
+    page.text(f"What each costs, and its loss at equal time, {duration(end / 1000)}, when the fastest is trained:")
     page.table(["attention", "ms a step", f"times {part.base}'s", "memory in training", "MFLOP a token",
                 "KV cache (bytes a token)", "decoding (tokens/s)", f"difference from {part.base} at equal time [95 %]"],
                [[a, f"{c['ms']:.2f}", f"{c['ms'] / base['ms']:.3f}", c["memory"], c["mflop"], c["cache"],
-                 f"{c['decoding']:,.0f}", part.compared(a, part.loss_at(end))[0]] for a, c in costs.items()])
+                 f"{c['decoding']:,.0f}", part.compared(a, part.loss_at(end))[0] if part.has_fine_curves() else ""]
+                for a, c in costs.items()])
     seeds = sorted({seed for results in part.results.values() for seed in results})
     page.text("Loss by seed:")
     page.table(["seed", *part.results], [[seed, *(f"{results[seed]['loss']:.4f}" if seed in results else ""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
 from helpers import TIMEOUT, contents, heed_signals, wait_until
@@ -170,6 +171,34 @@ def test_killed_at_random_it_ends_in_the_same_report(complete, root, program, te
     assert 1 <= sum(line.endswith("--resume") for line in trained) and len(trained) <= RUNS + 5
     assert contents(study / "figures") == contents(complete / "figures")
     assert without_times(study) == without_times(complete)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(compare, tmp_path):  # noqa: F811
+    """A learning rate of infinity. The rate plays no part in timing."""
+    study = STUDY.replace("20_000", "2560") + 'wild = { lr = 1e38, min-lr = 1e38, clip = 0 }\n[[part]]\nseeds = 2\n'
+    status, out, err = compare(study)
+    assert status == 1 and err.startswith("error: 2 of 8 runs failed, the first one so: all-wild-seed-1: "), err
+    assert out.count("  failed\n") == 2 and out.count("  loss ") == 6
+    assert list(table(tmp_path / "run/mine")) == ["vanilla", "skip", "depth"]
+
+
+def test_losses_at_equal_time(report):
+    """A steep curve, known at few points: e^-step, at a step and a half."""
+    curve = [[step, 2.718281828**-step] for step in range(9)]
+    runs = [SimpleNamespace(part="p", attention=a, name=a, model=a, seed=1, options={"steps": 8, "total-batch": 1})
+            for a in ("fast", "slow")]
+    for n, fine in (9, True), (6, False):
+        results = {run.name: {"curve": curve[:n]} for run in runs}
+        part = report.Part("p", runs, results, {"fast": {"ms": 2}, "slow": {"ms": 4}})
+        assert part.has_fine_curves() == fine
+        assert part.loss_at(6)("slow", results["slow"]) == pytest.approx(2.718281828**-1.5, rel=0.05)
+        assert part.loss_at(6)("fast", results["fast"]) == pytest.approx(2.718281828**-3)
+
+
+def test_options_in_which_attentions_differ(report):
+    base, other = {"attention": "skip", "lr": 1, "heads": 2}, {"heads": 2, "lr": 3}
+    assert report.options_changed(other, base) == "attention by default, lr 3"
+    assert report.options_changed(base, base) == "the same options"
 
 
 def test_a_run_gets_the_signal(root, program, text, tmp_path):  # noqa: F811
