@@ -48,15 +48,17 @@ ROUNDS, TIMED_STEPS, TIMED_MS, DECODED_TOKENS = 5, (20, 100), 2000, 200  # of a 
 OWN_OPTIONS = {"train", "val", "out", "resume", "overwrite", "seed", "steps", "sequence", "total-batch", "model",
                "tokens"}
 SHARED_OPTIONS = {"context", "val-every", "val-tokens"}  # must be equal in what is compared
+MOST_SEEDS = 1000
 PART_ENTRIES = {"name", "attentions", "seeds", "tokens", "batch-tokens"}
 UNTIMED_OPTIONS = {"steps", "lr", "min-lr", "warmup", "schedule", "val-every", "val-tokens", "sample-every",
                    "save-every", "prompt", "prompt-tokens"}  # do not change the time of a step
 
 
 def read_json(path):
-    """The file's content, or {} if there is no such file."""
+    """The file's entries; none if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else fail(f"{path}: is not of compare.py; remove it")
     except FileNotFoundError:
         return {}
     except ValueError as e:
@@ -125,7 +127,8 @@ def lines_of(command, place=""):
     if Child.stopped:
         stop()
     if status:
-        raise Failed(place + (last.removeprefix("error: ") or f"{' '.join(command[:2])} ended with status {status}"))
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        raise Failed(place + (last[7:] if last.startswith("error: ") else f"{' '.join(command[:2])} {how}"))
 
 
 def output(command, place=""):
@@ -156,36 +159,48 @@ def read_study(path, program):
     known = set(re.findall(r"^  --([\w-]+)", output([program, "train", "--help"]), re.M)) - OWN_OPTIONS
     try:
         check_names(path, study, ["title", "data", "train", "attentions", "part"])
+        if not isinstance(study.get("title", ""), str):
+            fail(f"{path}: 'title' is {study['title']!r}, but must be text, in quotes")
         data = study.get("data", {})
         check_names(f"{path}: [data]", data, ["text", "val", "tokenizer", "vocab-size"])
-        if not isinstance(study.get("part"), list):
+        for name, value in data.items():
+            if name != "vocab-size" and not (isinstance(value, str) or name != "tokenizer" and isinstance(value, list)
+                                             and all(isinstance(pattern, str) for pattern in value)):
+                fail(f"{path}: [data]: '{name}' is {value!r}, but must be text, in quotes, or a list of it")
+        if not isinstance(study.get("part"), list) or not study["part"]:
             fail(f"{path}: a study has parts, which begin with [[part]], in two brackets")
         runs = [run for part in study["part"] for run in runs_of(path, study, part, known)]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         fail(f"{path}: is not as dev/compare.toml explains: {type(e).__name__}: {e}")
     if len({run.name for run in runs}) < len(runs):
         fail(f"{path}: two runs have the same name, which is made of letters and digits of part, attention and seed")
-    parts = {}
+    parts, models = {}, {}
     for run in runs:
         if parts.setdefault(slug(run.part), run.shared) != run.shared:
             fail(f"{path}: part '{run.part}' is there twice, with other options: give one another name (letters and "
                  "digits count)")
+        if models.setdefault(run.model, (run.part, run.attention)) != (run.part, run.attention):
+            fail(f"{path}: part '{run.part}', attention '{run.attention}': another one has the same letters and digits")
     return SimpleNamespace(title=study.get("title", Path(path).stem), data=data, runs=runs, program=program)
 
 
 def runs_of(path, study, part, known):
     """In turns: one seed of all attentions, then the next."""
     part = {"name": "all", "attentions": list(study["attentions"]), **study.get("train", {}), **part}
-    place = f"{path}: part '{part['name']}'"
+    place = f"{path}: part {part['name']!r}"
     check_names(place, part, known | PART_ENTRIES)
-    for name in "context", "tokens", "batch-tokens", "seeds":
-        if name not in part:
+    if not isinstance(part["name"], str):
+        fail(f"{place}: its name must be text, in quotes")
+    for name in "context", "tokens", "batch-tokens", "seeds", "val-every", "val-tokens":
+        if name not in part and not name.startswith("val"):
             fail(f"{place}: '{name}' is missing")
-        if name != "seeds" and (type(part[name]) is not int or part[name] < 1):
-            fail(f"{place}: '{name}' is {part[name]!r}, but must be a whole number above 0")
-    seeds = list(range(1, part["seeds"] + 1)) if type(part["seeds"]) is int else part["seeds"]
-    if not seeds or type(seeds) is not list or any(type(seed) is not int for seed in seeds):
-        fail(f"{place}: 'seeds' is {part['seeds']!r}, but must be a number of seeds, or a list of seeds")
+        least = 0 if name.startswith("val") else 1
+        if name in part and name != "seeds" and (type(part[name]) is not int or part[name] < least):
+            fail(f"{place}: '{name}' is {part[name]!r}, but must be a whole number, {least} or more")
+    count = part["seeds"]
+    seeds = list(range(1, count + 1)) if type(count) is int and count <= MOST_SEEDS else count
+    if not seeds or type(seeds) is not list or any(type(seed) is not int or not 0 <= seed < 1 << 31 for seed in seeds):
+        fail(f"{place}: 'seeds' is {count!r}, but must be a number of seeds, up to {MOST_SEEDS}, or a list of them")
     if not part["attentions"]:
         fail(f"{place}: 'attentions' is empty")
     tokens, context, batch_tokens = part["tokens"], part["context"], part["batch-tokens"]
@@ -199,6 +214,9 @@ def runs_of(path, study, part, known):
             check_names(f"{place}, attention '{attention}'", study["attentions"][attention], known - SHARED_OPTIONS)
             options = {"batch": batch_tokens // context, **part, **study["attentions"][attention]}
             options = {name: value for name, value in options.items() if name not in PART_ENTRIES}
+            for name, value in options.items():
+                if not isinstance(value, (str, bool, int, float)) or value != value:
+                    fail(f"{place}, attention '{attention}': '{name}' is {value}, but must be a number, text, or true")
             options |= {"total-batch": batch_tokens, "steps": tokens // batch_tokens}
             model = slug(f"{part['name']} {attention}")
             yield SimpleNamespace(part=part["name"], attention=attention, seed=seed, options=options, model=model,
@@ -213,9 +231,13 @@ def words(options):
 
 def find_files(patterns, option):
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    files = [sorted(map(os.path.realpath, glob.glob(os.path.expanduser(pattern)))) for pattern in patterns]
+    files = [[os.path.realpath(pattern)] if os.path.exists(pattern) else
+             sorted(map(os.path.realpath, glob.glob(os.path.expanduser(pattern)))) for pattern in patterns]
     if [] in files:
         fail(f"there is no {patterns[files.index([])]}: name other files with --{option}")
+    for file in sum(files, []):
+        if file.endswith(".toml"):
+            fail(f"{file} is taken for text: name the study before --{option}")
     return sum(files, [])
 
 
@@ -225,17 +247,20 @@ def prepare_data(study):
     texts, val = find_files(data.get("text", []), "text"), find_files(data.get("val", []), "val")
     arguments = words({"tokenizer": data.get("tokenizer", "bytes")} | {k: data[k] for k in data if k == "vocab-size"})
     arguments += (texts or ["demo.txt"]) + (["--val", *val] if val else [])
+    now = {"arguments": arguments, "bytes": [os.path.getsize(file) for file in texts + val]}
     former, manifest = read_json(study.out / "data.json"), out / "gpt2x3_manifest.txt"
-    if former and former["arguments"] != arguments:
+    if former and now | former != now:
         fail(f"{study.out} was begun with another text or tokenizer, which data.json there names: give that one, or "
              "another --out")
-    if not former or not manifest.exists():
+    if not former and out.exists():
+        fail(f"{out} is there, but not of compare.py: give another --out")
+    write_json(study.out / "data.json", now)  # before the shards, so that they are known to be the study's
+    if not manifest.exists():
         demo = study.out / "demo.txt"
         if not texts:
             write_file(demo, output([sys.executable, ROOT / "data_prep/demo_text.py"]))
         print(output([sys.executable, ROOT / "data_prep/prepare.py", "--out", out, "--overwrite",
                       *(demo if word == "demo.txt" else word for word in arguments)]), end="", flush=True)
-        write_json(study.out / "data.json", {"arguments": arguments})
     data["crc"] = f"{zlib.crc32(manifest.read_bytes()):08x}"
     data["val tokens"] = sum(path.stat().st_size - 1024 for path in out.glob("val_*.bin")) // 2
 
@@ -258,12 +283,13 @@ def timed_options(run):
 
 
 def measure_costs(study):
+    """All models anew if one is not known, so that they are timed in turns."""
     study.costs = read_json(study.out / "costs.json")
+    if all(known_cost(study.costs, run) for run in study.runs):
+        return
     timed = {}  # the models that have the same costs, with a run of theirs
     for run in study.runs:
-        options = timed_options(run)
-        if study.costs.get(run.model, {}).get("options") != options:
-            timed.setdefault(json.dumps(options), {})[run.model] = run
+        timed.setdefault(json.dumps(timed_options(run)), {})[run.model] = run
     measured = [[] for _ in timed]
     with tempfile.TemporaryDirectory() as folder:
         for i in range(ROUNDS):
@@ -272,24 +298,26 @@ def measure_costs(study):
                 show(f"timing {j + 1} of {len(timed)} models, round {i + 1} of {ROUNDS}: {run.model}")
                 measured[j].append(measure(study, run, folder, measured[j]))
     show("")
-    for models, times in zip(timed.values(), measured):
-        for model in models:
-            study.costs[model] = times[0] | {"ms": min(m["ms"] for m in times),
-                                             "decoding": max(m["decoding"] for m in times)}
-    if timed:
-        write_json(study.out / "costs.json", study.costs)
+    study.costs = {model: times[0] | {"ms": min(m["ms"] for m in times), "decoding": max(m["decoding"] for m in times)}
+                   for models, times in zip(timed.values(), measured) for model in models}
+    write_json(study.out / "costs.json", study.costs)
+
+
+def known_cost(costs, run):
+    return costs.get(run.model, {}).get("options") == timed_options(run)
 
 
 def measure(study, run, folder, former):
     """Trains for up to two seconds, and decodes for up to a second; the first time shorter."""
-    options, tokens = timed_options(run), min(run.options["context"] - 1, DECODED_TOKENS)
+    options, tokens = timed_options(run), max(1, min(run.options["context"] - 1, DECODED_TOKENS))
     steps = sorted([*TIMED_STEPS, int(TIMED_MS / former[-1]["ms"])])[1] if former else TIMED_STEPS[0]
     samples = min(10, 1 + int(former[-1]["decoding"] / tokens)) if former else 1
     said = output([study.program, "train", *shards(study, "train"), "--out", folder, "--overwrite",
                    *words(options | {"steps": steps, "tokens": 0})], f"{run.model}: ")
-    model = ["--model", f"{folder}/model.bin"]
+    model = ["--model", f"{folder}/model.bin", *words({k: options[k] for k in options if k == "precision"})]
     text = output([study.program, "generate", *model, "--prompt-tokens", 0, "--tokens", tokens, "--samples", samples])
-    table = output([study.program, "describe", *model, "--batch", run.options["batch"]])
+    table = output([study.program, "describe", *model, *words({k: options[k] for k in ("batch", "recompute")
+                                                               if k in options})])
     table = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
     names = [name.split()[0] for name in next(row for row in table if row[0] == "vanilla")]
     column = names.index(run.options.get("attention", "vanilla")) - len(names)
@@ -307,16 +335,17 @@ def measure(study, run, folder, former):
 
 def result_of(study, run):
     """What is known of a run: {} before it begins. Dies if it was begun with other options than the study now has."""
-    path = study.out / "results" / f"{run.name}.json"
+    path, folder = study.out / "results" / f"{run.name}.json", study.out / "runs" / run.name
     result = read_json(path)
-    if result:
-        was = {"data": result["data"], **result["options"]}
-        now = {"data": study.data.get("crc", was["data"]), **run.options}  # a report needs no text
-        changed = [f"{name} {was.get(name, 'not given')}, now {now.get(name, 'not given')}"
-                   for name in sorted(was | now) if was.get(name) != now.get(name)]
-        if changed:
-            fail(f"{path}: this run has other options or data: {'; '.join(changed)}; give another --out, or remove "
-                 f"this file and {study.out}/runs/{run.name} to begin the run anew")
+    if not {"options", "data"} <= result.keys() or not ("loss" in result or (folder / "model.bin").exists()):
+        return {}
+    was = {"data": result["data"], **result["options"]}
+    now = {"data": study.data.get("crc", was["data"]), **run.options}  # a report needs no text
+    changed = [f"{name} {was.get(name, 'not given')}, now {now.get(name, 'not given')}"
+               for name in sorted(was | now) if was.get(name) != now.get(name)]
+    if changed:
+        fail(f"{path}: this run has other options or data: {'; '.join(changed)}; give another --out, or remove this file "
+             f"and {folder} to begin the run anew")
     return result
 
 
@@ -335,7 +364,8 @@ class Progress:
         """Of a whole run. A token of a validation, without backward, takes a third of the time."""
         o = run.options
         validations = o["steps"] // (o.get("val-every", 100) or o["steps"])
-        validated = validations * o.get("val-tokens", 1 << 14) + self.study.data["val tokens"]
+        val_tokens = self.study.data["val tokens"]
+        validated = validations * (o.get("val-tokens", 1 << 14) or val_tokens) + val_tokens
         return self.study.costs[run.model]["ms"] / 1000 * (o["steps"] + validated / 3 / o["total-batch"])
 
     def advance(self, run, steps, trained_now):
@@ -349,13 +379,14 @@ class Progress:
         return f"{duration(max(0, self.left) * pace)} left of all"
 
 
-def train(study, run, progress, title):
+def train(study, run, known, progress, title):
+    """The rows of metrics.csv; goes on with what is there, if the run is known."""
     folder = study.out / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)  # waits for what a compare.py that was killed left at work
     os.close(lock)
-    resume = ["--resume"] if (folder / "model.bin").exists() else []
+    resume = ["--resume"] if known and (folder / "model.bin").exists() else ["--overwrite"]
     command = [study.program, "train", *shards(study, "train"), *shards(study, "val"), "--out", folder,
                "--seed", run.seed, "--tokens", 0, *words(run.options), *resume]
     before = None
@@ -404,14 +435,14 @@ def run_all(study):
         if is_complete(study, run):
             continue
         path = study.out / "results" / f"{run.name}.json"
-        begun = {"options": run.options, "data": study.data["crc"]}
+        known, begun = result_of(study, run), {"options": run.options, "data": study.data["crc"]}
         write_json(path, begun)
         title = f"run {i + 1} of {len(study.runs)}: {run.part}, {run.attention}, seed {run.seed}"
         try:
-            result = evaluate(study, run, train(study, run, progress, title))
+            result = evaluate(study, run, train(study, run, known, progress, title))
         except Failed as failure:
             failures.append(str(failure))
-            show(f"{title}  failed", stays=True)
+            show(f"{title}  failed: {failure}", stays=True)
             progress.left = sum(map(progress.seconds, [r for r in study.runs[i + 1:] if not is_complete(study, r)]))
             continue
         write_json(path, begun | result)
@@ -451,7 +482,8 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
             signal.signal(number, on_signal)
-    study = read_study(o.study, o.program)
+    sys.stdout.reconfigure(errors="replace")
+    study = read_study(o.study, os.path.abspath(o.program) if os.path.exists(o.program) else o.program)
     study.out = o.out or Path("run") / Path(o.study).stem
     failures = []
     study.data |= {name: given for name, given in (("text", o.text), ("val", o.val)) if given}
@@ -465,18 +497,22 @@ def main():
         except BlockingIOError:
             fail(f"{study.out} is in use by another compare.py; wait for it, or give another --out")
         prepare_data(study)
+        for run in study.runs:
+            result_of(study, run)  # dies if it is of another study
         measure_costs(study)
         if o.dry_run:
             return list_runs(study)
         failures = run_all(study)
     costs = read_json(study.out / "costs.json")
-    results = {run.name: result_of(study, run) for run in study.runs if run.model in costs and is_complete(study, run)}
+    results = {run.name: result_of(study, run) for run in study.runs
+               if known_cost(costs, run) and is_complete(study, run)}
     if not results:
         fail(failures[0] if failures else f"{study.out} has no complete run of this study, or no costs.json: start "
              "without --report")
     write_report(study.out, study.title, study.runs, results, costs)
     if failures:
-        fail(f"{len(failures)} of {len(study.runs)} runs failed, the first one so: {failures[0]}")
+        fail(f"{len(failures)} of {len(study.runs)} runs failed, the first one so: {failures[0]}. Remove its folder in "
+             f"{study.out}/runs to begin it anew")
 
 
 if __name__ == "__main__":

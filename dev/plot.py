@@ -36,7 +36,9 @@ def package(name):
 def pyplot():
     package("matplotlib").use("Agg")
     plt = package("matplotlib.pyplot")
-    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
+    plt.rcdefaults()
+    plt.rcParams.update({"text.parse_math": False,  # a name may have a $
+                         "font.size": 9, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
                          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                          "svg.hashsalt": "gpt2x3"})  # so that equal plots are equal files
     return plt
@@ -49,8 +51,9 @@ def style(i):
 def save(figure, path):
     """Writes path.png and path.svg."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{path}.png", dpi=150)
-    figure.savefig(f"{path}.svg", metadata={"Date": None})
+    for kind, more in ("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}}):
+        figure.savefig(f"{path}.{kind}.tmp", format=kind, **more)  # so that a full disk leaves the former one
+        os.replace(f"{path}.{kind}.tmp", f"{path}.{kind}")
     pyplot().close(figure)
 
 

@@ -68,11 +68,12 @@ def seeds_needed(differences):
     studies; None if they are more than MOST_SEEDS."""
     stats, numpy = package("scipy.stats"), package("numpy")
     mean, deviation = statistics.mean(differences), statistics.stdev(differences)
-    if deviation == 0:
+    if deviation <= 1e-9 * abs(mean):
         return 2 if mean else None
     n = numpy.arange(2, MOST_SEEDS + 1)
     critical, shift = stats.t.ppf(0.975, n - 1), numpy.sqrt(n) * abs(mean) / deviation
-    power = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+    with numpy.errstate(all="ignore"):  # scipy's tail on the other side is NaN where it is 0
+        power = stats.nct.sf(critical, n - 1, shift) + numpy.nan_to_num(stats.nct.cdf(-critical, n - 1, shift))
     return int(n[power >= 0.8][0]) if (power >= 0.8).any() else None
 
 
@@ -216,7 +217,8 @@ class Page:
         self.html.append(f"<p>{html.escape(text)}</p>")
 
     def table(self, head, rows):
-        lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+        lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+                 for row in (head, ["---"] * len(head), *rows)]
         self.markdown.append("\n".join(lines))
         lines = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
                  for tag, row in (("th", head), *(("td", row) for row in rows))]
@@ -244,6 +246,10 @@ def write_report(folder, title, runs, results, costs):
     page.text(f"{len(results)} of {len(runs)} runs are complete; their steps took {duration(3600 * hours)}. {METHOD}")
     for name in dict.fromkeys(run.part for run in runs):
         part = Part(name, runs, results, costs)
+        page.heading(2, part.name)
+        missing = [f"{run.attention}, seed {run.seed}" for run in part.runs if run.name not in results]
+        if missing:
+            page.text(f"Without these runs, which are not complete: {'; '.join(missing)}.")
         if part.base in part.results:
             report_part(page, part)
     page.write()
@@ -261,7 +267,6 @@ def options_changed(options, base):
 
 
 def report_part(page, part):
-    page.heading(2, part.name)
     costs, base = part.costs, part.costs[part.base]
     some = next(result for results in part.results.values() for result in results.values())
     options = {run.attention: run.options for run in part.runs}

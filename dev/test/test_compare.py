@@ -89,10 +89,20 @@ def test_a_dry_run_lists_the_runs(compare, tmp_path):
     (("tokens = 20_000", ""), "mine.toml: part 'short': 'tokens' is missing"),
     (("tokens = 20_000", "token = 20_000"), "part 'short': 'token' is not known here"),
     (("tokens = 20_000", "tokens = 200"), "batch-tokens 256 must be .* at most the tokens of a run, 200"),
-    (("tokens = 20_000", "tokens = '20k'"), "'tokens' is '20k', but must be a whole number above 0"),
-    (("batch-tokens = 256", "batch-tokens = 0"), "'batch-tokens' is 0, but must be a whole number above 0"),
-    *((("seeds = 2", f"seeds = {seeds}"), "'seeds' is .*, but must be a number of seeds, or a list of seeds")
+    (("tokens = 20_000", "tokens = '20k'"), "'tokens' is '20k', but must be a whole number, 1 or more"),
+    (("batch-tokens = 256", "batch-tokens = 0"), "'batch-tokens' is 0, but must be a whole number, 1 or more"),
+    *((("seeds = 2", f"seeds = {seeds}"), "'seeds' is .*, but must be a number of seeds, up to 1000, or a list of them")
       for seeds in ("'3'", "0", "[]", "1.5", "[1.5]", "true")),
+    (("seeds = 2", "seeds = 1_000_000_000_000"), "a number of seeds, up to 1000"),
+    (("seeds = 2", "seeds = [-1]"), "'seeds' is .*, but must be"),
+    (("val-every = 20", "val-every = '20'"), "'val-every' is '20', but must be a whole number, 0 or more"),
+    (("lr = 1e-2", "lr = nan"), "attention 'vanilla': 'lr' is nan, but must be a number"),
+    (("lr = 1e-2", "lr = 1979-05-27"), "attention 'vanilla': 'lr' is 1979-05-27, but must be a number"),
+    (('name = "short"', "name = 5"), "part 5: its name must be text"),
+    (("[data]", "title = 5\n[data]"), "'title' is 5, but must be text"),
+    (("[data]", "[data]\nval = 5"), "'val' is 5, but must be text"),
+    (("[data]", "[data]\nval = [5]"), "'val' is .5., but must be text"),
+    (("depth = {", "'skip!' = {"), "attention 'skip!': another one has the same letters and digits|same name"),
     (('attentions = ["vanilla", "skip"]', "attentions = []"), "part 'long': 'attentions' is empty"),
     (('skip = { attention = "skip" }', "skip = 3"), "mine.toml: is not as dev/compare.toml explains"),
     (("seeds = 2\n[[part]]", "seeds = 2\n[part]"), "mine.toml: .*part"),
@@ -130,6 +140,9 @@ def test_other_things_that_are_refused(compare, tmp_path):
     refused("--program", "none", says="none is not there: run make")
     refused("--dry-run", "--text", "none.txt", says="there is no none.txt: name other files with --text")
     refused("--dry-run", "--out", "mine.toml", says="mine.toml: File exists")
+    refused("--dry-run", "--text", "mine.toml", says="mine.toml is taken for text: name the study before --text")
+    (tmp_path / "theirs/data").mkdir(parents=True)
+    refused("--dry-run", "--out", "theirs", says="theirs/data is there, but not of compare.py")
     (tmp_path / "without").mkdir()
     for name in "matplotlib", "scipy", "tomllib":
         (tmp_path / f"without/{name}.py").write_text("raise ImportError")

@@ -68,6 +68,7 @@ def test_the_seeds_needed_are_those_of_power_tables(report):
         assert report.seeds_needed([effect - 1, effect, effect + 1]) == n
         assert report.seeds_needed([-3 * effect - 3, -3 * effect, 3 - 3 * effect]) == n
     assert report.seeds_needed([-1, 0, 1]) is None and report.seeds_needed([0, 0, 0]) is None
+    assert report.seeds_needed([4.1 - 4.0, 4.2 - 4.1, 4.3 - 4.2]) == 2 and report.seeds_needed([29, 30, 31]) == 2
 
 
 def test_a_map_of_depth_has_a_panel_for_each_head(report):
@@ -133,6 +134,11 @@ def test_a_complete_study_needs_results_only(complete, compare, tmp_path):  # no
     (study / "results/all-worse-seed-2.json").unlink()
     assert compare(SAME_AND_WORSE, "--report")[0] == 0
     assert table(study)["worse"][3].count("[") == 0 and "11 of 12 runs" in (study / "report.md").read_text()
+    assert "which are not complete: worse, seed 2.\n" in (study / "report.md").read_text()
+    costs = (study / "costs.json").read_text()
+    (study / "costs.json").write_text(costs.replace('"channels": 16', '"channels": 32'))  # of another study
+    assert "no costs.json" in compare(SAME_AND_WORSE, "--report")[2]
+    (study / "costs.json").write_text(costs)
     shutil.rmtree(study / "results")
     status, _, err = compare(SAME_AND_WORSE, "--report")
     assert status == 1 and "no complete run" in err
@@ -174,12 +180,35 @@ def test_killed_at_random_it_ends_in_the_same_report(complete, root, program, te
 
 
 def test_a_run_that_fails_does_not_stop_the_others(compare, tmp_path):  # noqa: F811
-    """A learning rate of infinity. The rate plays no part in timing."""
+    """Here because of a learning rate that train_gpt2 refuses; timing does without the rate."""
     study = STUDY.replace("20_000", "2560") + 'wild = { lr = 1e38, min-lr = 1e38, clip = 0 }\n[[part]]\nseeds = 2\n'
     status, out, err = compare(study)
     assert status == 1 and err.startswith("error: 2 of 8 runs failed, the first one so: all-wild-seed-1: "), err
-    assert out.count("  failed\n") == 2 and out.count("  loss ") == 6
+    assert out.count("  failed: all-wild-seed-") == 2 and out.count("  loss ") == 6
     assert list(table(tmp_path / "run/mine")) == ["vanilla", "skip", "depth"]
+
+
+def test_a_run_without_its_result_begins_anew(compare, tmp_path):  # noqa: F811
+    """With other options, say, than the checkpoint has that is there. Names are not mathematics."""
+    study = STUDY + "[[part]]\nname = '$x^$ | y'\nseeds = 1\nattentions = ['vanilla']\n"
+    first = study.replace("20_000", "10_000")
+    assert compare(first)[0] == 0
+    status, _, err = compare(study)
+    assert status == 1 and "other options or data: steps 39, now 78; give another --out" in err
+    shutil.rmtree(tmp_path / "run/mine/results")
+    assert compare(study)[0] == 0
+    result = json.loads((tmp_path / "run/mine/results/x-y-vanilla-seed-1.json").read_text())
+    assert [step for step, _ in result["curve"]] == [0, 20, 40, 60, 78]
+    assert compare(study, "--out", "again")[0] == 0
+    assert result["loss"] == json.loads((tmp_path / "again/results/x-y-vanilla-seed-1.json").read_text())["loss"]
+
+
+def test_costs_are_those_of_the_precision(compare, tmp_path):  # noqa: F811
+    study = STUDY + "half = { precision = 'bf16' }\n[[part]]\nseeds = 1\nattentions = ['vanilla', 'half']\n"
+    assert compare(study, "--dry-run")[0] == 0
+    costs = json.loads((tmp_path / "run/mine/costs.json").read_text())
+    cache = [int(costs[model]["cache"].replace(",", "")) for model in ("all-vanilla", "all-half")]
+    assert cache[0] == 2 * cache[1]
 
 
 def test_losses_at_equal_time(report):
