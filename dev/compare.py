@@ -58,7 +58,7 @@ def read_json(path):
     """The file's entries; none if there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else fail(f"{path}: is not of compare.py; remove it")
+        return content if isinstance(content, dict) else fail(f"{path}: was not written by compare.py; remove it")
     except FileNotFoundError:
         return {}
     except ValueError as e:
@@ -191,11 +191,11 @@ def runs_of(path, study, part, known):
     check_names(place, part, known | PART_ENTRIES)
     if not isinstance(part["name"], str):
         fail(f"{place}: its name must be text, in quotes")
-    for name in "context", "tokens", "batch-tokens", "seeds", "val-every", "val-tokens":
-        if name not in part and not name.startswith("val"):
+    for name in "context", "tokens", "batch-tokens", "seeds":
+        if name not in part:
             fail(f"{place}: '{name}' is missing")
-        least = 0 if name.startswith("val") else 1
-        if name in part and name != "seeds" and (type(part[name]) is not int or part[name] < least):
+    for name, least in ("context", 1), ("tokens", 1), ("batch-tokens", 1), ("val-every", 0), ("val-tokens", 0):
+        if name in part and (type(part[name]) is not int or part[name] < least):
             fail(f"{place}: '{name}' is {part[name]!r}, but must be a whole number, {least} or more")
     count = part["seeds"]
     seeds = list(range(1, count + 1)) if type(count) is int and count <= MOST_SEEDS else count
@@ -249,11 +249,11 @@ def prepare_data(study):
     arguments += (texts or ["demo.txt"]) + (["--val", *val] if val else [])
     now = {"arguments": arguments, "bytes": [os.path.getsize(file) for file in texts + val]}
     former, manifest = read_json(study.out / "data.json"), out / "gpt2x3_manifest.txt"
-    if former and now | former != now:
+    if former and manifest.exists() and now | former != now:
         fail(f"{study.out} was begun with another text or tokenizer, which data.json there names: give that one, or "
              "another --out")
     if not former and out.exists():
-        fail(f"{out} is there, but not of compare.py: give another --out")
+        fail(f"{out} is there, but compare.py did not make it: give another --out")
     write_json(study.out / "data.json", now)  # before the shards, so that they are known to be the study's
     if not manifest.exists():
         demo = study.out / "demo.txt"
@@ -285,7 +285,9 @@ def timed_options(run):
 def measure_costs(study):
     """All models anew if one is not known, so that they are timed in turns."""
     study.costs = read_json(study.out / "costs.json")
-    if all(known_cost(study.costs, run) for run in study.runs):
+    program = Path(study.program).name
+    if all(known_cost(study.costs, run) and study.costs[run.model].get("program", program) == program
+           for run in study.runs):
         return
     timed = {}  # the models that have the same costs, with a run of theirs
     for run in study.runs:
@@ -308,7 +310,7 @@ def known_cost(costs, run):
 
 
 def measure(study, run, folder, former):
-    """Trains for up to two seconds, and decodes for up to a second; the first time shorter."""
+    """Trains for about two seconds, in 20 to 100 steps, and decodes for about one; the first time shorter."""
     options, tokens = timed_options(run), max(1, min(run.options["context"] - 1, DECODED_TOKENS))
     steps = sorted([*TIMED_STEPS, int(TIMED_MS / former[-1]["ms"])])[1] if former else TIMED_STEPS[0]
     samples = min(10, 1 + int(former[-1]["decoding"] / tokens)) if former else 1
@@ -324,6 +326,7 @@ def measure(study, run, folder, former):
     described = {key: next(row[column] for row in table if label in row[0]) for key, label in
                  (("mflop", "MFLOP"), ("cache", "KV cache"), ("memory", "total, with scratch"))}
     return {"ms": step_time(read_metrics(folder)), **described, "options": options,
+            "program": Path(study.program).name,
             "decoding": statistics.median(map(float, re.findall(r"([\d.]+) tokens/s$", text, re.M))),
             "parameters": re.search(r"^parameters ([\d,]+),", said, re.M)[1],
             "machine": re.search(r"^machine +(.*?);", said, re.M)[1]}
@@ -344,8 +347,8 @@ def result_of(study, run):
     changed = [f"{name} {was.get(name, 'not given')}, now {now.get(name, 'not given')}"
                for name in sorted(was | now) if was.get(name) != now.get(name)]
     if changed:
-        fail(f"{path}: this run has other options or data: {'; '.join(changed)}; give another --out, or remove this file "
-             f"and {folder} to begin the run anew")
+        fail(f"{path}: this run has other options or data: {'; '.join(changed)}; give another --out, or remove this "
+             f"file and {folder} to begin the run anew")
     return result
 
 
@@ -379,16 +382,20 @@ class Progress:
         return f"{duration(max(0, self.left) * pace)} left of all"
 
 
-def train(study, run, known, progress, title):
-    """The rows of metrics.csv; goes on with what is there, if the run is known."""
+def train(study, run, begun, progress, title):
+    """The rows of metrics.csv. Goes on with a run that results/ knows; what else its folder has is of another."""
     folder = study.out / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)  # waits for what a compare.py that was killed left at work
     os.close(lock)
-    resume = ["--resume"] if known and (folder / "model.bin").exists() else ["--overwrite"]
+    resume = "--resume" if result_of(study, run) else "--overwrite"
+    if resume == "--overwrite":
+        for name in "model.bin", "metrics.csv":
+            (folder / name).unlink(missing_ok=True)
+    write_json(study.out / "results" / f"{run.name}.json", begun)
     command = [study.program, "train", *shards(study, "train"), *shards(study, "val"), "--out", folder,
-               "--seed", run.seed, "--tokens", 0, *words(run.options), *resume]
+               "--seed", run.seed, "--tokens", 0, *words(run.options), resume]
     before = None
     for line in lines_of(command, f"{run.name}: "):
         step = re.match(r"step (\d+)/\d+(?:  loss ([\d.]+))?", line)
@@ -434,18 +441,16 @@ def run_all(study):
     for i, run in enumerate(study.runs):
         if is_complete(study, run):
             continue
-        path = study.out / "results" / f"{run.name}.json"
-        known, begun = result_of(study, run), {"options": run.options, "data": study.data["crc"]}
-        write_json(path, begun)
+        begun = {"options": run.options, "data": study.data["crc"]}
         title = f"run {i + 1} of {len(study.runs)}: {run.part}, {run.attention}, seed {run.seed}"
         try:
-            result = evaluate(study, run, train(study, run, known, progress, title))
+            result = evaluate(study, run, train(study, run, begun, progress, title))
         except Failed as failure:
             failures.append(str(failure))
             show(f"{title}  failed: {failure}", stays=True)
             progress.left = sum(map(progress.seconds, [r for r in study.runs[i + 1:] if not is_complete(study, r)]))
             continue
-        write_json(path, begun | result)
+        write_json(study.out / "results" / f"{run.name}.json", begun | result)
         show(f"{title}  loss {result['loss']:.4f}  {progress}", stays=True)
     return failures
 
@@ -511,8 +516,8 @@ def main():
              "without --report")
     write_report(study.out, study.title, study.runs, results, costs)
     if failures:
-        fail(f"{len(failures)} of {len(study.runs)} runs failed, the first one so: {failures[0]}. Remove its folder in "
-             f"{study.out}/runs to begin it anew")
+        fail(f"{len(failures)} of {len(study.runs)} runs failed; the first error: {failures[0]}. To begin a failed run "
+             f"anew, remove its folder in {study.out}/runs")
 
 
 if __name__ == "__main__":

@@ -122,10 +122,10 @@ class Part:
 # Figures
 
 
-def draw_differences(ax, i, x, less):
+def draw_differences(ax, i, x, less, label):
     """The mean of rows of differences, a row a seed; from three seeds on, with its interval."""
     mean = less.mean(0)
-    ax.plot(x, mean, **style(i), markevery=max(1, len(x) // 10))
+    ax.plot(x, mean, **style(i), markevery=max(1, len(x) // 10), label=label)
     if len(less) >= 3:
         half = package("numpy").array([half_interval(values.tolist()) for values in less.T])
         ax.fill_between(x, mean - half, mean + half, color=style(i)["color"], alpha=0.15, linewidth=0)
@@ -146,7 +146,7 @@ def plot_curves(part):
             ax.fill_between(x, curves.min(0), curves.max(0), color=style(i)["color"], alpha=0.15, linewidth=0)
         less = part.differences(attention, lambda _, result: numpy.array([loss for _, loss in result["curve"]])[late])
         if less:
-            draw_differences(axes[2], i, tokens[late], numpy.array(less))
+            draw_differences(axes[2], i, tokens[late], numpy.array(less), attention)
     axes[0].set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
     axes[1].set(xlabel=f"time ({unit})", ylabel="validation loss (nats per token)")
     axes[2].set(xlabel="training tokens (millions)", ylabel=f"difference from {part.base} (nats per token)")
@@ -163,8 +163,7 @@ def plot_positions(part):
         if len(less):
             edges = numpy.unique(numpy.round(numpy.geomspace(1, less.shape[1] + 1, 20)).astype(int))
             groups = numpy.array([less[:, a - 1:b - 1].mean(1) for a, b in zip(edges, edges[1:])]).T  # (seeds, groups)
-            draw_differences(ax, i, numpy.sqrt(edges[:-1] * (edges[1:] - 1)), groups)
-            ax.lines[-1].set_label(attention)
+            draw_differences(ax, i, numpy.sqrt(edges[:-1] * (edges[1:] - 1)), groups, attention)
     ax.axhline(0, **(style(0) | {"marker": ""}), label=part.base)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
@@ -249,9 +248,11 @@ def write_report(folder, title, runs, results, costs):
         page.heading(2, part.name)
         missing = [f"{run.attention}, seed {run.seed}" for run in part.runs if run.name not in results]
         if missing:
-            page.text(f"Without these runs, which are not complete: {'; '.join(missing)}.")
+            page.text(f"Without these runs, which are not complete or not timed: {'; '.join(missing)}.")
         if part.base in part.results:
             report_part(page, part)
+        else:
+            page.text(f"No comparison yet: {part.base} has no complete run.")
     page.write()
     print(f"{folder}/report.html and report.md are written")
 
@@ -295,7 +296,7 @@ def report_part(page, part):
                         f"Mean weights of {a} over the validation tokens and the seeds: how much of each source's "
                         "values a layer mixes in. A layer's last source is itself; hatched: no source.")
     end = min(cost["ms"] for cost in costs.values()) * part.steps
-    page.text(f"What each costs, and its loss at equal time, {duration(end / 1000)}, when the fastest is trained:")
+    page.text(f"Costs, and losses at equal time: after {duration(end / 1000)}, when the fastest has finished training:")
     page.table(["attention", "ms a step", f"times {part.base}'s", "memory in training", "MFLOP a token",
                 "KV cache (bytes a token)", "decoding (tokens/s)", f"difference from {part.base} at equal time [95 %]"],
                [[a, f"{c['ms']:.2f}", f"{c['ms'] / base['ms']:.3f}", c["memory"], c["mflop"], c["cache"],

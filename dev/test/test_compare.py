@@ -141,8 +141,11 @@ def test_other_things_that_are_refused(compare, tmp_path):
     refused("--dry-run", "--text", "none.txt", says="there is no none.txt: name other files with --text")
     refused("--dry-run", "--out", "mine.toml", says="mine.toml: File exists")
     refused("--dry-run", "--text", "mine.toml", says="mine.toml is taken for text: name the study before --text")
+    status, _, err = compare((STUDY + PARTS).replace('"bytes"', '"words"'), "--dry-run", "--out", "typo")
+    assert status == 1 and "--tokenizer words" in err
+    assert compare(STUDY + PARTS, "--dry-run", "--out", "typo")[0] == 0
     (tmp_path / "theirs/data").mkdir(parents=True)
-    refused("--dry-run", "--out", "theirs", says="theirs/data is there, but not of compare.py")
+    refused("--dry-run", "--out", "theirs", says="theirs/data is there, but compare.py did not make it")
     (tmp_path / "without").mkdir()
     for name in "matplotlib", "scipy", "tomllib":
         (tmp_path / f"without/{name}.py").write_text("raise ImportError")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -134,7 +135,7 @@ def test_a_complete_study_needs_results_only(complete, compare, tmp_path):  # no
     (study / "results/all-worse-seed-2.json").unlink()
     assert compare(SAME_AND_WORSE, "--report")[0] == 0
     assert table(study)["worse"][3].count("[") == 0 and "11 of 12 runs" in (study / "report.md").read_text()
-    assert "which are not complete: worse, seed 2.\n" in (study / "report.md").read_text()
+    assert "which are not complete or not timed: worse, seed 2.\n" in (study / "report.md").read_text()
     costs = (study / "costs.json").read_text()
     (study / "costs.json").write_text(costs.replace('"channels": 16', '"channels": 32'))  # of another study
     assert "no costs.json" in compare(SAME_AND_WORSE, "--report")[2]
@@ -156,7 +157,8 @@ def without_times(study):
 def test_killed_at_random_it_ends_in_the_same_report(complete, root, program, text, tmp_path):  # noqa: F811
     """Four times killed and once stopped by a Ctrl-C. It takes the costs of the complete study, so that all else in the
     report must be equal."""
-    logged = tmp_path / "program"
+    logged = tmp_path / "logged" / Path(program.path).name
+    logged.parent.mkdir()
     logged.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\nexec {program.path} "$@"\n')
     logged.chmod(0o755)
     study = tmp_path / "run/mine"
@@ -183,12 +185,12 @@ def test_a_run_that_fails_does_not_stop_the_others(compare, tmp_path):  # noqa: 
     """Here because of a learning rate that train_gpt2 refuses; timing does without the rate."""
     study = STUDY.replace("20_000", "2560") + 'wild = { lr = 1e38, min-lr = 1e38, clip = 0 }\n[[part]]\nseeds = 2\n'
     status, out, err = compare(study)
-    assert status == 1 and err.startswith("error: 2 of 8 runs failed, the first one so: all-wild-seed-1: "), err
+    assert status == 1 and err.startswith("error: 2 of 8 runs failed; the first error: all-wild-seed-1: "), err
     assert out.count("  failed: all-wild-seed-") == 2 and out.count("  loss ") == 6
     assert list(table(tmp_path / "run/mine")) == ["vanilla", "skip", "depth"]
 
 
-def test_a_run_without_its_result_begins_anew(compare, tmp_path):  # noqa: F811
+def test_a_run_without_its_result_begins_anew(compare, program, tmp_path):  # noqa: F811
     """With other options, say, than the checkpoint has that is there. Names are not mathematics."""
     study = STUDY + "[[part]]\nname = '$x^$ | y'\nseeds = 1\nattentions = ['vanilla']\n"
     first = study.replace("20_000", "10_000")
@@ -196,6 +198,10 @@ def test_a_run_without_its_result_begins_anew(compare, tmp_path):  # noqa: F811
     status, _, err = compare(study)
     assert status == 1 and "other options or data: steps 39, now 78; give another --out" in err
     shutil.rmtree(tmp_path / "run/mine/results")
+    stops = tmp_path / "stops"  # a program that ends before it saves
+    stops.write_text(f'#!/bin/sh\ncase "$*" in *--seed*) exit 1;; *) exec {program.path} "$@";; esac\n')
+    stops.chmod(0o755)
+    assert compare(study, "--program", stops)[0] == 1
     assert compare(study)[0] == 0
     result = json.loads((tmp_path / "run/mine/results/x-y-vanilla-seed-1.json").read_text())
     assert [step for step, _ in result["curve"]] == [0, 20, 40, 60, 78]
