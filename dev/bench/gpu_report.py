@@ -91,7 +91,7 @@ def all_parts(report, kind, make, nvcc, work):
     if ask(".venv/bin/python", "-c", "import pytest")[1]:
         yield Part("installing pytest", f"rm -f .venv/ready; timeout 180 {make} .venv/ready || true", 200)
     python = next((p for p in (".venv/bin/python", sys.executable) if not ask(p, "-c", "import pytest")[1]), "")
-    tests = f"GPU_PROGRAM={train} {shlex.quote(python)} -m pytest -v --tb=short -rfEs "
+    tests = f"GPU_PROGRAM={train} {shlex.quote(python)} -m pytest -v --no-header --tb=short -rfEs "
     tests += "dev/test/test_gpu.py dev/test/test_bench.py::test_bench_on_a_gpu"
     if emulated:
         tests += " -k 'not fifty and not and_back'"  # the longest
